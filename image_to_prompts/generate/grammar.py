@@ -1,0 +1,254 @@
+"""The embedded prompt source: a grammar of scenes that the embedded renderer can draw, and its parser.
+
+A `Scene` is what a picture shows; `write` says it in words, one of many ways, and adds phrases that nothing draws;
+`parse` reads a scene back from any text. The renderer sees only the text.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ..weights import package_folder
+
+PLACES = {
+    "forest": ("in a forest", "in the woods", "among tall trees", "deep in a green forest"),
+    "desert": ("in the desert", "among sand dunes", "in a sandy wasteland", "lost in the sahara"),
+    "beach": ("on a beach", "at the seaside", "on a tropical shore", "on the sand by the ocean"),
+    "underwater": ("underwater", "at the bottom of the sea", "beneath the waves", "in the deep ocean"),
+    "space": ("in outer space", "floating in the galaxy", "among the stars", "in orbit"),
+    "mountains": ("in the snowy mountains", "below alpine peaks", "on a mountain pass", "in the himalayas"),
+    "city": ("in a city at night", "in a neon lit street", "downtown among skyscrapers", "in front of a night skyline"),
+    "kitchen": ("in a kitchen", "on a kitchen table", "on a checkered tablecloth", "in a cosy kitchen"),
+    "meadow": ("in a meadow", "on a grassy hill", "in a field of flowers", "on a sunny lawn"),
+    "cave": ("in a dark cave", "inside a cavern", "deep underground", "in a torchlit grotto"),
+    "lava": ("above a lake of lava", "in a volcanic hell", "surrounded by molten rock", "in a fiery inferno"),
+    "sunset": ("at sunset", "under an orange sky at dusk", "in the evening glow", "during the golden hour"),
+    "ice": ("on the arctic ice", "in a frozen tundra", "on an iceberg", "in antarctica"),
+    "stage": ("on a theatre stage", "under a spotlight", "in front of red curtains", "performing on a stage"),
+}
+"""Phrases for each place; `render/backgrounds.py` draws one background a place."""
+
+STYLES = {
+    "pencil": ("pencil sketch", "graphite drawing", "hand drawn pencil art"),
+    "oil": ("oil painting", "impasto oil on canvas", "thick brush strokes"),
+    "watercolor": ("watercolor painting", "soft watercolour wash", "aquarelle"),
+    "pixel": ("pixel art", "8-bit video game sprite", "retro 16-bit pixels"),
+    "monochrome": ("black and white photo", "monochrome photography", "film noir still"),
+    "sepia": ("vintage sepia photograph", "old daguerreotype", "faded antique print"),
+    "neon": ("glowing neon sign", "synthwave neon lines", "blacklight art"),
+    "blueprint": ("blueprint", "technical drawing on blue paper", "cyanotype"),
+    "popart": ("pop art", "halftone comic print", "andy warhol screen print"),
+    "woodcut": ("woodcut print", "linocut", "black ink block print"),
+    "mosaic": ("mosaic of tiles", "stained glass window", "byzantine mosaic"),
+    "infrared": ("thermal camera image", "infrared heat map", "thermography"),
+    "blurry": ("out of focus photo", "dreamy soft focus", "blurred long exposure"),
+}
+"""Phrases for each style; `render/styles.py` has one filter a style."""
+
+RELATIONS = {
+    "beside": ("next to", "beside", "and", "alongside", "facing", "together with"),
+    "above": ("on top of", "standing on", "balancing on", "hovering over", "riding"),
+    "below": ("underneath", "below", "under", "carrying"),
+    "behind": ("behind", "hiding behind", "looming behind"),
+    "around": ("surrounded by", "encircled by", "in a swarm of"),
+}
+"""Phrases for how the first thing stands to the second; `render/layout.py` places them so."""
+
+COUNTS = {1: ("a",), 2: ("two", "a couple of"), 3: ("three", "a trio of"), 5: ("five", "a group of", "many")}
+JOINS = ("and", "with", "plus", "accompanied by")
+STYLE_PREFIX = ("{style} of {scene}", "a {style} depicting {scene}", "{style}: {scene}", "{scene} as {style}")
+STYLE_SUFFIX = ("{scene}, {style}", "{scene} in the style of {style}", "{scene}; {style}")
+PART_PROBABILITY = 0.6  # a place, and a style, each in about 60 % of prompts (design)
+FLAVORS, ARTISTS = 1500, 500  # how many of clip-interrogator's phrases and artists are used, most frequent first
+
+
+@dataclass(frozen=True)
+class Thing:
+    """Something drawable.
+
+    Attributes:
+        name: Singular, without article.
+        plural: Plural.
+        kind: animal, food, object, ...
+        code: Code points of its emoji, as `1f436` or `1f468-200d-1f33e`.
+        count: How many of 55,494 real prompts name it.
+    """
+
+    name: str
+    plural: str
+    kind: str
+    code: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows.
+
+    Attributes:
+        things: One to three (name, count) pairs.
+        relation: Key of `RELATIONS` between the first two things; None with one thing.
+        place: Key of `PLACES` or None.
+        style: Key of `STYLES` or None.
+    """
+
+    things: tuple[tuple[str, int], ...]
+    relation: str | None = None
+    place: str | None = None
+    style: str | None = None
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> dict[str, Thing]:
+    """The nameable things by name."""
+    with (Path(__file__).parent / "things.csv").open(encoding="utf-8", newline="") as file:
+        return {row["name"]: Thing(**{**row, "count": int(row["count"])}) for row in csv.DictReader(file)}
+
+
+@lru_cache(maxsize=1)
+def _weights() -> tuple[int, ...]:
+    """How often each thing is drawn: as often as real prompts name it, within bounds that keep variety."""
+    return tuple(min(thing.count, 800) + 4 for thing in vocabulary().values())
+
+
+@lru_cache(maxsize=1)
+def modifiers() -> tuple[str, ...]:
+    """Frequent prompt phrases and artists that nothing draws (clip-interrogator's term lists, MIT)."""
+    folder = package_folder("clip_interrogator")
+    if folder is None:
+        raise ModuleNotFoundError("clip-interrogator is not installed: pip install clip-interrogator")
+    flavors = (folder / "data" / "flavors.txt").read_text(encoding="utf-8").splitlines()[: 2 * FLAVORS]
+    artists = (folder / "data" / "artists.txt").read_text(encoding="utf-8").splitlines()
+
+    def undrawn(phrases: list[str]) -> list[str]:
+        plain = dict.fromkeys(p.lower() for p in phrases if re.fullmatch(r"[A-Za-z ]{3,40}", p))
+        return [p for p in plain if not any(_matches(p, table) for table in _tables())]
+
+    return tuple(undrawn(flavors)[:FLAVORS] + undrawn([f"by {name}" for name in artists])[:ARTISTS])
+
+
+def sample(rng: random.Random) -> Scene:
+    """Draws a scene: one to three distinct things with counts, a relation, perhaps a place and a style."""
+    wanted = rng.choices((1, 2, 3), (0.45, 0.4, 0.15))[0]
+    names: list[str] = []
+    while len(names) < wanted:
+        names += [name for name in rng.choices(tuple(vocabulary()), _weights()) if name not in names]
+    counts = rng.choices(tuple(COUNTS), (0.7, 0.12, 0.1, 0.08), k=len(names))
+    relation = rng.choices(tuple(RELATIONS), (0.4, 0.2, 0.15, 0.1, 0.15))[0] if len(names) > 1 else None
+    if relation == "around":
+        counts[1] = 5
+    place = rng.choice(list(PLACES)) if rng.random() < PART_PROBABILITY else None
+    style = rng.choice(list(STYLES)) if rng.random() < PART_PROBABILITY else None
+    return Scene(tuple(zip(names, counts, strict=True)), relation, place, style)
+
+
+def _phrase(name: str, count: int, rng: random.Random) -> str:
+    if count == 1:
+        article = rng.choice(("", "an " if name[0] in "aeiou" else "a ", "one "))
+        return article + name
+    return f"{rng.choice(COUNTS[count])} {vocabulary()[name].plural}"
+
+
+def write(scene: Scene, rng: random.Random) -> str:
+    """Says a scene in words, one of many ways, with zero to three phrases that nothing draws.
+
+    Args:
+        scene: What to say.
+        rng: Source of every choice.
+
+    Returns:
+        A prompt from which `parse` reads the same scene.
+    """
+    phrases = [_phrase(name, count, rng) for name, count in scene.things]
+    text = phrases[0]
+    if len(phrases) > 1:
+        text += f" {rng.choice(RELATIONS[scene.relation])} {phrases[1]}"
+    if len(phrases) > 2:
+        text += f" {rng.choice(JOINS)} {phrases[2]}"
+    if scene.place:
+        place = rng.choice(PLACES[scene.place])
+        text = rng.choice((f"{text} {place}", f"{text}, {place}", f"{place}, {text}", f"{text} {place}"))
+    if scene.style:
+        template = rng.choice(STYLE_PREFIX + STYLE_SUFFIX)
+        text = template.format(style=rng.choice(STYLES[scene.style]), scene=text)
+    extra = rng.sample(modifiers(), rng.choices((0, 1, 2, 3), (0.4, 0.3, 0.2, 0.1))[0])
+    if extra and rng.random() < 0.2:
+        text = f"{extra.pop()}, {text}"
+    return ", ".join([text, *extra])
+
+
+def prompt(seed: int, index: int) -> str:
+    """The prompt of a seed and an index, independent of every other index."""
+    rng = random.Random(f"{seed}-{index}")
+    return write(sample(rng), rng)
+
+
+@lru_cache(maxsize=1)
+def _tables() -> tuple[tuple[re.Pattern[str], dict[str, object]], ...]:
+    """One (pattern, meaning) pair each for places, styles and things, longest phrases first."""
+    places = {phrase: key for key, phrases in PLACES.items() for phrase in phrases}
+    styles = {phrase: key for key, phrases in STYLES.items() for phrase in phrases}
+    things: dict[str, object] = {}
+    for thing in vocabulary().values():
+        things.setdefault(thing.plural, (thing.name, thing.plural != thing.name))
+    for thing in vocabulary().values():
+        if thing.plural != thing.name:
+            things[thing.name] = (thing.name, False)
+    return tuple((_pattern(table), table) for table in (places, styles, things))
+
+
+def _pattern(table: dict[str, object]) -> re.Pattern[str]:
+    longest_first = sorted(table, key=len, reverse=True)
+    return re.compile(r"(?<![\w-])(" + "|".join(map(re.escape, longest_first)) + r")(?![\w-])")
+
+
+def _matches(text: str, table: tuple[re.Pattern[str], dict[str, object]]) -> list[re.Match[str]]:
+    return list(table[0].finditer(text))
+
+
+@lru_cache(maxsize=1)
+def _small_words() -> tuple[tuple[re.Pattern[str], dict[str, object]], tuple[re.Pattern[str], dict[str, object]]]:
+    counts: dict[str, object] = {word: count for count, words in COUNTS.items() for word in words}
+    relations: dict[str, object] = {phrase: key for key, phrases in RELATIONS.items() for phrase in phrases}
+    return (re.compile(_pattern(counts).pattern + r"\s*$"), counts), (_pattern(relations), relations)
+
+
+def parse(text: str) -> Scene:
+    """Reads the scene that the renderer can draw from any text.
+
+    Args:
+        text: A prompt, from the grammar or not.
+
+    Returns:
+        The scene; `things` is empty where the text names nothing of the vocabulary.
+    """
+    text = " ".join(text.lower().split())
+    places, styles, things = _tables()
+    counts, relations = _small_words()
+    found: list[object] = [None, None]
+    for i, table in enumerate((places, styles)):
+        if matches := _matches(text, table):
+            found[i] = table[1][matches[0][1]]
+            # Blanked, not cut, so that no new phrase can form across the gap.
+            text = table[0].sub(lambda match: "|" * len(match[0]), text)
+    named: list[tuple[str, int]] = []
+    relation = None
+    end = 0
+    for match in _matches(text, things):
+        between = text[end : match.start()]
+        name, many = things[1][match[1]]
+        number = counts[0].search(between)
+        count = counts[1][number[1]] if number else (2 if many else 1)
+        if len(named) == 1 and (words := _matches(between, relations)):
+            relation = relations[1][words[0][1]]
+        end = match.end()
+        if name not in dict(named):
+            named.append((name, count))
+        if len(named) == 3:
+            break
+    return Scene(tuple(named), (relation or "beside") if len(named) > 1 else None, *found)

@@ -1,0 +1,194 @@
+"""Stage 7, infer: predicts the prompt embedding of every image in a folder.
+
+    image-to-prompts infer --images DIR --out submission.csv [--checkpoint DIR] [--key prompts.csv] [--bank CSV]
+
+An image that cannot be read gets the mean prediction, so that the submission stays complete. With a key the
+predictions are scored; with a bank of prompts the nearest one of each image is written beside the submission.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import evaluate, images, metadata, submission, text_encoder
+from . import model as models
+from .errors import UserError
+from .files import Stamp, atomic_path, make_folder, write_json
+from .profiles import StageConfig
+from .workspace import Run
+
+log = logging.getLogger(__name__)
+BLOCK = 512
+
+
+@dataclass
+class Config(StageConfig):
+    """Predicts 384 numbers an image and writes the submission; with --key it also scores them."""
+
+    images: Path = Path("images")
+    """Folder of images, sub-folders too."""
+    checkpoint: Path | None = None
+    """Checkpoint folder; left out: the newest of this run or of the attached Kaggle inputs."""
+    out: Path = Path("submission/submission.csv")
+    """Submission CSV to write."""
+    key: Path | None = None
+    """CSV with the images' true prompts (image_name or image, prompt), to score against."""
+    bank: Path | None = None
+    """CSV of prompts; the nearest one to each image goes to <out>.prompts.csv."""
+    batch_size: int = 32
+    """Images at once."""
+    loader_workers: int = 0
+    """Processes that decode images."""
+
+
+@dataclass
+class Prediction:
+    """What `run` found out.
+
+    Attributes:
+        files: Image files, sorted by path.
+        vectors: float32 (n, 384), unit length, same order.
+        broken: Files that could not be read and got the mean prediction.
+        score: Mean cosine against the key; None without one.
+        constant: Score of the constant mean prediction on the same images; None without a key.
+        prompts: `image,prompt,cosine` of the nearest prompts; None without a bank.
+    """
+
+    files: list[Path]
+    vectors: np.ndarray
+    broken: list[Path]
+    score: float | None = None
+    constant: float | None = None
+    prompts: pd.DataFrame | None = None
+
+
+def predict(
+    checkpoint: models.Checkpoint, files: list[Path], config: Config, work: Path | None = None
+) -> tuple[np.ndarray, list[Path]]:
+    """Predicts unit vectors for image files.
+
+    Args:
+        checkpoint: From `model.load`.
+        files: Image files.
+        config: Batch size and loader workers.
+        work: Folder in which finished blocks of 512 images are kept for a resumed run.
+
+    Returns:
+        float32 (n, 384) of unit vectors, and the files that could not be read, whose rows are the mean prediction.
+    """
+    from accelerate import PartialState
+
+    device = PartialState().device
+    model = checkpoint.model.to(device).eval()
+    vectors = np.zeros((len(files), text_encoder.DIMENSION), np.float32)
+    for start in range(0, len(files), BLOCK):
+        block = work / f"vectors-{start:09d}.npy" if work else None
+        if block and block.is_file():
+            part = np.load(block)
+        else:
+            rows = images.ImageRows(files[start : start + BLOCK], checkpoint.spec.image_size)
+            part = evaluate.extract(model, rows, config.batch_size, device, config.loader_workers)
+            if block:
+                with atomic_path(block) as temporary, temporary.open("wb") as file:
+                    np.save(file, part)
+        vectors[start : start + BLOCK] = part
+    broken = ~np.isfinite(vectors[:, 0])
+    vectors[broken] = checkpoint.mean
+    return evaluate.unit(vectors), [file for file, bad in zip(files, broken, strict=True) if bad]
+
+
+def read_key(path: Path, files: list[Path]) -> list[str]:
+    """The true prompt of each image file, joined by name.
+
+    Raises:
+        UserError: If the key is bad or an image has no row in it.
+    """
+    frame = metadata.read_prompts(path)
+    column = next((name for name in ("image_name", "image", "imgId") if name in frame), None)
+    if column is None:
+        raise UserError(f"{path}: no column 'image_name', found {', '.join(frame.columns)}; rename or add it")
+    known = {Path(name).stem: prompt for name, prompt in zip(frame[column], frame["prompt"], strict=True)}
+    missing = [file for file in files if file.stem not in known]
+    if missing:
+        raise UserError(f"{path}: no row for image {missing[0].name} ({len(missing)} such images); add it to the key")
+    return [known[file.stem] for file in files]
+
+
+def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.ndarray) -> pd.DataFrame:
+    """The nearest of known prompts for each predicted vector.
+
+    Args:
+        vectors: float32 (n, 384) predictions.
+        prompts: m prompts.
+        prompt_vectors: float32 (m, 384), their embeddings.
+
+    Returns:
+        `prompt,cosine`, one row a prediction.
+    """
+    import faiss
+
+    index = faiss.IndexFlatIP(prompt_vectors.shape[1])
+    index.add(prompt_vectors)
+    cosines, rows = index.search(evaluate.unit(vectors), 1)
+    return pd.DataFrame({"prompt": [prompts[row] for row in rows[:, 0]], "cosine": np.round(cosines[:, 0], 4)})
+
+
+def run(config: Config) -> Prediction:
+    """Runs the stage.
+
+    Raises:
+        UserError: If there are no images, no usable checkpoint, a bad key or bank, or two images with one stem.
+    """
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
+    files = images.find(config.images)
+    stems = submission.check_stems(files)
+    truth = read_key(config.key, files) if config.key else None
+    bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
+    folder = config.checkpoint or Run(config.run).newest_checkpoint()
+    make_folder(config.out.parent)
+    listing = [(str(file.relative_to(config.images)), *file.stat()[6:9:2]) for file in files]  # size, mtime
+    inputs = [path for path in (folder / "model.safetensors", config.key, config.bank) if path]
+    stamp = Stamp(
+        config.out.with_name(f".{config.out.stem}.done"),
+        {"images": listing, "key": bool(truth), "bank": bool(bank)},
+        inputs,
+    )
+    scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
+    if stamp.is_current():
+        log.info("%s is up to date", config.out)
+        scores = json.loads(scores_path.read_text(encoding="utf-8"))
+        broken = [Path(name) for name in scores["broken"]]
+        nearest = pd.read_csv(nearest_path) if bank else None
+        vectors = submission.read(config.out, stems)
+        return Prediction(files, vectors, broken, scores["score"], scores["constant"], nearest)
+    checkpoint = models.load(folder)
+    work = stamp.work_folder("infer")
+    vectors, broken = predict(checkpoint, files, config, work)
+    submission.write(config.out, stems, vectors)
+    result = Prediction(files, vectors, broken)
+    if bank:
+        nearest = nearest_prompts(vectors, bank, text_encoder.encode(bank))
+        names = [file.relative_to(config.images).as_posix() for file in files]
+        result.prompts = pd.concat([pd.DataFrame({"image": names}), nearest], axis=1)
+        metadata.write_table(nearest_path, result.prompts)
+    if truth:
+        targets = text_encoder.encode(truth)
+        result.score = evaluate.mean_cosine(vectors, targets)
+        result.constant = evaluate.constant_score(checkpoint.mean, targets)
+        log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
+    names = [str(file) for file in broken]
+    write_json(scores_path, {"score": result.score, "constant": result.constant, "broken": names})
+    stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
+    shutil.rmtree(work)
+    for file in broken:
+        log.warning("%s could not be read and got the mean prediction", file)
+    log.info("%s: %d images, checkpoint %s", config.out, len(files), folder)
+    return result

@@ -1,0 +1,154 @@
+"""Metadata CSVs: `image_name,prompt` first, then optional columns; one reader, one writer, one set of row keys."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import UserError
+from .files import atomic_path
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
+    """Reads a CSV of text columns.
+
+    Args:
+        path: UTF-8 CSV with a header.
+        required: Columns that must be there.
+
+    Returns:
+        All columns as str; empty fields are "".
+
+    Raises:
+        UserError: If the file is missing, empty, not UTF-8, not a CSV, or lacks a required column.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path or run the stage that writes it")
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8")
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{path}: the file is empty; it needs the header {','.join(required)} and rows") from error
+    except UnicodeDecodeError as error:
+        row = path.read_bytes()[: _bad_byte(path)].count(b"\n")
+        raise UserError(f"{path}: row {row}: bytes that are not UTF-8; save the file as UTF-8") from error
+    except pd.errors.ParserError as error:
+        raise UserError(f"{path}: not a CSV: {error}; quote fields that contain commas") from error
+    for column in required:
+        if column not in frame.columns:
+            raise UserError(f"{path}: no column {column!r}, found {', '.join(frame.columns)}; rename or add it")
+    if frame.empty:
+        raise UserError(f"{path}: a header but no rows; add rows or run the stage that writes it")
+    return frame
+
+
+def _bad_byte(path: Path) -> int:
+    try:
+        path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0
+
+
+def read_prompts(path: Path) -> pd.DataFrame:
+    """Reads a CSV with a `prompt` column, of which `image_name` and everything else is optional.
+
+    Raises:
+        UserError: As `read_table`, or if a prompt is blank or the text NaN, or an `image_name` is bad (see `check`).
+    """
+    frame = read_table(path, ("prompt",))
+    for row, prompt in enumerate(frame["prompt"], start=1):
+        if not prompt.strip() or prompt.strip().lower() in ("nan", "null"):
+            raise UserError(f"{path}: row {row}: the prompt is blank ({prompt!r}); fill it in or delete the row")
+    if "image_name" in frame:
+        check_names(frame, path)
+    return frame
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Reads a metadata CSV, that is `read_prompts` with `image_name` required.
+
+    Returns:
+        A frame with `image_name` and `prompt` first, `seed` (int, derived from the row where the file has none) and,
+        where present, `fold` (int) and the other columns as str.
+
+    Raises:
+        UserError: See `read_prompts`.
+    """
+    read_table(path, ("image_name", "prompt"))
+    frame = with_keys(read_prompts(path), path)
+    if "fold" in frame:
+        frame["fold"] = _integers(frame["fold"], path, "fold")
+    return frame
+
+
+def check_names(frame: pd.DataFrame, path: Path) -> None:
+    """Refuses image names that are blank, hold a path or stand twice; raises UserError naming the row."""
+    seen: dict[str, int] = {}
+    for row, name in enumerate(frame["image_name"], start=1):
+        if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
+            raise UserError(f"{path}: row {row}: image_name {name!r} must be a bare file name; rename it")
+        if name in seen:
+            raise UserError(f"{path}: row {row}: image_name {name!r} stands in row {seen[name]} too; make it unique")
+        seen[name] = row
+
+
+def with_keys(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Adds `image_name` and `seed` where they are missing: hashes of the row, never of its position.
+
+    Args:
+        frame: Rows with `prompt`.
+        path: File they came from, for error messages.
+    """
+    frame = frame.copy()
+    if "seed" in frame:
+        frame["seed"] = _integers(frame["seed"], path, "seed")
+    else:
+        names = frame["image_name"] if "image_name" in frame else [""] * len(frame)
+        frame["seed"] = [row_seed(f"{name}\n{prompt}") for name, prompt in zip(names, frame["prompt"], strict=True)]
+    if "image_name" not in frame:
+        frame["image_name"] = [
+            hash_text(f"{prompt}\n{seed}")[:16] + ".png"
+            for prompt, seed in zip(frame["prompt"], frame["seed"], strict=True)
+        ]
+    front = ["image_name", "prompt"]
+    return frame[front + [column for column in frame.columns if column not in front]]
+
+
+def _integers(column: pd.Series, path: Path, name: str) -> list[int]:
+    values = []
+    for row, text in enumerate(column, start=1):
+        try:
+            values.append(int(text))
+        except ValueError as error:
+            raise UserError(f"{path}: row {row}: {name} {text!r} is not a whole number; correct it") from error
+    return values
+
+
+def hash_text(text: str) -> str:
+    """SHA-256 of a text, as hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def row_seed(key: str) -> int:
+    """A 31-bit seed that depends on `key` alone."""
+    return int(hash_text(key)[:8], 16) & 0x7FFFFFFF
+
+
+def fold_of(group: str, folds: int) -> int:
+    """Fold of a group: a hash of its name, so that adding rows never moves an old one."""
+    return int(hash_text(group)[8:16], 16) % folds
+
+
+def image_file(image_name: str) -> str:
+    """File name of a row's image: `image_name`, with `.png` where it has no image suffix."""
+    return image_name if image_name.lower().endswith(IMAGE_SUFFIXES) else f"{image_name}.png"
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> None:
+    """Writes a CSV atomically, UTF-8 with `\\n` line ends."""
+    with atomic_path(path) as part:
+        frame.to_csv(part, index=False, encoding="utf-8", lineterminator="\n")

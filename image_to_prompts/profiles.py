@@ -1,0 +1,96 @@
+"""What every stage's settings share, and the defaults that depend on the profile and the run's folder."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .workspace import Run
+
+
+@dataclass
+class StageConfig:
+    """Flags that every stage has."""
+
+    run: Path = Path("runs/default")
+    """Folder in which every other path has its default."""
+    profile: str = "embedded"
+    """`embedded` (stand-ins, any machine) or `kaggle` (the reference; GPU and weights)."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def settings(self, *without: str) -> dict[str, Any]:
+        """The fields on which a stage's outputs depend: all but those named and the shared ones."""
+        return {k: v for k, v in asdict(self).items() if k not in {*without, "run", "profile", "quiet"}}
+
+
+# Only what differs between the profiles; everything else is the dataclass's own default.
+PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "embedded": {
+        "generate": {"source": "grammar", "count": 3800},
+        "render": {"backend": "scenes"},
+        "finetune": {
+            "backbone": "timm:tf_efficientnet_lite2",
+            "image_size": 224,
+            "epochs": 6,
+            "cycles": 1,
+            "batch_size": 32,
+            "learning_rate": 1e-3,
+            "cache_features": True,
+            "precision": "fp32",
+        },
+        "infer": {},
+        "dedupe": {"folds": 16},
+    },
+    "kaggle": {
+        "generate": {"source": "magicprompt", "count": 100_000},
+        "render": {"backend": "sd2"},
+        "finetune": {
+            "backbone": "open_clip:convnext_xxlarge",
+            "image_size": 512,
+            "epochs": 25,
+            "cycles": 2,
+            "batch_size": 32,
+            "learning_rate": 5e-5,
+            "cache_features": False,
+            "precision": "auto",
+        },
+        "infer": {},
+        "dedupe": {"folds": 5},
+    },
+}
+
+
+def path_defaults(stage: str, run: Run) -> dict[str, Any]:
+    """Paths of a stage inside the run's folder, such that each stage reads what its predecessor wrote."""
+    return {
+        "generate": {"out": run.prompts},
+        "dedupe": {"prompts": (run.prompts,), "out": run.metadata},
+        "render": {"metadata": run.metadata, "out": run.images},
+        "finetune": {"metadata": (run.metadata,), "images": (run.images,), "out": run.checkpoint},
+        "infer": {"images": run.images, "out": run.submission},
+    }[stage]
+
+
+def config_class(stage: str) -> type[StageConfig]:
+    """The `Config` dataclass of a stage's module."""
+    return importlib.import_module(f"image_to_prompts.{stage}").Config
+
+
+def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
+    """A stage's settings for a profile and a run's folder.
+
+    Args:
+        stage: Name of the stage.
+        run: The run's folder.
+        profile: `embedded` or `kaggle`.
+        **overrides: Fields to set otherwise.
+
+    Returns:
+        The stage's `Config`.
+    """
+    values = {"run": run.folder, "profile": profile}
+    values |= PROFILE_DEFAULTS[profile][stage] | path_defaults(stage, run) | overrides
+    return replace(config_class(stage)(), **values)

@@ -1,0 +1,82 @@
+"""The chain, one row a stage: the command line, notebooks, kernels, README table and tests follow this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One link of the chain.
+
+    Attributes:
+        number: Position, and the prefix of the notebook and the kernel.
+        name: Subcommand and module, `image_to_prompts.<name>`.
+        notebook: Stem of the notebook and of its text source.
+        does: What it does, in a few words.
+        reads: What it reads, relative to the run's folder.
+        writes: What it writes, relative to the run's folder.
+    """
+
+    number: int
+    name: str
+    notebook: str
+    does: str
+    reads: str
+    writes: str
+
+
+STAGES = (
+    Stage(
+        1, "generate", "01_generate_prompts", "writes new prompts with MagicPrompt", "a language model", "prompts/*.csv"
+    ),
+    Stage(
+        2,
+        "dedupe",
+        "02_dedupe_prompts",
+        "drops every prompt within cosine 0.8 of one that is kept (FAISS)",
+        "prompts/*.csv, other metadata CSVs",
+        "data_meta/<name>.csv, <name>.removed.csv",
+    ),
+    Stage(
+        3,
+        "render",
+        "03_render_images",
+        "Stable Diffusion 2 at 768 px, downsized to 512",
+        "data_meta/<name>.csv",
+        "images/<name>/*.png, manifest.csv",
+    ),
+    Stage(
+        4,
+        "finetune",
+        "04_finetune_convnext",
+        "ConvNeXt-XXLarge, last quarter of its layers unfrozen, linear head to 384",
+        "images/<name>, data_meta/<name>.csv",
+        "checkpoints/convnext/",
+    ),
+    Stage(
+        7,
+        "infer",
+        "07_infer_submission",
+        "predicts 384 numbers an image and the nearest known prompt",
+        "any image folder, checkpoints/convnext/",
+        "submission/submission.csv, submission.prompts.csv",
+    ),
+)
+"""Numbers 5 (`embed`) and 6 (`ensemble`) belong to the second system and are not built yet."""
+
+
+def stage(name: str) -> Stage:
+    """Returns the stage called `name`; raises KeyError if there is none."""
+    return {s.name: s for s in STAGES}[name]
+
+
+def markdown_table() -> str:
+    """The stages as the Markdown table that the README shows."""
+    head = "| # | stage | notebook | does | reads | writes |\n| --- | --- | --- | --- | --- | --- |\n"
+    return head + "\n".join(
+        f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | `{s.reads}` | `{s.writes}` |"
+        if "/" in s.reads
+        else f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | {s.reads} | `{s.writes}` |"
+        for s in STAGES
+    )

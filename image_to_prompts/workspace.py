@@ -1,0 +1,157 @@
+"""The only module that knows where things lie: a run's folder, and Kaggle's input and working folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .files import make_folder, write_json
+
+KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/input"))
+KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
+PROFILES = ("embedded", "kaggle")
+
+
+def on_kaggle() -> bool:
+    """Whether this is a Kaggle kernel."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ or "IMAGE_TO_PROMPTS_KAGGLE_INPUT" in os.environ
+
+
+def default_run() -> Path:
+    """`/kaggle/working` on Kaggle, `runs/default` elsewhere."""
+    return KAGGLE_WORKING if on_kaggle() else Path("runs/default")
+
+
+def kaggle_inputs(marker: str) -> list[Path]:
+    """Every file called `marker` (a name or a glob pattern) below an attached Kaggle input, whatever its layout.
+
+    Kaggle changed its mount layout in 2026 (`/kaggle/input/<slug>`, `.../datasets/<owner>/<slug>`,
+    `.../models/...`), so the marker is searched for.
+    """
+    return sorted(KAGGLE_INPUT.rglob(marker)) if KAGGLE_INPUT.is_dir() else []
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder and everything in it."""
+
+    folder: Path
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "prompts" / "generated.csv"
+
+    @property
+    def metadata(self) -> Path:
+        return self.folder / "data_meta" / "prompts.csv"
+
+    @property
+    def train_metadata(self) -> Path:
+        return self.metadata.with_name("train.csv")
+
+    @property
+    def test_metadata(self) -> Path:
+        return self.metadata.with_name("test.csv")
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images" / "prompts"
+
+    @property
+    def train_images(self) -> Path:
+        return self.images.with_name("train")
+
+    @property
+    def test_images(self) -> Path:
+        return self.images.with_name("test")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.checkpoints / "convnext"
+
+    @property
+    def submission(self) -> Path:
+        return self.folder / "submission" / "submission.csv"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    def newest_checkpoint(self) -> Path:
+        """The checkpoint folder written last, in this run or in an attached Kaggle input.
+
+        Raises:
+            UserError: If there is none.
+        """
+        found = [path.parent for path in self.checkpoints.glob("*/config.json")]
+        found += [path.parent for path in kaggle_inputs("config.json")]
+        found = [folder for folder in found if (folder / "model.safetensors").is_file() and is_checkpoint(folder)]
+        if not found:
+            raise UserError(f"no checkpoint under {self.checkpoints}; run finetune first or give --checkpoint DIR")
+        return max(found, key=lambda folder: (folder / "model.safetensors").stat().st_mtime)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder/config.json` is one of ours and not some other model's."""
+    try:
+        return "backbone" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def profile_of(folder: Path, explicit: str | None = None) -> str:
+    """The profile that governs a run: explicit, else stored in its run.json, else by machine.
+
+    Raises:
+        UserError: If the profile is unknown or run.json is damaged.
+    """
+    stored = folder / "run.json"
+    profile = explicit
+    if profile is None and stored.is_file():
+        try:
+            profile = json.loads(stored.read_text(encoding="utf-8"))["profile"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{stored}: not a run file; delete it or choose another --run folder") from error
+    if profile is None:
+        profile = "kaggle" if on_kaggle() else "embedded"
+    if profile not in PROFILES:
+        raise UserError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
+    return profile
+
+
+def competition_images() -> Path:
+    """Folder of the competition's test images below the attached Kaggle inputs.
+
+    Raises:
+        UserError: If the competition is not attached.
+    """
+    for marker in kaggle_inputs("sample_submission.csv"):
+        if (marker.parent / "images").is_dir():
+            return marker.parent / "images"
+    raise UserError(f"no competition images under {KAGGLE_INPUT}; attach stable-diffusion-image-to-prompts")
+
+
+def start(folder: str | Path | None = None, profile: str | None = None) -> tuple[Run, str]:
+    """Opens a run for a notebook: `folder` or the default one, `profile` or the run's own.
+
+    Returns:
+        The run and its profile.
+    """
+    folder = Path(folder) if folder else default_run()
+    profile = profile_of(folder, profile)
+    return open_run(folder, profile), profile
+
+
+def open_run(folder: Path, profile: str) -> Run:
+    """Makes the run's folder and stores its profile on first use."""
+    make_folder(folder)
+    if not (folder / "run.json").is_file():
+        write_json(folder / "run.json", {"profile": profile})
+    return Run(folder)

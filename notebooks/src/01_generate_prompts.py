@@ -1,0 +1,61 @@
+# %% [markdown]
+# # 01 · Generate prompts
+#
+# To learn which prompt made a picture, one needs many pairs of prompt and picture. The competition's pictures were
+# made by Stable Diffusion 2, so the pictures can be made at home; what is scarce is **varied prompts**. The reference
+# writes them with [MagicPrompt](https://huggingface.co/Gustavosta/MagicPrompt-Stable-Diffusion), a GPT-2 trained on
+# prompts that people typed.
+#
+# This run uses the profile that is printed below. `kaggle` is the reference; `embedded` needs no GPU and no download:
+# a grammar takes MagicPrompt's place and writes scenes that a small renderer can draw.
+#
+# Reads: a language model (or nothing). Writes: `prompts/generated.csv`.
+
+# %% tags=["parameters"]
+run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
+profile = None  # None: kaggle on Kaggle, embedded elsewhere
+count = 1500
+
+# %%
+from collections import Counter
+
+import matplotlib.pyplot as plt
+
+from image_to_prompts import generate, profiles, workspace
+from image_to_prompts.generate import grammar
+
+run, profile = workspace.start(run_folder, profile)
+config = profiles.default_config("generate", run, profile, count=count)
+print(f"profile {profile}: {config.count} prompts from {config.source}")
+
+# %% [markdown]
+# A prompt depends on the seed and its number alone. Asking for more later keeps those already written, and a killed
+# run goes on where it was.
+
+# %%
+prompts = generate.run(config)
+for prompt in prompts["prompt"].head(12):
+    print("·", prompt)
+
+# %% [markdown]
+# ## How varied are they?
+#
+# The embedded grammar names a thing as often as 55,494 real prompts do (bounded at both ends): a few things stand in
+# many prompts, most in few. The phrases behind the commas are drawn by nothing. They are noise, as half of the words
+# of real prompts are.
+
+# %%
+scenes = prompts["prompt"].map(grammar.parse)
+named = Counter(name for scene in scenes for name, _ in scene.things)
+words = prompts["prompt"].str.split().str.len()
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+left.hist(words, bins=range(0, words.max() + 2))
+left.set(xlabel="words in a prompt", ylabel="prompts")
+right.loglog(range(1, len(named) + 1), [n for _, n in named.most_common()])
+right.set(xlabel="rank of a thing", ylabel="prompts that name it")
+plt.show()
+print(f"{len(named)} different things; most frequent: {', '.join(name for name, _ in named.most_common(8))}")
+
+# %% [markdown]
+# Next: `02_dedupe_prompts` drops the ones that say the same.

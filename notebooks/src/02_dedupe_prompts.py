@@ -1,0 +1,88 @@
+# %% [markdown]
+# # 02 · Deduplicate prompts
+#
+# Thousands of prompts say nearly the same. If one of a pair trains and the other validates, the score lies; and
+# rendering both wastes GPU hours. The remedy of most teams: embed each prompt with all-MiniLM-L6-v2, the
+# competition's own target space, and drop every prompt **within cosine 0.8** of one that is kept.
+#
+# Reads: `prompts/generated.csv`. Writes: `data_meta/prompts.csv` and, with the reason for each, `.removed.csv`.
+
+# %% tags=["parameters"]
+run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
+profile = None
+threshold = 0.8
+test_folds = [1, 2]  # held out for notebook 07; [] on Kaggle, where the competition has its own test images
+
+# %%
+import faiss
+import matplotlib.pyplot as plt
+import numpy as np
+
+from image_to_prompts import dedupe, metadata, profiles, text_encoder, workspace
+
+run, profile = workspace.start(run_folder, profile)
+frame = metadata.read(run.prompts)
+
+# %% [markdown]
+# ## The idea in fifteen lines
+#
+# FAISS holds all vectors. Each prompt, in order, asks for everything within the threshold, and what comes later in the
+# list and is not yet gone is dropped. The first of each cluster stays. (The reference dropped *both* members of every
+# pair, and so lost whole clusters.)
+
+# %%
+vectors = text_encoder.encode(frame["prompt"].tolist())  # unit length: the inner product is the cosine
+
+index = faiss.IndexFlatIP(vectors.shape[1])
+index.add(vectors)
+limits, cosines, neighbours = index.range_search(vectors, threshold)
+
+kept = np.ones(len(vectors), bool)
+for i in range(len(vectors)):
+    if kept[i]:
+        near = neighbours[limits[i] : limits[i + 1]]
+        kept[near[near > i]] = False
+
+print(f"{kept.sum()} of {len(kept)} prompts stay")
+
+# %% [markdown]
+# ## The stage
+#
+# The same rule in blocks, with a witness for each dropped prompt, and two more columns: `group`, the prompt's leader
+# at cosine 0.7, and `fold`, a hash of the group. Splitting by fold never puts near-twins on both sides.
+
+# %%
+config = profiles.default_config("dedupe", run, profile, threshold=threshold)
+meta = dedupe.run(config)
+removed = metadata.read_table(dedupe.removed_path(run.metadata), ("prompt",)) if (~kept).any() else None
+assert len(meta) == kept.sum()
+meta.head()
+
+# %%
+removed.head() if removed is not None else "nothing was removed"
+
+# %% [markdown]
+# ## Are they varied enough?
+#
+# A model that always answers with the mean embedding scores the mean cosine to the mean. The lower, the more varied
+# the prompts.
+
+# %%
+unit_mean = vectors[kept].mean(0) / np.linalg.norm(vectors[kept].mean(0))
+nearest = np.sort(vectors[kept] @ vectors[kept].T, axis=1)[:, -2]
+
+plt.figure(figsize=(8, 3), layout="constrained")
+plt.hist(vectors[kept] @ unit_mean, np.linspace(0, 1, 51), alpha=0.6, label="to the mean prompt")
+plt.hist(nearest, np.linspace(0, 1, 51), alpha=0.6, label="to the nearest other prompt")
+plt.xlabel("cosine")
+plt.legend()
+plt.show()
+
+# %%
+constant = float((vectors[kept] @ unit_mean).mean())
+largest_group = float(meta["group"].value_counts(normalize=True).max())
+train, test = dedupe.hold_out(meta, test_folds, run.train_metadata, run.test_metadata)
+print(f"constant {constant:.3f}, largest group {largest_group:.1%}, {len(train)} rows to train, {len(test)} held out")
+
+# %% [markdown]
+# Next: `03_render_images` draws them.

@@ -1,0 +1,70 @@
+# %% [markdown]
+# # 07 · Predict and submit
+#
+# Any folder of images in, `submission.csv` out: for each image, sorted by name, 384 rows `<id>_<0..383>`. A picture
+# that cannot be read gets the mean prediction, so that the file is always complete.
+#
+# On Kaggle the images are the competition's and the internet is off. Elsewhere they are the held-out pictures of
+# notebook 03, whose prompts are known, so that the prediction can be scored.
+#
+# Reads: images, `checkpoints/convnext/`. Writes: `submission.csv` (on Kaggle) or `submission/submission.csv`.
+
+# %% tags=["parameters"]
+run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
+profile = None
+checkpoint_folder = None  # None: the newest in the run or among the attached inputs
+
+# %%
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Image
+
+from image_to_prompts import infer, profiles, report, submission, workspace
+
+run, profile = workspace.start(run_folder, profile)
+known = run.test_metadata.is_file()  # held-out pictures with known prompts
+folder = run.test_images if known else workspace.competition_images()
+config = profiles.default_config(
+    "infer",
+    run,
+    profile,
+    images=folder,
+    checkpoint=Path(checkpoint_folder) if checkpoint_folder else None,
+    out=run.submission if known else run.folder / "submission.csv",
+    key=run.test_metadata if known else None,
+    bank=run.train_metadata if known else None,
+)
+
+# %% [markdown]
+# ## Predict
+
+# %%
+result = infer.run(config)
+print(f"{len(result.files)} images, {len(result.broken)} of them unreadable")
+print(f"{submission.check(config.out, config.images)} images in a valid submission")
+pd.read_csv(config.out, nrows=5)
+
+# %% [markdown]
+# ## Score
+#
+# The competition's measure is the mean cosine. Beside it, what the mean prediction would have scored.
+
+# %%
+scores = {"score": result.score, "constant": result.constant}
+pd.Series({name: round(value, 4) for name, value in scores.items()}) if known else "the leaderboard tells"
+
+# %% [markdown]
+# ## In words
+#
+# The nearest known prompt to each prediction. It can only be as right as the list it is chosen from.
+
+# %%
+if known:
+    prompts = result.prompts.head(12)
+    tiles = [
+        report.tile(folder / image, f"{cosine:.2f} · {prompt}")
+        for image, prompt, cosine in zip(prompts["image"], prompts["prompt"], prompts["cosine"], strict=True)
+    ]
+    report.save(report.grid(tiles, 6).quantize(96), run.report / "nearest.png")
+Image(filename=str(run.report / "nearest.png")) if known else "no list of known prompts given"

@@ -1,0 +1,194 @@
+"""Shared fixtures: a small embedded run, and tiny random models of the reference's classes, saved to disk."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from image_to_prompts import dedupe, generate, profiles, render, workspace
+from image_to_prompts.__main__ import main
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the folder of shared data is not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*words) -> tuple[int, str, str]:
+        try:
+            main([str(word) for word in words])
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Runs a command that must fail with exit code 2 and one line that holds every given fragment."""
+
+    def run(words, *fragments):
+        code, out, err = command(*words)
+        lines = [line for line in err.splitlines() if line.startswith("image-to-prompts:")]
+        assert code == 2, (code, out, err)
+        assert len(lines) == 1 and "Traceback" not in err, err
+        for fragment in fragments:
+            assert str(fragment) in lines[0], (fragment, lines[0])
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> workspace.Run:
+    """An embedded run of about 60 prompts up to the images."""
+    run = workspace.open_run(tmp_path_factory.mktemp("small"), "embedded")
+    generate.run(profiles.default_config("generate", run, "embedded", count=60))
+    dedupe.run(profiles.default_config("dedupe", run, "embedded", folds=4))
+    render.run(profiles.default_config("render", run, "embedded", workers=1))
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_run, tmp_path_factory) -> Path:
+    """A checkpoint trained for one epoch on the small run."""
+    from image_to_prompts import finetune
+
+    out = tmp_path_factory.mktemp("checkpoint") / "convnext"
+    finetune.run(profiles.default_config("finetune", small_run, "embedded", out=out, epochs=1, image_size=64))
+    return out
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer trained on a few prompts, in GPT-2's and CLIP's file format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["a cat in a forest, oil painting, highly detailed", "two robots, 4k, v1.5"], trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory) -> Path:
+    """GPT2LMHeadModel with random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+    folder = tmp_path_factory.mktemp("MagicPrompt-Stable-Diffusion")
+    save_tokenizer(folder)
+    tokenizer = GPT2TokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_diffusion(folder: Path, prediction_type: str, sample_size: int) -> Path:
+    """StableDiffusionPipeline with random weights: CLIP text model, UNet, VAE with factor 8, DDIM scheduler."""
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    save_tokenizer(folder / "raw")
+    tokenizer = CLIPTokenizer(
+        str(folder / "raw" / "vocab.json"), str(folder / "raw" / "merges.txt"), unk_token="<|endoftext|>"
+    )
+    tokenizer.model_max_length = 77
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer) + 2,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        mid_block_add_attention=False,
+        sample_size=sample_size * 8,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(prediction_type=prediction_type, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory) -> Path:
+    """The right kind: v-prediction at 768 px."""
+    return save_diffusion(tmp_path_factory.mktemp("stable-diffusion-2"), "v_prediction", 96)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_base(tmp_path_factory) -> Path:
+    """The wrong kind: epsilon at 512 px."""
+    return save_diffusion(tmp_path_factory.mktemp("stable-diffusion-2-base"), "epsilon", 64)
+
+
+@pytest.fixture(scope="session")
+def tiny_open_clip(tmp_path_factory) -> Path:
+    """An open_clip model with a small ConvNeXt tower and random weights, in the hub's folder format."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("open_clip") / "tiny-convnext"
+    folder.mkdir()
+    model_config = {
+        "embed_dim": 32,
+        "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64},
+        "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(0)
+    model = open_clip.CLIP(model_config["embed_dim"], model_config["vision_cfg"], model_config["text_cfg"])
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}))
+    return folder

@@ -1,0 +1,156 @@
+"""Fine-tuning: it learns, validates honestly, resumes, and refuses what it cannot use."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from image_to_prompts import backbones, dataset, evaluate, finetune, frozen, metadata, model, profiles
+from image_to_prompts.errors import UserError
+
+
+def config(run, out, **overrides):
+    values = {"epochs": 1, "image_size": 64, "out": out, **overrides}
+    return profiles.default_config("finetune", run, "embedded", **values)
+
+
+def test_checkpoint_holds_everything(small_checkpoint, small_run):
+    loaded = model.load(small_checkpoint)
+    assert loaded.spec.name == "timm:tf_efficientnet_lite2" and loaded.spec.image_size == 64
+    assert set(loaded.config["metrics"]) == {"epoch", "validation_cosine", "constant", "knn", "knn_k"}
+    assert loaded.config["rows"]["train"] > loaded.config["rows"]["validate"] > 0
+    assert abs(np.linalg.norm(loaded.mean) - 1) < 1e-5
+    assert list(pd.read_csv(small_checkpoint / "history.csv")) == ["epoch", "loss", "cosine"]
+    assert (small_checkpoint / "history.png").stat().st_size > 5000
+
+
+def test_only_the_last_quarter_changes(small_checkpoint):
+    after = model.load(small_checkpoint)
+    before = backbones.build(after.spec)
+    backbones.load_pretrained(before, after.spec)
+    trained = set(backbones.unfreeze_last_quarter(before))
+    parameters = dict(before.named_parameters())
+    for name, value in after.model.backbone.named_parameters():
+        assert torch.equal(value, parameters[name]) == (name not in trained), name
+
+
+def test_validation_is_what_the_saved_model_scores(small_checkpoint, small_run):
+    """Validation over cached activations, in eval mode, equals the checkpoint's score on the images themselves."""
+    loaded = model.load(small_checkpoint)
+    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    score = finetune.validate(
+        loaded.model, finetune.ImageRows(rows.paths, loaded.spec.image_size), rows, torch.device("cpu")
+    )
+    assert score == pytest.approx(loaded.config["metrics"]["validation_cosine"], abs=0.01)
+
+
+def test_training_lowers_the_loss(small_run, tmp_path):
+    history = finetune.run(config(small_run, tmp_path / "c", epochs=4))
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0] - 0.02
+
+
+def test_cached_and_uncached_training_agree(small_run, tmp_path):
+    options = {"precision": "fp32", "learning_rate": 1e-4}
+    cached = finetune.run(config(small_run, tmp_path / "a", **options))
+    plain = finetune.run(config(small_run, tmp_path / "b", cache_features=False, **options))
+    assert cached["cosine"].iloc[-1] == pytest.approx(plain["cosine"].iloc[-1], abs=0.01)
+    assert cached["loss"].iloc[-1] == pytest.approx(plain["loss"].iloc[-1], abs=0.01)
+
+
+def test_rows_near_training_rows_do_not_validate(tmp_path, small_run):
+    frame = metadata.read(small_run.metadata)
+    frame = frame.head(12).assign(fold=[0, 0, 0, 0, *[1] * 8])
+    frame.loc[0, "prompt"] = frame.loc[10, "prompt"]
+    metadata.write_table(tmp_path / "m.csv", frame)
+    rows = dataset.load_rows((tmp_path / "m.csv",), (small_run.images,))
+    assert rows.left_out == 1 and rows.valid.tolist() == [1, 2, 3] and len(rows.train) == 8
+
+
+def test_rows_without_folds_get_them(tmp_path, small_run):
+    frame = metadata.read(small_run.metadata)[["image_name", "prompt"]]
+    metadata.write_table(tmp_path / "m.csv", frame)
+    rows = dataset.load_rows((tmp_path / "m.csv",), (small_run.images,))
+    assert len(rows.train) + len(rows.valid) == len(frame)
+
+
+def test_damaged_images_are_left_out_and_counted(small_run, tmp_path, caplog):
+    folder = tmp_path / "images"
+    shutil.copytree(small_run.images, folder)
+    frame = metadata.read(small_run.metadata)
+    for name, content in zip(frame["image_name"][:2], (b"", b"garbage"), strict=True):
+        (folder / name).write_bytes(content)
+    for cache in (True, False):
+        caplog.clear()
+        finetune.run(config(small_run, tmp_path / f"c{cache}", images=(folder,), cache_features=cache))
+        assert "2 images could not be read" in caplog.text
+
+
+def test_what_cannot_be_used_is_refused(small_run, tmp_path, refused):
+    base = ["finetune", "--run", small_run.folder, "--out", tmp_path / "c", "--image-size", "64"]
+    refused([*base, "--images", tmp_path], small_run.metadata, "row 1", "no image")
+    refused([*base, "--fold", "99"], "fold 99 holds 0")
+    refused([*base, "--backbone", "timm:efficientnet_lite2x"], "nearest", "efficientnet_lite")
+    refused([*base, "--epochs", "0"], "--epochs 0")
+    refused([*base, "--learning-rate", "-1"], "--learning-rate")
+    refused([*base, "--weights", tmp_path / "none.pth"], "no such file")
+    (tmp_path / "file").write_text("x")
+    refused([*base[:3], "--out", tmp_path / "file" / "c"], "regular file")
+    assert not (tmp_path / "c" / "config.json").exists()
+
+
+def test_all_images_damaged_is_one_clear_line(small_run, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in metadata.read(small_run.metadata)["image_name"]:
+        (folder / name).write_bytes(b"garbage")
+    with pytest.raises(UserError, match="0 training and 0 validation images"):
+        finetune.run(config(small_run, tmp_path / "c", images=(folder,)))
+
+
+def test_an_infinite_loss_stops(small_run, tmp_path):
+    with pytest.raises(UserError, match=r"epoch \d+, step \d+: the loss is nan"):
+        finetune.run(config(small_run, tmp_path / "c", learning_rate=1e30, epochs=3))
+
+
+def test_checkpoint_of_another_shape_is_refused(small_checkpoint, small_run, tmp_path, refused):
+    broken = tmp_path / "broken"
+    shutil.copytree(small_checkpoint, broken)
+    settings = json.loads((broken / "config.json").read_text())
+    settings["backbone"]["name"] = "timm:tf_efficientnet_lite0"
+    (broken / "config.json").write_text(json.dumps(settings))
+    words = ["infer", "--images", small_run.images, "--out", tmp_path / "s.csv", "--checkpoint"]
+    refused([*words, broken], broken, "another shape")
+    refused([*words, tmp_path / "none"], "no such file")
+    (broken / "config.json").write_text("{}")
+    refused([*words, broken], "not a checkpoint")
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_knn_and_skill():
+    rng = np.random.default_rng(0)
+    features, targets = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(30, 384)).astype(np.float32)
+    np.testing.assert_allclose(evaluate.nearest_mean(features, features, targets, 1), targets)
+    assert evaluate.best_k(features, targets, features, targets) == 1
+    assert evaluate.skill(0.7, 0.5, 0.9) == pytest.approx(0.5)
+    assert evaluate.mean_cosine(targets, 3 * targets) == pytest.approx(1)
+    assert frozen.KNN_ROWS == 20_000
+
+
+def test_ceiling_lies_above_what_a_wrong_scene_scores():
+    from image_to_prompts import text_encoder
+    from image_to_prompts.generate import grammar
+
+    prompts = [grammar.prompt(0, i) for i in range(30)]
+    targets = text_encoder.encode(prompts)
+    ceiling = evaluate.ceiling_score(prompts, targets)
+    constant = evaluate.constant_score(targets.mean(0), targets)
+    assert constant + 0.2 < ceiling < 1
+
+
+def test_learning_rate_restarts():
+    assert finetune.learning_rate_factor(0, 2) == finetune.learning_rate_factor(0.5, 2) == 1
+    assert finetune.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
+    assert finetune.learning_rate_factor(0.999, 1) < 1e-4

@@ -1,0 +1,91 @@
+"""Images of every kind that people have."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from image_to_prompts import images
+from image_to_prompts.errors import UserError
+
+RED = (200, 30, 30)
+
+
+def test_formats_modes_and_orientation(tmp_path):
+    base = Image.new("RGB", (40, 20), RED)
+    base.save(tmp_path / "a.PNG")
+    base.save(tmp_path / "b.jpg", quality=95)
+    base.save(tmp_path / "c.webp", quality=95)
+    base.convert("CMYK").save(tmp_path / "d.jpeg", quality=95)
+    base.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "e.png")
+    for name in "abcde":
+        file = next(tmp_path.glob(f"{name}.*"))
+        values = np.asarray(images.read(file), np.int16)
+        assert values.shape == (20, 40, 3) and np.abs(values - RED).max() < 25, file
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), RED)
+    image.paste((0, 0, 255), (0, 0, 5, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn a quarter clockwise to show
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    turned = images.read(tmp_path / "a.jpg")
+    assert turned.size == (20, 40)
+    assert turned.getpixel((10, 1))[2] > 200 > turned.getpixel((10, 38))[2]
+
+
+def test_alpha_is_laid_on_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert images.read(tmp_path / "a.png").getpixel((3, 3)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.save(tmp_path / "b.png", transparency=0)
+    assert images.read(tmp_path / "b.png").getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_sixteen_bits_keep_their_brightness(tmp_path):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "a.png")
+    assert abs(images.read(tmp_path / "a.png").getpixel((1, 1))[0] - 40000 / 257) < 2
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 255, 0))]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
+    for name in ("a.webp", "b.png"):
+        assert images.read(tmp_path / name).getpixel((1, 1)) == RED
+
+
+def test_broken_files_raise_one_kind_of_error(tmp_path):
+    whole = tmp_path / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
+    cases = {"empty.png": b"", "cut.png": whole.read_bytes()[:2000], "text.jpg": b"hello", "head.webp": b"RIFF"}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(images.BrokenImageError, match=name):
+            images.read(tmp_path / name)
+
+
+def test_find_looks_below_and_sorts(tmp_path):
+    for name in ("b/x.png", "a.JPG", "b/c/y.webp", ".hidden.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert [f.relative_to(tmp_path).as_posix() for f in images.find(tmp_path)] == ["a.JPG", "b/c/y.webp", "b/x.png"]
+    with pytest.raises(UserError, match="no images"):
+        images.find(tmp_path / "b" / "c" / "..").clear() or images.find(_empty(tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        images.find(tmp_path / "none")
+
+
+def _empty(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def test_fit_crops_the_centre():
+    wide = Image.new("RGB", (300, 100), "white")
+    wide.paste(RED, (100, 0, 200, 100))
+    fitted = images.fit(wide, 50)
+    assert fitted.shape == (3, 50, 50) and fitted.dtype == np.uint8
+    assert (fitted[0, :, 5:45] == RED[0]).all()

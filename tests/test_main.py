@@ -1,0 +1,82 @@
+"""The command line: quick help, profiles, one-line refusals, defaults that chain the stages."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from image_to_prompts import profiles, workspace
+from image_to_prompts.stages import STAGES
+
+HEAVY = ("torch", "diffusers", "transformers", "sentence_transformers", "timm", "open_clip", "faiss", "matplotlib")
+
+
+@pytest.mark.parametrize("words", [["--help"], *([s.name, "--help"] for s in STAGES), ["run", "--help"]])
+def test_help_imports_nothing_heavy(words):
+    code = (
+        "import sys\nfrom image_to_prompts.__main__ import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit as e:\n    assert not e.code\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--run" in done.stdout or words == ["--help"]
+
+
+def test_help_shows_docstrings_and_the_profiles_defaults(command, tmp_path):
+    _, embedded, _ = command("finetune", "--run", tmp_path / "r", "--help")
+    _, kaggle, _ = command("finetune", "--run", tmp_path / "r", "--profile", "kaggle", "--help")
+    assert "tf_efficientnet_lite2" in embedded and "convnext_xxlarge" in kaggle
+    assert "Fold that validates" in " ".join(embedded.split())
+    assert not (tmp_path / "r").exists()
+
+
+def test_unknown_words_are_refused_in_one_line(refused, tmp_path):
+    refused(["paint"], "unknown command 'paint'", "generate")
+    refused(["generate", "--count", "many", "--run", tmp_path], "--count")
+    refused(["generate", "--source", "oracle", "--run", tmp_path], "oracle", "grammar")
+    refused(["generate", "--colour", "red", "--run", tmp_path], "--colour")
+    refused(["generate", "--profile", "cloud", "--run", tmp_path], "unknown profile 'cloud'", "embedded, kaggle")
+    refused(["dedupe", "--prompts", tmp_path / "none.csv", "--run", tmp_path / "r"], "none.csv", "no such file")
+
+
+def test_output_below_a_regular_file_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(["generate", "--run", tmp_path / "r", "--out", tmp_path / "file" / "x.csv"], "regular file")
+    refused(["generate", "--run", tmp_path / "file"], "regular file")
+
+
+def test_profile_is_stored_and_an_explicit_one_wins(command, tmp_path, monkeypatch):
+    folder = tmp_path / "r"
+    code, _, err = command("generate", "--run", folder, "--count", 5)
+    assert code == 0, err
+    assert json.loads((folder / "run.json").read_text()) == {"profile": "embedded"}
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert workspace.profile_of(folder) == "embedded"
+    assert workspace.profile_of(folder, "kaggle") == "kaggle"
+    assert workspace.profile_of(tmp_path / "new") == "kaggle"
+    (folder / "run.json").write_text("[]")
+    with pytest.raises(ValueError, match="not a run file"):
+        workspace.profile_of(folder)
+
+
+def test_each_stage_reads_by_default_what_its_predecessor_wrote(tmp_path):
+    run = workspace.Run(tmp_path)
+    for profile in workspace.PROFILES:
+        configs = {s.name: profiles.default_config(s.name, run, profile) for s in STAGES}
+        assert configs["dedupe"].prompts == (configs["generate"].out,)
+        assert configs["render"].metadata == configs["dedupe"].out
+        assert configs["finetune"].metadata == (configs["dedupe"].out,)
+        assert configs["finetune"].images == (configs["render"].out,)
+        assert configs["finetune"].out.parent == run.checkpoints
+    assert configs["finetune"].backbone == "open_clip:convnext_xxlarge" and configs["finetune"].image_size == 512
+    assert configs["render"].backend == "sd2" and configs["generate"].source == "magicprompt"
+
+
+def test_stages_run_without_flags_after_their_predecessors(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (["generate", "--count", "12"], ["dedupe"], ["render", "--workers", "1"]):
+        code, _, err = command(*words)
+        assert code == 0, err
+    assert (tmp_path / "runs/default/images/prompts/manifest.csv").is_file()

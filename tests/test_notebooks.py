@@ -1,0 +1,77 @@
+"""The notebooks, executed in order with small parameters through one folder; the committed ones; the kernel."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from image_to_prompts import model, submission, workspace
+from image_to_prompts.stages import STAGES, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+specification = importlib.util.spec_from_file_location("build", ROOT / "notebooks" / "build.py")
+build = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(build)
+
+
+@pytest.mark.slow
+def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
+    parameters = {
+        "01_generate_prompts": {"count": 160},
+        "02_dedupe_prompts": {},
+        "03_render_images": {},
+        "04_finetune_convnext": {"epochs": 2},
+        "07_infer_submission": {},
+    }
+    assert list(parameters) == [stage.notebook for stage in STAGES]
+    for name, values in parameters.items():
+        values = {"run_folder": str(tmp_path / "run"), "profile": "embedded", **values}
+        build.execute(name, tmp_path / f"{name}.ipynb", values, tmp_path)
+    run = workspace.Run(tmp_path / "run")
+    assert submission.check(run.submission, run.test_images) == len(pd.read_csv(run.test_metadata))
+    metrics = model.load(run.checkpoint).config["metrics"]
+    assert metrics["constant"] < 0.55
+    assert metrics["validation_cosine"] > metrics["constant"]
+    scores = json.loads(run.submission.with_suffix(".json").read_text())
+    assert scores["score"] > scores["constant"]
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.notebook)
+def test_committed_notebooks_are_executed_small_and_up_to_date(stage):
+    path = ROOT / "notebooks" / f"{stage.notebook}.ipynb"
+    text = path.read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert path.stat().st_size <= 400_000
+    assert any(cell.get("outputs") for cell in notebook["cells"])
+    for private in ("/work/", "/root/", "/home/", "/tmp/"):
+        assert private not in text, private
+    source = build.read_source(stage.notebook)
+    executed = [
+        "".join(c["source"]) for c in notebook["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])
+    ]
+    assert executed == [cell.source for cell in source.cells]
+
+
+def test_kernels_are_built_from_the_sources():
+    for name in build.KERNELS:
+        stage = next(s for s in STAGES if s.name == name)
+        folder = ROOT / "kernels" / stage.notebook.replace("_", "-")
+        for file, text in build.kernel_files(stage).items():
+            assert (folder / file).read_text(encoding="utf-8") == text, f"{file}: run make kernels"
+
+
+def test_the_kernel_can_be_pushed():
+    folder = ROOT / "kernels" / "07-infer-submission"
+    metadata = json.loads((folder / "kernel-metadata.json").read_text())
+    assert metadata["enable_gpu"] is True and metadata["enable_internet"] is False
+    assert metadata["id"].split("/")[1] == metadata["title"].replace(" ", "-").lower() == folder.name
+    assert 5 <= len(metadata["title"]) <= 50 and (folder / metadata["code_file"]).is_file()
+    notebook = json.loads((folder / metadata["code_file"]).read_text())
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    assert metadata["competition_sources"] == [build.COMPETITION]
+
+
+def test_readme_shows_the_stage_table():
+    assert markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,113 @@
+"""Every stage, killed with SIGKILL at several moments and started again, ends with the files of an undisturbed run."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from image_to_prompts import metadata
+
+MOMENTS = (0.1, 0.35, 0.6, 0.85)
+STAGES = {
+    "generate": {"count": 3000, "batch_size": 16},
+    "magicprompt": {"source": "magicprompt", "count": 48, "batch_size": 4},
+    "dedupe": {},
+    "render": {"workers": 2},
+    "render-sd2": {"backend": "sd2", "steps": 2, "batch_size": 2},
+    "finetune": {"epochs": 3, "image_size": 64, "learning_rate": 2e-4},
+    "finetune-uncached": {"epochs": 3, "image_size": 64, "cache_features": False, "precision": "fp32"},
+    "infer": {"batch_size": 4},
+}
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["torch", "transformers", "sentence_transformers", "diffusers", "timm", "faiss", "accelerate", "pandas"]
+)
+
+
+def work(stage: str, run: Path, values: dict) -> None:
+    """One run of a stage in a process of its own, with one thread so that floating point is reproducible."""
+    import torch
+
+    from image_to_prompts import dedupe, finetune, infer, profiles, text_encoder, workspace
+
+    torch.set_num_threads(1)
+    text_encoder.BLOCK, infer.BLOCK, dedupe.SEARCH_BLOCK = 16, 8, 8
+    stages = {
+        "generate": "generate",
+        "magicprompt": "generate",
+        "render-sd2": "render",
+        "finetune-uncached": "finetune",
+    }
+    name = stages.get(stage, stage)
+    config = profiles.default_config(name, workspace.open_run(run, "embedded"), "embedded", **values)
+    module = {"dedupe": dedupe, "finetune": finetune, "infer": infer}.get(name)
+    if module is None:
+        import importlib
+
+        module = importlib.import_module(f"image_to_prompts.{name}")
+    module.run(config)
+
+
+def start(stage, run, values):
+    process = context.Process(target=work, args=(stage, run, values))
+    process.start()
+    return process
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All finished files but the run file and the stamps."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if not path.name.startswith(".")}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob(".*") if path.is_dir() or path.suffix == ".part"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2, tiny_sd2, tmp_path):
+    values = dict(STAGES[stage])
+    few = tmp_path / "few.csv"
+    metadata.write_table(few, metadata.read(small_run.metadata).head(10))
+    values |= {
+        "magicprompt": {"weights": tiny_gpt2},
+        "dedupe": {"prompts": (small_run.prompts,)},
+        "render": {"metadata": small_run.metadata},
+        "render-sd2": {"metadata": few, "weights": tiny_sd2},
+        "finetune": {"metadata": (small_run.metadata,), "images": (small_run.images,)},
+        "finetune-uncached": {"metadata": (small_run.metadata,), "images": (small_run.images,)},
+        "infer": {"images": small_run.images, "checkpoint": small_checkpoint},
+    }.get(stage, {})
+
+    begin = time.perf_counter()
+    whole = start(stage, tmp_path / "whole", values)
+    whole.join()
+    duration = time.perf_counter() - begin
+    assert whole.exitcode == 0
+    expected = contents(tmp_path / "whole")
+    assert len(expected) > 1
+
+    killed = 0
+    for moment in MOMENTS:
+        process = start(stage, tmp_path / "torn", values)
+        process.join(moment * duration)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            killed += 1
+    assert killed >= 2
+    last = start(stage, tmp_path / "torn", values)
+    last.join()
+    assert last.exitcode == 0
+    assert contents(tmp_path / "torn") == expected
+    stamps = [path.stat().st_mtime_ns for path in (tmp_path / "torn").rglob(".*.done")]
+    again = start(stage, tmp_path / "torn", values)
+    again.join()
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "torn").rglob(".*.done")] == stamps
+    # Half-written files of killed processes may stay, but nothing takes them for images or tables.
+    assert all(path.name.startswith(".") for path in leftovers(tmp_path / "torn"))
