@@ -19,8 +19,8 @@ run: install ## the embedded chain on about 3,000 prompts: pictures, model, subm
 quick: install ## the same on a few hundred prompts (at most 2 minutes)
 	$(COMMAND) run --quick
 
-test: install ## the tests
-	$(VENV)/bin/python -m pytest
+test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
+	$(VENV)/bin/python -m pytest -m 'not gpu and not network'
 
 bench: install ## render speed on this machine
 	$(VENV)/bin/python benchmarks/render.py

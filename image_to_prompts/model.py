@@ -54,6 +54,7 @@ def build(spec: backbones.Spec) -> nn.Module:
                 self.backbone.eval()
                 width = self.backbone(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[-1]
             self.head = nn.Linear(width, DIMENSION)
+            self.to(memory_format=torch.channels_last)
             self.register_buffer("pixel_mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("pixel_std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 

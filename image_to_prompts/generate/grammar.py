@@ -113,7 +113,7 @@ def vocabulary() -> dict[str, Thing]:
 @lru_cache(maxsize=1)
 def _weights() -> tuple[int, ...]:
     """How often each thing is drawn: as often as real prompts name it, within bounds that keep variety."""
-    return tuple(min(thing.count, 800) + 4 for thing in vocabulary().values())
+    return tuple(min(thing.count, 1200) + 2 for thing in vocabulary().values())
 
 
 @lru_cache(maxsize=1)
@@ -134,7 +134,7 @@ def modifiers() -> tuple[str, ...]:
 
 def sample(rng: random.Random) -> Scene:
     """Draws a scene: one to three distinct things with counts, a relation, perhaps a place and a style."""
-    wanted = rng.choices((1, 2, 3), (0.45, 0.4, 0.15))[0]
+    wanted = rng.choices((1, 2, 3), (0.5, 0.38, 0.12))[0]
     names: list[str] = []
     while len(names) < wanted:
         names += [name for name in rng.choices(tuple(vocabulary()), _weights()) if name not in names]
