@@ -6,8 +6,10 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +97,7 @@ def _run_stage(name: str, words: list[str]) -> None:
 
 def _value_of(flag: str, words: list[str]) -> str | None:
     """Value of a flag, read before the parser runs because the other flags' defaults depend on it."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         if word == flag:
             return following
         if word.startswith(f"{flag}="):
@@ -119,8 +121,9 @@ def _parse(config: type, words: list[str], command: str, default: Any = None) ->
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        lines = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        text = " ".join(lines).partition("───")[0].strip()
+        # tyro prints framed sections: a title, what is wrong, help.
+        sections = re.split("[─-]{3,}", re.sub("[╭╮╰╯│|]", " ", said.getvalue()))
+        text = " ".join([" ".join(s.split()) for s in sections if s.strip(" ─\n")][1:2])
         raise UserError(f"{command}: {text}; see image-to-prompts {command} --help") from None
 
 

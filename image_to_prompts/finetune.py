@@ -210,10 +210,12 @@ def run(config: Config) -> pd.DataFrame:
 
     import torch
     from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
     from torch.utils.data import DataLoader
 
     from .devices import mixed_precision
 
+    AcceleratorState._reset_state()  # a notebook may train twice in one process, in different precisions
     precision = mixed_precision(PartialState().device) if config.precision == "auto" else "no"
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device

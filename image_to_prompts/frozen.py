@@ -96,6 +96,8 @@ def features(
         hook = first.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].cpu().clone()))
         found = evaluate.extract(model.features, images, 32, device, only=only)
         hook.remove()
+        if not taken:
+            raise UserError("no image can be read; check --images")
         activations = torch.cat(taken)
         _compare(tail, activations, found[only], device)
         log.info("cached features: %.0f MB", activations.nbytes / 1e6)

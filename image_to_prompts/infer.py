@@ -137,7 +137,9 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
     index = faiss.IndexFlatIP(prompt_vectors.shape[1])
     index.add(prompt_vectors)
     cosines, rows = index.search(evaluate.unit(vectors), 1)
-    return pd.DataFrame({"prompt": [prompts[row] for row in rows[:, 0]], "cosine": np.round(cosines[:, 0], 4)})
+    return pd.DataFrame(
+        {"prompt": [prompts[row] for row in rows[:, 0]], "cosine": np.round(cosines[:, 0].astype(float), 4)}
+    )
 
 
 def run(config: Config) -> Prediction:

@@ -106,8 +106,9 @@ def test_all_images_damaged_is_one_clear_line(small_run, tmp_path):
     folder.mkdir()
     for name in metadata.read(small_run.metadata)["image_name"]:
         (folder / name).write_bytes(b"garbage")
-    with pytest.raises(UserError, match="0 training and 0 validation images"):
-        finetune.run(config(small_run, tmp_path / "c", images=(folder,)))
+    for cache in (True, False):
+        with pytest.raises(UserError, match="no image can be read|0 training and 0 validation images"):
+            finetune.run(config(small_run, tmp_path / "c", images=(folder,), cache_features=cache))
 
 
 def test_an_infinite_loss_stops(small_run, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from image_to_prompts import metadata
 
-MOMENTS = (0.1, 0.35, 0.6, 0.85)
+CHANGES = (1, 2, 4, 8, 3, 16)  # kill when the run's folder has changed this often
 STAGES = {
     "generate": {"count": 3000, "batch_size": 16},
     "magicprompt": {"source": "magicprompt", "count": 48, "batch_size": 4},
@@ -58,6 +58,22 @@ def start(stage, run, values):
     return process
 
 
+def kill_after(process, folder: Path, changes: int) -> bool:
+    """Kills a process once its folder has changed so often; False if it ended before."""
+    before, seen = None, -1
+    while process.is_alive():
+        now = [(str(path), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.exists()]
+        if now != before:
+            before, seen = now, seen + 1
+        if seen >= changes:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            return True
+        time.sleep(0.002)
+    process.join()
+    return False
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All finished files but the run file and the stamps."""
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -84,23 +100,17 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2,
         "infer": {"images": small_run.images, "checkpoint": small_checkpoint},
     }.get(stage, {})
 
-    begin = time.perf_counter()
     whole = start(stage, tmp_path / "whole", values)
     whole.join()
-    duration = time.perf_counter() - begin
     assert whole.exitcode == 0
     expected = contents(tmp_path / "whole")
     assert len(expected) > 1
 
     killed = 0
-    for moment in MOMENTS:
+    for changes in CHANGES:
         process = start(stage, tmp_path / "torn", values)
-        process.join(moment * duration)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            killed += 1
-    assert killed >= 2
+        killed += kill_after(process, tmp_path / "torn", changes)
+    assert killed >= 3
     last = start(stage, tmp_path / "torn", values)
     last.join()
     assert last.exitcode == 0

@@ -61,7 +61,7 @@ RELATIONS = {
 
 COUNTS = {1: ("a",), 2: ("two", "a couple of"), 3: ("three", "a trio of"), 5: ("five", "a group of", "many")}
 JOINS = ("and", "with", "plus", "accompanied by")
-STYLE_PREFIX = ("{style} of {scene}", "a {style} depicting {scene}", "{style}: {scene}", "{scene} as {style}")
+STYLE_PREFIX = ("{style} of {scene}", "{a_style} depicting {scene}", "{style}: {scene}", "{scene} as {style}")
 STYLE_SUFFIX = ("{scene}, {style}", "{scene} in the style of {style}", "{scene}; {style}")
 PART_PROBABILITY = 0.6  # a place, and a style, each in about 60 % of prompts (design)
 FLAVORS, ARTISTS = 1500, 500  # how many of clip-interrogator's phrases and artists are used, most frequent first
@@ -147,10 +147,13 @@ def sample(rng: random.Random) -> Scene:
     return Scene(tuple(zip(names, counts, strict=True)), relation, place, style)
 
 
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou8' else 'a'} {words}"
+
+
 def _phrase(name: str, count: int, rng: random.Random) -> str:
     if count == 1:
-        article = rng.choice(("", "an " if name[0] in "aeiou" else "a ", "one "))
-        return article + name
+        return rng.choice((name, _with_article(name), f"one {name}"))
     return f"{rng.choice(COUNTS[count])} {vocabulary()[name].plural}"
 
 
@@ -175,7 +178,8 @@ def write(scene: Scene, rng: random.Random) -> str:
         text = rng.choice((f"{text} {place}", f"{text}, {place}", f"{place}, {text}", f"{text} {place}"))
     if scene.style:
         template = rng.choice(STYLE_PREFIX + STYLE_SUFFIX)
-        text = template.format(style=rng.choice(STYLES[scene.style]), scene=text)
+        style = rng.choice(STYLES[scene.style])
+        text = template.format(style=style, a_style=_with_article(style), scene=text)
     extra = rng.sample(modifiers(), rng.choices((0, 1, 2, 3), (0.4, 0.3, 0.2, 0.1))[0])
     if extra and rng.random() < 0.2:
         text = f"{extra.pop()}, {text}"
