@@ -111,7 +111,7 @@ def run(config: Config) -> str:
     stage.epochs = epochs or stage.epochs
     done = run_.checkpoint / ".finetune.done"
     train_rows = len(kept) - len(test)
-    clock("finetune", done, lambda: finetune.run(stage), lambda history: len(history) * train_rows)
+    clock("finetune", done, lambda: finetune.run(stage), lambda history: history["epoch"].max() * train_rows)
 
     predictions = {}
     for name in ("test", "test-openmoji"):

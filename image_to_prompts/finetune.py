@@ -86,7 +86,7 @@ def train_epoch(
     epoch: int,
     config: Config,
 ) -> float:
-    """One pass over the training rows; returns the mean loss (1 - cosine) of this process.
+    """Pass number `epoch`, from 1, over the training rows; returns the mean loss (1 - cosine) of this process.
 
     Raises:
         UserError: If no image can be read or the loss is not finite.
@@ -97,8 +97,8 @@ def train_epoch(
     backbones.set_training(model, True)
     torch.manual_seed(config.seed * 100_003 + epoch)
     losses = []
-    for step, (batch, rows) in enumerate(progress(loader, f"epoch {epoch + 1}/{config.epochs}", len(loader))):
-        factor = learning_rate_factor((epoch + step / len(loader)) / config.epochs, config.cycles)
+    for step, (batch, rows) in enumerate(progress(loader, f"epoch {epoch}/{config.epochs}", len(loader))):
+        factor = learning_rate_factor((epoch - 1 + step / len(loader)) / config.epochs, config.cycles)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         if len(rows) < 2:  # batch normalisation needs two
@@ -106,7 +106,7 @@ def train_epoch(
         predicted = model(batch.to(accelerator.device)).float()
         loss = (1 - cosine_similarity(predicted, targets[rows.cpu()].to(predicted.device))).mean()
         if not torch.isfinite(loss):
-            raise UserError(f"epoch {epoch + 1}, step {step + 1}: the loss is {loss.item()}; lower --learning-rate")
+            raise UserError(f"epoch {epoch}, step {step + 1}: the loss is {loss.item()}; lower --learning-rate")
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
@@ -191,7 +191,7 @@ def run(config: Config) -> pd.DataFrame:
     """Runs the stage; also under `accelerate launch`.
 
     Returns:
-        The history, one row an epoch: epoch, loss, cosine (validation).
+        The history: epoch, loss, cosine (validation), one row an epoch and one for the fitted head before (epoch 0).
 
     Raises:
         UserError: On bad input, settings or weights, or if the loss becomes infinite.
@@ -246,25 +246,32 @@ def run(config: Config) -> pd.DataFrame:
     wrapped, optimizer, loader = accelerator.prepare(trained, optimizer, loader)
     history = _load_state(work / "last.pt", model, optimizer, accelerator)
     targets = torch.from_numpy(rows.targets)
-    for epoch in range(len(history), config.epochs):
+    description = {
+        "backbone": spec.to_dict(),
+        "trained_tensors": len(trained_names) + 2,
+        "data": {csv.name: sha256(csv) for csv in config.metadata},
+        "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
+        "profile": config.profile,
+        "revision": _revision(),
+    }
+
+    def finish_epoch(epoch: int, loss: float) -> None:
+        """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
+        cosine = validate(trained, source, rows, device)
+        history.append({"epoch": epoch, "loss": loss, "cosine": cosine})
+        log.info("epoch %d: loss %.4f, validation cosine %.4f", epoch, loss, cosine)
+        if cosine >= max(entry["cosine"] for entry in history):
+            metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
+            models.save(config.out, model, {**description, "metrics": metrics}, base.mean)
+        _save_state(work / "last.pt", model, optimizer, accelerator, history)
+
+    if not history and accelerator.is_main_process:
+        finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
+    for epoch in range(max(len(history), 1), config.epochs + 1):
         order.epoch = epoch
         loss = train_epoch(accelerator, wrapped, loader, targets, optimizer, epoch, config)
         if accelerator.is_main_process:
-            cosine = validate(trained, source, rows, device)
-            history.append({"epoch": epoch + 1, "loss": loss, "cosine": cosine})
-            log.info("epoch %d: loss %.4f, validation cosine %.4f", epoch + 1, loss, cosine)
-            if cosine >= max(entry["cosine"] for entry in history):
-                description = {
-                    "backbone": spec.to_dict(),
-                    "trained_tensors": len(trained_names) + 2,
-                    "metrics": {"epoch": epoch + 1, "validation_cosine": cosine, **base.scores, "knn_k": base.k},
-                    "data": {csv.name: sha256(csv) for csv in config.metadata},
-                    "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
-                    "profile": config.profile,
-                    "revision": _revision(),
-                }
-                models.save(config.out, model, description, base.mean)
-            _save_state(work / "last.pt", model, optimizer, accelerator, history)
+            finish_epoch(epoch, loss)
         accelerator.wait_for_everyone()
     frame = pd.DataFrame(history)
     if accelerator.is_main_process:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PENALTIES = (0.01, 0.1, 1.0, 10.0)  # of the ridge regression, relative to the mean feature variance
+PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 
 
 @dataclass
