@@ -58,7 +58,7 @@ class Clock:
         start = time.perf_counter()
         result = step()
         if not stamp.is_file() or stamp.stat().st_mtime_ns != before:
-            self.table[name] = {"seconds": round(time.perf_counter() - start, 1), "rows": rows(result)}
+            self.table[name] = {"seconds": round(time.perf_counter() - start, 1), "rows": int(rows(result))}
             write_json(self.path, self.table)
         return result
 

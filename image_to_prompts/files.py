@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sha256(path: Path) -> str:
@@ -72,7 +72,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
     if len(kept) < len(whole):
         with path.open("r+b") as file:
             file.truncate(len(kept))
-    return [json.loads(line) for line in kept.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in kept.split(b"\n")[:-1]]
 
 
 class Stamp:

@@ -1,0 +1,54 @@
+"""Atomic writes, journals and stamps."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_to_prompts import files
+from image_to_prompts.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "x.txt"
+    files.write_text(path, "old")
+    with pytest.raises(RuntimeError), files.atomic_path(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+@given(st.lists(st.dictionaries(st.text(), st.text(), max_size=3), max_size=6), st.integers(0, 40))
+def test_a_torn_journal_keeps_its_whole_lines(tmp_path_factory, records, cut):
+    path = tmp_path_factory.mktemp("journal") / "j.jsonl"
+    for record in records:
+        files.append_line(path, record)
+    assert files.read_journal(path) == records
+    if records:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: max(0, len(whole) - cut)])
+        kept = files.read_journal(path)
+        assert kept == records[: len(kept)]
+        files.append_line(path, {"after": "cut"})
+        assert files.read_journal(path) == [*kept, {"after": "cut"}]
+
+
+def test_stamps_know_settings_inputs_and_outputs(tmp_path):
+    source, out = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("a")
+    out.write_text("result")
+    stamp = files.Stamp(tmp_path / ".done", {"count": 1}, [source])
+    assert not stamp.is_current()
+    stamp.write([out])
+    assert files.Stamp(tmp_path / ".done", {"count": 1}, [source]).is_current()
+    assert not files.Stamp(tmp_path / ".done", {"count": 2}, [source]).is_current()
+    out.write_text("damaged result")
+    assert not stamp.is_current()
+    out.write_text("result")
+    source.write_text("b")
+    assert not files.Stamp(tmp_path / ".done", {"count": 1}, [source]).is_current()
+
+
+def test_a_file_in_the_way_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="regular file"):
+        files.write_text(tmp_path / "file" / "below" / "x.txt", "text")
