@@ -198,7 +198,7 @@ def run(config: Config) -> pd.DataFrame:
     """
     _check(config)
     spec = backbones.describe(config.backbone, config.image_size)
-    settings = config.settings("out", "metadata", "images", "weights", "loader_workers")
+    settings = config.settings("out", "metadata", "loader_workers")
     stamp = Stamp(config.out / ".finetune.done", settings, config.metadata)
     history_path = config.out / "history.csv"
     if stamp.is_current():

@@ -53,13 +53,13 @@ def _bad_byte(path: Path) -> int:
     return 0
 
 
-def read_prompts(path: Path) -> pd.DataFrame:
-    """Reads a CSV with a `prompt` column, of which `image_name` and everything else is optional.
+def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",)) -> pd.DataFrame:
+    """Reads a CSV with a `prompt` column and what else is `required`; `image_name` and the rest are optional.
 
     Raises:
         UserError: As `read_table`, or if a prompt is blank or the text NaN, or an `image_name` is bad (see `check`).
     """
-    frame = read_table(path, ("prompt",))
+    frame = read_table(path, required)
     for row, prompt in enumerate(frame["prompt"], start=1):
         if not prompt.strip() or prompt.strip().lower() in ("nan", "null"):
             raise UserError(f"{path}: row {row}: the prompt is blank ({prompt!r}); fill it in or delete the row")
@@ -78,8 +78,7 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
         UserError: See `read_prompts`.
     """
-    read_table(path, ("image_name", "prompt"))
-    frame = with_keys(read_prompts(path), path)
+    frame = with_keys(read_prompts(path, ("image_name", "prompt")), path)
     if "fold" in frame:
         frame["fold"] = _integers(frame["fold"], path, "fold")
     return frame

@@ -139,7 +139,7 @@ def run(config: Config) -> pd.DataFrame:
         row = int(files.duplicated().argmax()) + 1
         raise UserError(f"{config.metadata}: row {row}: image file {files[row - 1]} would be written twice; rename it")
     manifest_path = make_folder(config.out) / "manifest.csv"
-    settings = config.settings("out", "metadata", "workers", "weights", "batch_size")
+    settings = config.settings("out", "metadata", "workers", "batch_size")
     stamp = Stamp(config.out / ".render.done", settings, [config.metadata])
     if stamp.is_current():
         log.info("%s is up to date", config.out)
