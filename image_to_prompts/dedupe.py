@@ -156,7 +156,7 @@ def run(config: Config) -> pd.DataFrame:
     for path in config.prompts:
         part = metadata.with_keys(metadata.read_prompts(path), path)
         parts.append(part if "source" in part else part.assign(source=path.stem))
-    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out", "prompts"), config.prompts)
+    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"), config.prompts)
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
