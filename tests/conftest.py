@@ -7,9 +7,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from image_to_prompts import dedupe, generate, profiles, render, workspace
 from image_to_prompts.__main__ import main
+
+# Shared machines are slow at times; how long an example takes says nothing about the code.
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
