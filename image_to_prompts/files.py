@@ -8,9 +8,12 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -44,6 +47,14 @@ def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array as .npy atomically."""
+    import numpy as np
+
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.save(file, array)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -20,7 +20,7 @@ import pandas as pd
 from . import evaluate, images, metadata, submission, text_encoder
 from . import model as models
 from .errors import UserError
-from .files import Stamp, atomic_path, make_folder, write_json
+from .files import Stamp, make_folder, write_array, write_json
 from .profiles import StageConfig
 from .workspace import Run
 
@@ -96,8 +96,7 @@ def predict(
             rows = images.ImageRows(files[start : start + BLOCK], checkpoint.spec.image_size)
             part = evaluate.extract(model, rows, config.batch_size, device, config.loader_workers)
             if block:
-                with atomic_path(block) as temporary, temporary.open("wb") as file:
-                    np.save(file, part)
+                write_array(block, part)
         vectors[start : start + BLOCK] = part
     broken = ~np.isfinite(vectors[:, 0])
     vectors[broken] = checkpoint.mean

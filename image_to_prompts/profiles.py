@@ -26,23 +26,9 @@ class StageConfig:
         return {k: v for k, v in asdict(self).items() if k not in {*without, "run", "profile", "quiet"}}
 
 
-# Only what differs between the profiles; everything else is the dataclass's own default.
+# Only what differs from the dataclasses' own defaults, which are the embedded profile's.
 PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "embedded": {
-        "generate": {"source": "grammar", "count": 3800},
-        "render": {"backend": "scenes"},
-        "finetune": {
-            "backbone": "timm:tf_efficientnet_lite2",
-            "image_size": 224,
-            "epochs": 4,
-            "cycles": 1,
-            "batch_size": 32,
-            "learning_rate": 5e-4,
-            "cache_features": True,
-        },
-        "infer": {},
-        "dedupe": {"folds": 16},
-    },
+    "embedded": {"dedupe": {"folds": 16}},
     "kaggle": {
         "generate": {"source": "magicprompt", "count": 100_000},
         "render": {"backend": "sd2"},
@@ -51,12 +37,9 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "image_size": 512,
             "epochs": 25,
             "cycles": 2,
-            "batch_size": 32,
             "learning_rate": 5e-5,
             "cache_features": False,
         },
-        "infer": {},
-        "dedupe": {"folds": 5},
     },
 }
 
@@ -90,5 +73,5 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
         The stage's `Config`.
     """
     values = {"run": run.folder, "profile": profile}
-    values |= PROFILE_DEFAULTS[profile][stage] | path_defaults(stage, run) | overrides
+    values |= PROFILE_DEFAULTS[profile].get(stage, {}) | path_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

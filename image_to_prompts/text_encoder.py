@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import weights
-from .files import atomic_path
+from .files import write_array
 from .progress import progress
 
 if TYPE_CHECKING:
@@ -56,6 +56,5 @@ def encode(prompts: Sequence[str], work: Path | None = None) -> np.ndarray:
         )
         vectors[start : start + BLOCK] = part
         if block:
-            with atomic_path(block) as temporary, temporary.open("wb") as file:
-                np.save(file, part)
+            write_array(block, part)
     return vectors
