@@ -9,7 +9,6 @@ group), so that near-identical prompts never stand on both sides of a split.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +169,7 @@ def run(config: Config) -> pd.DataFrame:
     metadata.write_table(removed_path(config.out), removed)
     metadata.write_table(config.out, kept)
     stamp.write([config.out, removed_path(config.out)])
-    shutil.rmtree(work)
+    stamp.clear("dedupe")
     largest = kept["group"].value_counts(normalize=True).max()
     log.info("kept %d of %d prompts; largest group %.1f %%", len(kept), len(frame), 100 * largest)
     return kept

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def mixed_precision(device: torch.device) -> str:
@@ -27,3 +30,20 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     if precision == "no":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def gather(share: list[T], total: int) -> list[T]:
+    """Puts the shares of all processes together, where process r of n holds items r, r + n, ... of `total`.
+
+    Without `accelerate launch` or `torchrun` the share is everything.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return share
+    from accelerate import PartialState
+    from torch import distributed
+
+    PartialState()  # opens the process group
+    shares: list[list[T]] = [[] for _ in range(processes)]
+    distributed.all_gather_object(shares, share)
+    return [shares[i % processes][i // processes] for i in range(total)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` that replaces it only when the block ends without an error.
 
@@ -69,21 +70,18 @@ def sha256(path: Path) -> str:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line to a journal."""
+    """Appends one JSON line to a journal; the line break comes first, so that a line torn by a kill stays alone."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.write("\n" + json.dumps(record, ensure_ascii=False))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Reads a journal of JSON lines and cuts off a last line that a kill left half-written."""
-    if not path.exists():
-        return []
-    whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        with path.open("r+b") as file:
-            file.truncate(len(kept))
-    return [json.loads(line) for line in kept.split(b"\n")[:-1]]
+    """Reads a journal of JSON lines, without those that a kill left half-written; a missing journal is empty."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):  # a part of an object is never JSON
+            records.append(json.loads(line))
+    return records
 
 
 class Stamp:
@@ -124,3 +122,7 @@ class Stamp:
     def work_folder(self, name: str) -> Path:
         """A folder for half-done work that only the same settings and inputs may continue."""
         return make_folder(self.path.parent / f".{name}-{self.fingerprint[:12]}")
+
+    def clear(self, name: str) -> None:
+        """Removes what `work_folder(name)` holds."""
+        shutil.rmtree(self.path.parent / f".{name}-{self.fingerprint[:12]}", ignore_errors=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -280,7 +279,7 @@ def run(config: Config) -> pd.DataFrame:
         plot_history(frame, base.scores, config.out / "history.png")
         outputs = ["model.safetensors", "config.json", "baselines.safetensors", "history.csv", "history.png"]
         stamp.write([config.out / name for name in outputs])
-        shutil.rmtree(work)
+        stamp.clear("finetune")
     if images.broken:
         log.warning("%d images could not be read and were left out", len(images.broken))
     return frame

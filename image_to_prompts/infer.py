@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +187,7 @@ def run(config: Config) -> Prediction:
     names = [str(file) for file in broken]
     write_json(scores_path, {"score": result.score, "constant": result.constant, "broken": names})
     stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
-    shutil.rmtree(work)
+    stamp.clear("infer")
     for file in broken:
         log.warning("%s could not be read and got the mean prediction", file)
     log.info("%s: %d images, checkpoint %s", config.out, len(files), folder)

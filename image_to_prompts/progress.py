@@ -1,9 +1,11 @@
-"""One progress bar for all stages: with an ETA, silent when asked to be or when nobody watches."""
+"""How far a stage is: one progress bar for all of them, and an estimate before a long one starts."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,14 +18,59 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, done: int = 0) -> Iterable[T]:
-    """Wraps `items` in a bar named `what`; `done` of `total` were finished by an earlier run.
+def _watched() -> bool:
+    return not _quiet and ("ipykernel" in sys.modules or sys.stderr.isatty())
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """Wraps `items` in a bar named `what` with an ETA; silent when asked to be or when nobody watches.
 
     In a notebook tqdm's notebook bar is used; without a terminal no bar is shown.
     """
-    in_notebook = "ipykernel" in sys.modules
-    if _quiet or not (in_notebook or sys.stderr.isatty()):
+    if not _watched():
         return items
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=what, total=total, initial=done, dynamic_ncols=True, leave=False)
+    return tqdm(items, desc=what, total=total, dynamic_ncols=True, leave=False)
+
+
+@contextlib.contextmanager
+def progress_to(total: int, what: str, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """A bar as `progress` shows, moved by hand; `done` of `total` were finished by an earlier run.
+
+    Yields:
+        What to call with the number of items just finished.
+    """
+    if not _watched():
+        yield lambda finished: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=what, total=total, initial=done, dynamic_ncols=True, leave=False) as bar:
+        yield bar.update
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a stage will take, measured on its first block.
+
+    Attributes:
+        what: Name of the items, in the plural.
+        total: How many there will be.
+        left: How many of them are not done yet.
+        seconds: Seconds an item.
+        size: Bytes an item.
+    """
+
+    what: str
+    total: int
+    left: int
+    seconds: float
+    size: float
+
+    def __str__(self) -> str:
+        hours, gigabytes = self.left * self.seconds / 3600, self.total * self.size / 1e9
+        if not self.left:
+            return f"{self.total:,} {self.what}: all done"
+        rate = f"{self.seconds:.2f} s each" if self.seconds >= 1 else f"{1 / self.seconds:.0f} a second"
+        return f"{self.total:,} {self.what}, {self.left:,} to do, {rate}: {hours:.2g} h, {gigabytes:.2g} GB in all"

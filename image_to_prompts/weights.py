@@ -7,8 +7,11 @@ was looked.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -84,6 +87,40 @@ WEIGHTS = {
         single_file=True,
     ),
 }
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns any failure to load the weights at `path` into one line that names the damaged file, if one is found."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library raises its own kind for a missing, foreign or torn file
+        for file in sorted(path.rglob("*.safetensors") if path.is_dir() else [path]):
+            if file.suffix == ".safetensors" and (problem := _damage(file)):
+                raise UserError(f"{file}: damaged ({problem}); download it again") from error
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: not {what}: {said[0]}") from error
+
+
+def _damage(file: Path) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "numpy"):
+            return ""
+    except (OSError, SafetensorError) as error:
+        return str(error)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 that identifies a model: of the file, or of the names and digests of a folder's weights and settings."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin", ".json", ".txt"))
+    listing = [f"{file.relative_to(path).as_posix()} {sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
 
 
 def package_folder(name: str) -> Path | None:

@@ -1,6 +1,7 @@
 """Prompts: the grammar's laws and variety, MagicPrompt's determinism and clean-up."""
 
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -86,14 +87,102 @@ def test_magicprompt_lengths_follow_the_reference(tiny_gpt2):
     assert magicprompt.MIN_LENGTH - 1 <= min(lengths) < 50 < 80 < max(lengths) <= magicprompt.MAX_LENGTH - 1
 
 
-def test_gumbel_noise_samples_the_softmax():
+def test_drawn_tokens_follow_the_probabilities():
     import torch
 
-    scores = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).repeat(4000, 1)
+    scores = torch.log(torch.tensor([[0.6, 0.3, 0.1, 0.0]])).repeat(4000, 1)
     generators = [torch.Generator().manual_seed(metadata.row_seed(str(i))) for i in range(4000)]
-    drawn = magicprompt._gumbel(generators, 1.0, torch.device("cpu"))(None, scores).argmax(1)
-    shares = torch.bincount(drawn, minlength=3) / 4000
-    assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1]), atol=0.03)
+    uniforms = torch.stack([torch.rand(2, generator=g) for g in generators])
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])[:, None]
+    process = magicprompt._inverse_transform(uniforms)
+    for _ in range(2):
+        drawn = process(None, scores).argmax(1)
+        shares = torch.bincount(drawn, minlength=4) / 4000
+        assert torch.allclose(shares, torch.tensor([0.6, 0.3, 0.1, 0.0]), atol=0.03)
+        assert drawn[:2].tolist() == [0, 2]
+
+
+def test_sampling_flags_change_what_is_drawn(tiny_gpt2):
+    model, tokenizer = magicprompt.load(tiny_gpt2)
+    drawn = {
+        name: magicprompt.sample(model, tokenizer, 0, [0, 1], magicprompt.Sampling(**values, starts=("a cat",)))
+        for name, values in {
+            "default": {},
+            "cold": {"temperature": 0.01},
+            "greedy": {"top_k": 1},
+            "all": {"top_k": 0},
+            "nucleus": {"top_p": 0.05},
+        }.items()
+    }
+    assert len(set(map(tuple, drawn.values()))) >= 4
+    shorter, longer = sorted(drawn["greedy"], key=len)
+    assert longer.startswith(shorter)  # one likeliest continuation, cut at two lengths
+
+
+def test_start_phrases_are_taken_in_turn_and_padding_changes_nothing(tiny_gpt2):
+    model, tokenizer = magicprompt.load(tiny_gpt2)
+    sampling = magicprompt.Sampling(starts=("a cat", "two robots in a forest", "x"))
+    together = magicprompt.sample(model, tokenizer, 0, list(range(6)), sampling)
+    assert together == [magicprompt.sample(model, tokenizer, 0, [i], sampling)[0] for i in range(6)]
+    for index, prompt in enumerate(together):
+        assert prompt.startswith(sampling.starts[index % 3])
+
+
+def test_count_is_reached_whatever_the_batch_size(tiny_gpt2, tmp_path):
+    frames = []
+    for size in (5, 64):
+        values = {"source": "magicprompt", "weights": tiny_gpt2, "batch_size": size, "temperature": 0.3}
+        frames.append(generate.run(generate.Config(count=40, out=tmp_path / f"{size}.csv", **values)))
+    assert len(frames[0]) == 40 and frames[0]["prompt"].is_unique
+    assert (tmp_path / "5.csv").read_bytes() == (tmp_path / "64.csv").read_bytes()
+
+
+def test_a_source_that_repeats_itself_is_said_to(tiny_gpt2, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(generate, "WINDOW", 100)
+    (tmp_path / "starts.txt").write_text("a cat\n", encoding="utf-8")
+    values = {"source": "magicprompt", "weights": tiny_gpt2, "top_k": 1, "starts": tmp_path / "starts.txt"}
+    frame = generate.run(generate.Config(count=5000, out=tmp_path / "x.csv", batch_size=50, **values))
+    assert 1 <= len(frame) <= 71 and frame["prompt"].is_unique  # one text, cut at 30 to 100 tokens
+    assert f"{len(frame)} prompts, not 5000" in caplog.text and "--temperature" in caplog.text
+
+
+@given(st.lists(st.sampled_from(["", *"abcdefgh"]), max_size=60), st.integers(1, 10), st.integers(1, 9))
+def test_distinct_prompts_do_not_depend_on_blocks(drawn, count, size):
+    whole, blocks = generate.Distinct(count), generate.Distinct(count)
+    whole.add(drawn)
+    for start in range(0, len(drawn), size):
+        blocks.add(drawn[start : start + size])
+    assert list(whole.prompts) == list(blocks.prompts) == list(dict.fromkeys(p for p in drawn if p))[:count]
+    assert (whole.seen, whole.dry) == (blocks.seen, blocks.dry)
+
+
+def test_estimate_keeps_its_block(tiny_gpt2, tmp_path, caplog):
+    values = {"source": "magicprompt", "weights": tiny_gpt2, "batch_size": 8, "count": 24}
+    estimate = generate.estimate(generate.Config(out=tmp_path / "x.csv", **values))
+    assert estimate.total == 24 and 16 <= estimate.left <= 17 and "24 prompts" in str(estimate)
+    frame = generate.run(generate.Config(out=tmp_path / "x.csv", **values))
+    plain = generate.run(generate.Config(out=tmp_path / "y.csv", **values))
+    assert frame["prompt"].tolist() == plain["prompt"].tolist()
+    assert "all done" in str(generate.estimate(generate.Config(out=tmp_path / "x.csv", **values)))
+
+
+def test_bad_magicprompt_settings_are_refused(refused, tiny_gpt2, tmp_path):
+    words = ["generate", "--run", tmp_path / "run", "--source", "magicprompt", "--weights", tiny_gpt2]
+    refused([*words, "--temperature", 0], "--temperature must be above 0")
+    refused([*words, "--top-p", 1.5], "--top-p")
+    refused([*words, "--starts", tmp_path / "none.txt"], "none.txt", "one phrase a line")
+    (tmp_path / "blank.txt").write_text("\n \n")
+    refused([*words, "--starts", tmp_path / "blank.txt"], "no phrase")
+    refused(["generate", "--run", tmp_path / "run", "--starts", tmp_path / "blank.txt"], "--source magicprompt")
+
+
+def test_damaged_magicprompt_weights_name_the_file(refused, tiny_gpt2, tmp_path):
+    folder = tmp_path / "MagicPrompt"
+    shutil.copytree(tiny_gpt2, folder)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    words = ["generate", "--run", tmp_path / "run", "--source", "magicprompt", "--weights", folder]
+    refused(words, file, "damaged", "download it again")
 
 
 def test_missing_magicprompt_weights_say_where_was_looked(refused, tmp_path):

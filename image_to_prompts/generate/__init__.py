@@ -2,13 +2,16 @@
 
     image-to-prompts generate --source magicprompt --count 1000 --out prompts/x.csv
 
-A prompt depends on the seed and its index alone; asking for more later keeps the ones already written.
+Candidate i depends on the seed and i alone. Empty candidates and exact repetitions are passed over until there are as
+many prompts as were asked for; asking for more later keeps the ones already written.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,12 +19,15 @@ from typing import Literal
 import pandas as pd
 
 from .. import metadata
+from ..devices import gather
 from ..errors import UserError
 from ..files import Stamp, append_line, read_journal
 from ..profiles import StageConfig
-from ..progress import progress
+from ..progress import Estimate, progress_to
 
 log = logging.getLogger(__name__)
+# A source runs dry when fewer than LEAST_NEW of a window of candidates are new.
+WINDOW, LEAST_NEW = 1000, 10
 
 
 @dataclass
@@ -31,60 +37,177 @@ class Config(StageConfig):
     source: Literal["grammar", "magicprompt"] = "grammar"
     """Who writes the prompts."""
     count: int = 3800
-    """How many prompts to write, before deduplication."""
+    """How many different prompts to write."""
     seed: int = 0
     """Seed of the whole set; prompt i depends on (seed, i)."""
     out: Path = Path("prompts/generated.csv")
     """CSV to write: image_name, prompt, seed, source."""
     weights: Path | None = None
     """Folder of the MagicPrompt weights; left out: Kaggle input, then hub."""
-    batch_size: int = 64
-    """Prompts that the language model writes at once."""
+    batch_size: int = 256
+    """Prompts that the language model writes at once; the prompts do not depend on it."""
+    temperature: float = 1.0
+    """Divides the language model's logits; below 1 the prompts are more alike."""
+    top_k: int = 50
+    """Draw from the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that make up this share of the probability."""
+    starts: Path | None = None
+    """Text file with one phrase a line to start prompts from, taken in turn (magicprompt)."""
 
 
-def generate(config: Config, start: int = 0) -> Iterator[list[str]]:
-    """Yields the prompts from index `start` on, in blocks of `config.batch_size`; "" where a prompt came out empty."""
+def read_starts(path: Path) -> tuple[str, ...]:
+    """The phrases of a `--starts` file, blank lines left out.
+
+    Raises:
+        UserError: If the file is missing, not UTF-8, or holds no phrase.
+    """
+    try:
+        phrases = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except OSError as error:
+        raise UserError(f"{path}: no such file; give --starts a text file with one phrase a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: bytes that are not UTF-8; save the file as UTF-8") from error
+    if not phrases:
+        raise UserError(f"{path}: no phrase in it; write one a line")
+    return phrases
+
+
+def candidates(config: Config, start: int = 0) -> Iterator[list[str]]:
+    """Yields candidate prompts from index `start` on, without end, in blocks; "" where one came out empty.
+
+    Under `accelerate launch` every process writes its share of each block and all of them get the whole block.
+    """
+    write = _writer(config)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    while True:
+        block = range(start, start + config.batch_size * processes)
+        yield gather(write(list(block[rank::processes])), len(block))
+        start = block.stop
+
+
+def _writer(config: Config) -> Callable[[list[int]], list[str]]:
+    """What writes the candidates of given indices."""
     from . import grammar
 
-    if config.source == "magicprompt":
-        from . import magicprompt
+    if config.source == "grammar":
+        return lambda indices: [grammar.prompt(config.seed, index) for index in indices]
+    from . import magicprompt
 
-        model, tokenizer = magicprompt.load(config.weights)
-    for first in range(start, config.count, config.batch_size):
-        indices = list(range(first, min(first + config.batch_size, config.count)))
-        if config.source == "magicprompt":
-            yield magicprompt.sample(model, tokenizer, config.seed, indices)
-        else:
-            yield [grammar.prompt(config.seed, index) for index in indices]
+    starts = read_starts(config.starts) if config.starts else ()
+    sampling = magicprompt.Sampling(config.temperature, config.top_k, config.top_p, starts)
+    model, tokenizer = magicprompt.load(config.weights)
+    return lambda indices: magicprompt.sample(model, tokenizer, config.seed, indices, sampling)
+
+
+class Distinct:
+    """Takes candidates in order and keeps the first `count` different ones, or those there are."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.prompts: dict[str, None] = {}
+        self.seen = 0
+        self._new = 0
+        self.dry = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether there are enough prompts, or no hope of more."""
+        return self.dry or len(self.prompts) >= self.count
+
+    def add(self, block: list[str]) -> None:
+        """Takes a block of candidates; where windows end depends on their indices alone, not on the blocks."""
+        for prompt in block:
+            if self.finished:
+                return
+            self.seen += 1
+            if prompt and prompt not in self.prompts:
+                self.prompts[prompt] = None
+                self._new += 1
+            if self.seen % WINDOW == 0:
+                self.dry, self._new = self._new < LEAST_NEW, 0
+
+
+def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Distinct, float]:
+    """Adds candidates until there are enough, or `blocks` blocks; returns them and the seconds a new candidate took."""
+    journal = stamp.work_folder("generate") / "prompts.jsonl"
+    found = Distinct(config.count)
+    done = 0
+    for record in read_journal(journal):
+        found.add(record["prompts"])
+        done += len(record["prompts"])
+    if found.finished or blocks == 0:
+        return found, 0.0
+    start, first = time.perf_counter(), done
+    with progress_to(config.count, "generate prompts", len(found.prompts)) as advance:
+        for number, block in enumerate(candidates(config, done), start=1):
+            if int(os.environ.get("RANK", 0)) == 0:
+                append_line(journal, {"prompts": block})
+            before = len(found.prompts)
+            found.add(block)
+            done += len(block)
+            advance(len(found.prompts) - before)
+            if found.finished or number == blocks:
+                break
+    return found, (time.perf_counter() - start) / (done - first)
+
+
+def _stamp(config: Config) -> Stamp:
+    if config.count < 1 or config.batch_size < 1:
+        raise UserError(f"--count {config.count}, --batch-size {config.batch_size}: both must be at least 1")
+    if config.starts and config.source != "magicprompt":
+        raise UserError("--starts needs --source magicprompt; the grammar knows no start phrases")
+    inputs = [path for path in (config.starts,) if path]
+    settings = config.settings("out", "batch_size", "starts")
+    return Stamp(config.out.with_name(f".{config.out.stem}.done"), settings, inputs)
+
+
+def estimate(config: Config) -> Estimate:
+    """Writes the first block, which a later run keeps, and says how long the rest will take.
+
+    Raises:
+        UserError: As `run`.
+    """
+    stamp = _stamp(config)
+    if stamp.is_current():
+        return Estimate("prompts", config.count, 0, 0.0, 0)
+    found, _ = _fill(config, stamp, 0)
+    if found.finished:
+        return Estimate("prompts", config.count, 0, 0.0, 0)
+    found, seconds = _fill(config, stamp, 1)
+    size = sum(len(prompt.encode()) + 1 for prompt in found.prompts) / max(len(found.prompts), 1)
+    left = config.count - len(found.prompts)
+    return Estimate("prompts", config.count, left, seconds * found.seen / max(len(found.prompts), 1), size)
 
 
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage.
 
     Returns:
-        The prompts as written to `config.out`; empty and exactly repeated ones are left out.
+        The prompts as written to `config.out`: `config.count` different ones, or fewer, with a warning that says why,
+        where the source repeats itself.
 
     Raises:
-        UserError: On bad settings or missing weights.
+        UserError: On bad settings or missing weights, or if the source wrote nothing.
     """
-    if config.count < 1 or config.batch_size < 1:
-        raise UserError(f"--count {config.count}, --batch-size {config.batch_size}: both must be at least 1")
-    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"))
+    stamp = _stamp(config)
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
-    journal = stamp.work_folder("generate") / "prompts.jsonl"
-    written = [record["prompts"] for record in read_journal(journal)]
-    done = sum(map(len, written))
-    blocks = range(done, config.count, config.batch_size)
-    for block, _ in zip(generate(config, done), progress(blocks, "generate prompts"), strict=True):
-        append_line(journal, {"prompts": block})
-        written.append(block)
-    prompts = dict.fromkeys(prompt for block in written for prompt in block if prompt)
-    frame = metadata.with_keys(pd.DataFrame({"prompt": list(prompts), "source": config.source}), config.out)
-    metadata.write_table(config.out, frame)
-    stamp.write([config.out])
-    journal.unlink()
-    journal.parent.rmdir()
-    log.info("%d of %d prompts are distinct", len(frame), config.count)
+    found, _ = _fill(config, stamp)
+    prompts = list(found.prompts)
+    if not prompts:
+        raise UserError(f"{config.source}: all of {found.seen} candidates came out empty; check the weights")
+    frame = metadata.with_keys(pd.DataFrame({"prompt": prompts, "source": config.source}), config.out)
+    if int(os.environ.get("RANK", 0)) == 0:
+        metadata.write_table(config.out, frame)
+        stamp.write([config.out])
+        stamp.clear("generate")
+    if found.dry:
+        log.warning(
+            "%s: %d prompts, not %d: fewer than %d of the last %d candidates were new; "
+            "raise --temperature, --top-k or --top-p, or give other --starts",
+            *(config.out, len(frame), config.count, LEAST_NEW, WINDOW),
+        )
+    log.info("%s: %d different prompts from %d candidates", config.out, len(frame), found.seen)
     return frame
