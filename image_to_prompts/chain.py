@@ -104,10 +104,10 @@ def run(config: Config) -> str:
         family = "openmoji" if name.endswith("openmoji") else "twemoji"
         csv = train_csv if name == "train" else test_csv
         stage = settings("render", metadata=csv, out=out, family=family)
-        clock(f"render {name}", out / ".render.done", lambda stage=stage: render.run(stage), len)
+        clock(f"render {name}", out / "manifest.csv", lambda stage=stage: render.run(stage), len)
 
     epochs = config.epochs or (2 if config.quick else None)
-    stage = settings("finetune", metadata=(train_csv,), images=(images["train"],))
+    stage = settings("finetune", images=(images["train"],))
     stage.epochs = epochs or stage.epochs
     done = run_.checkpoint / ".finetune.done"
     train_rows = len(kept) - len(test)

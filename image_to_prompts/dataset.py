@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import metadata, text_encoder
+from . import images, metadata, text_encoder
 from .dedupe import add_groups
 from .errors import UserError
+from .render.store import BLANK, FAILED, NSFW
+from .workspace import MANIFEST
+
+log = logging.getLogger(__name__)
+USELESS = (BLANK, NSFW, FAILED)
 
 NEAR = 0.8  # a validation prompt this close to a training prompt is left out
 
@@ -37,33 +43,41 @@ class Rows:
     left_out: int
 
 
+def tables(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> tuple[Path, ...]:
+    """`csvs`, or where there are none the manifest of each folder of rendered images.
+
+    Raises:
+        UserError: If there is neither.
+    """
+    if csvs or not folders:
+        return csvs
+    for folder in folders:
+        if not (folder / MANIFEST).is_file():
+            raise UserError(f"{folder}: no {MANIFEST}; run render first, or give --metadata beside --images")
+    return tuple(folder / MANIFEST for folder in folders)
+
+
 def load_rows(csvs: tuple[Path, ...], folders: tuple[Path, ...], fold: int = 0, work: Path | None = None) -> Rows:
     """Loads metadata, finds every row's image, embeds the prompts and splits by fold.
 
     Args:
-        csvs: Metadata CSVs; where one has no `fold`, all rows are grouped and folded anew.
-        folders: Image folders, one a CSV or one for all.
+        csvs: Metadata CSVs; none: see `tables`. Where one has no `fold`, all rows are grouped and folded anew.
+        folders: Folders of images or tar shards, one a CSV or one for all.
         fold: Fold that validates.
         work: Folder for half-done embeddings.
 
     Raises:
-        UserError: If a row has no image file, or a side of the split is empty.
+        UserError: If a row has no image, or a side of the split is empty.
     """
+    csvs = tables(csvs, folders)
     if not csvs or len(folders) not in (1, len(csvs)):
         raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
-    frames, paths = [], []
-    for csv, folder in zip(csvs, folders * len(csvs) if len(folders) == 1 else folders, strict=True):
-        frame = metadata.read(csv)
-        files = [folder / metadata.image_file(name) for name in frame["image_name"]]
-        missing = [row for row, file in enumerate(files) if not file.is_file()]
-        if missing:
-            raise UserError(
-                f"{csv}: row {missing[0] + 1}: no image {files[missing[0]]} ({len(missing)} of {len(files)} rows have "
-                "none); run render first or correct --images"
-            )
-        frames.append(frame)
-        paths += files
-    frame = pd.concat(frames, ignore_index=True)
+    frames = [
+        _with_images(csv, folder)
+        for csv, folder in zip(csvs, folders * len(csvs) if len(folders) == 1 else folders, strict=True)
+    ]
+    frame = pd.concat(frames, ignore_index=True).drop_duplicates("image_name", ignore_index=True)
+    paths = frame.pop("path").tolist()
     targets = text_encoder.encode(frame["prompt"].tolist(), work)
     if "fold" not in frame or frame["fold"].isna().any():
         frame = add_groups(frame, targets, folds=8)
@@ -73,6 +87,27 @@ def load_rows(csvs: tuple[Path, ...], folders: tuple[Path, ...], fold: int = 0, 
         raise UserError(f"fold {fold} holds {len(valid)} of {len(frame)} rows; choose another --fold or add prompts")
     too_near = near_training(targets[valid], targets[train])
     return Rows(frame, paths, targets, train, valid[~too_near], int(too_near.sum()))
+
+
+def _with_images(csv: Path, folder: Path) -> pd.DataFrame:
+    """A metadata CSV with the `path` of every row's image; rows whose image shows nothing are left out."""
+    frame = metadata.read(csv)
+    manifest = folder / MANIFEST
+    if manifest.is_file():
+        flags = metadata.read_table(manifest, ("image_name", "flag")).set_index("image_name")["flag"]
+        useless = frame["image_name"].map(flags).isin(USELESS)
+        if useless.any():
+            log.warning("%s: %d rows left out: blank, blacked or failed images", csv, useless.sum())
+        frame = frame[~useless].reset_index(drop=True)
+    found = {path.stem: path for path in images.find(folder)}
+    paths = [found.get(Path(metadata.image_file(name)).stem) for name in frame["image_name"]]
+    missing = [row for row, path in enumerate(paths) if path is None]
+    if missing:
+        raise UserError(
+            f"{csv}: row {missing[0] + 1}: no image of {frame['image_name'][missing[0]]} in {folder} ({len(missing)} "
+            f"of {len(frame)} rows have none); run render first or correct --images"
+        )
+    return frame.assign(path=paths)
 
 
 def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:

@@ -12,6 +12,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_device() -> torch.device:
+    """The device of this process: its own GPU under `accelerate launch`, without opening a process group.
+
+    Processes that share no tensors need no group, and none of them then waits for, or times out with, another.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    has_mps = torch.backends.mps.is_available()
+    return torch.device("mps" if has_mps else "cpu")
+
+
 def mixed_precision(device: torch.device) -> str:
     """`bf16` where the hardware has it, `fp16` on older GPUs (T4), `no` on other CPUs."""
     import torch

@@ -40,9 +40,9 @@ class Config(StageConfig):
     """Fine-tunes an image backbone, last quarter unfrozen, with a linear head to the 384-number prompt embedding."""
 
     metadata: tuple[Path, ...] = ()
-    """Metadata CSVs; rows of fold --fold validate."""
+    """Metadata CSVs; left out: each folder's manifest.csv. Rows of fold --fold validate."""
     images: tuple[Path, ...] = ()
-    """Image folders, one a CSV, or one for all."""
+    """Folders of images or tar shards; with --metadata one a CSV, or one for all."""
     out: Path = Path("checkpoints/convnext")
     """Checkpoint folder to write."""
     backbone: str = "timm:tf_efficientnet_lite2"
@@ -198,13 +198,14 @@ def run(config: Config) -> pd.DataFrame:
     _check(config)
     spec = backbones.describe(config.backbone, config.image_size)
     settings = config.settings("out", "metadata", "loader_workers")
-    stamp = Stamp(config.out / ".finetune.done", settings, config.metadata)
+    tables = dataset.tables(config.metadata, config.images)
+    stamp = Stamp(config.out / ".finetune.done", settings, tables)
     history_path = config.out / "history.csv"
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return pd.read_csv(history_path)
     work = stamp.work_folder("finetune")
-    rows = dataset.load_rows(config.metadata, config.images, config.fold, work)
+    rows = dataset.load_rows(tables, config.images, config.fold, work)
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
     import torch
@@ -248,7 +249,7 @@ def run(config: Config) -> pd.DataFrame:
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,
-        "data": {csv.name: sha256(csv) for csv in config.metadata},
+        "data": {str(csv): sha256(csv) for csv in tables},
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
         "profile": config.profile,
         "revision": _revision(),
@@ -258,7 +259,8 @@ def run(config: Config) -> pd.DataFrame:
         """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
         cosine = validate(trained, source, rows, device)
         history.append({"epoch": epoch, "loss": loss, "cosine": cosine})
-        log.info("epoch %d: loss %.4f, validation cosine %.4f", epoch, loss, cosine)
+        how = f"loss {loss:.4f}" if epoch else "the fitted head"
+        log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
         if cosine >= max(entry["cosine"] for entry in history):
             metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
             models.save(config.out, model, {**description, "metrics": metrics}, base.mean)

@@ -1,14 +1,17 @@
-"""Reading images of any kind that people have, as RGB."""
+"""Reading images of any kind that people have, as RGB; from folders and from tar shards alike."""
 
 from __future__ import annotations
 
+import io
 import logging
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from . import tars
 from .errors import UserError
 from .metadata import IMAGE_SUFFIXES
 
@@ -23,15 +26,27 @@ class BrokenImageError(ValueError):
 
 
 def find(folder: Path) -> list[Path]:
-    """All images below a folder, hidden files left out, sorted by path relative to it.
+    """All images below a folder and in tar shards there, hidden files left out, sorted by path relative to it.
+
+    Returns:
+        Paths that `read` accepts; an image in a shard is called `<shard>.tar/<name>`.
 
     Raises:
-        UserError: If the folder is missing or holds no image.
+        UserError: If the folder is missing or holds no image, or if a tar file cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of images")
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
-    found = [path for path in found if not path.name.startswith(".")]
+    found = []
+    for path in folder.rglob("*"):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append(path)
+        elif path.suffix == ".tar":
+            try:
+                found += [path / name for name in tars.index(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            except (OSError, tarfile.TarError) as error:
+                raise UserError(f"{path}: not a whole tar file ({error}); render it again or delete it") from error
     if not found:
         raise UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it or below; check the path")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -47,7 +62,7 @@ def read(path: Path) -> Image.Image:
         BrokenImageError: If the file is empty, truncated or no image.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(tars.read(path)) if tars.is_member(path) else path) as file:
             file.seek(0)
             image = ImageOps.exif_transpose(file)
             if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):

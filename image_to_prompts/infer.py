@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata, submission, text_encoder
+from . import evaluate, images, metadata, submission, tars, text_encoder
 from . import model as models
 from .errors import UserError
 from .files import Stamp, make_folder, write_array, write_json
@@ -154,7 +154,7 @@ def run(config: Config) -> Prediction:
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     folder = config.checkpoint or Run(config.run).newest_checkpoint()
     make_folder(config.out.parent)
-    listing = [(str(file.relative_to(config.images)), *file.stat()[6:9:2]) for file in files]  # size, mtime
+    listing = [(str(file.relative_to(config.images)), *tars.stat(file)) for file in files]
     inputs = [path for path in (folder / "model.safetensors", config.key, config.bank) if path]
     stamp = Stamp(
         config.out.with_name(f".{config.out.stem}.done"),

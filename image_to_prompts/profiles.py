@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .workspace import Run
+from .workspace import Run, on_kaggle
 
 
 @dataclass
@@ -31,7 +31,7 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "embedded": {"dedupe": {"folds": 16}},
     "kaggle": {
         "generate": {"source": "magicprompt", "count": 100_000},
-        "render": {"backend": "sd2"},
+        "render": {"backend": "sd2", "per_tar": 1000},
         "finetune": {
             "backbone": "open_clip:convnext_xxlarge",
             "image_size": 512,
@@ -44,13 +44,17 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def path_defaults(stage: str, run: Run) -> dict[str, Any]:
-    """Paths of a stage inside the run's folder, such that each stage reads what its predecessor wrote."""
+# A kernel may run 12 hours and leave 20 GB, of which 19.5 in practice.
+KERNEL_LIMITS = {"max_hours": 11.0, "max_gb": 19.0}
+
+
+def place_defaults(stage: str, run: Run) -> dict[str, Any]:
+    """What depends on the place: paths in the run's folder, such that each stage reads what its predecessor wrote."""
     return {
         "generate": {"out": run.prompts},
         "dedupe": {"prompts": (run.prompts,), "out": run.metadata},
-        "render": {"metadata": run.metadata, "out": run.images},
-        "finetune": {"metadata": (run.metadata,), "images": (run.images,), "out": run.checkpoint},
+        "render": {"metadata": run.metadata, "out": run.images, **(KERNEL_LIMITS if on_kaggle() else {})},
+        "finetune": {"images": run.rendered(run.images), "out": run.checkpoint},
         "infer": {"images": run.images, "out": run.submission},
     }[stage]
 
@@ -73,5 +77,5 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
         The stage's `Config`.
     """
     values = {"run": run.folder, "profile": profile}
-    values |= PROFILE_DEFAULTS[profile].get(stage, {}) | path_defaults(stage, run) | overrides
+    values |= PROFILE_DEFAULTS[profile].get(stage, {}) | place_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

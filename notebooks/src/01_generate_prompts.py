@@ -14,7 +14,7 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None  # None: kaggle on Kaggle, embedded elsewhere
-count = 1500
+count = None  # None: 100,000 with MagicPrompt, 3,800 with the grammar
 
 # %%
 from collections import Counter
@@ -25,12 +25,26 @@ from image_to_prompts import generate, profiles, workspace
 from image_to_prompts.generate import grammar
 
 run, profile = workspace.start(run_folder, profile)
-config = profiles.default_config("generate", run, profile, count=count)
-print(f"profile {profile}: {config.count} prompts from {config.source}")
+overrides = {"count": count} if count else {}
+config = profiles.default_config("generate", run, profile, **overrides)
+print(f"profile {profile}: {config.count:,} prompts from {config.source}")
 
 # %% [markdown]
-# A prompt depends on the seed and its number alone. Asking for more later keeps those already written, and a killed
-# run goes on where it was.
+# ## How long will it take?
+#
+# The first block is written and timed; the run below keeps it.
+
+# %%
+print(generate.estimate(config))
+
+# %% [markdown]
+# ## Write
+#
+# Candidate i depends on the seed and i alone: not on the batch, the GPU or what was written before. Empty and repeated
+# ones are passed over until there are as many prompts as were asked for. A killed run goes on where it was.
+#
+# With MagicPrompt, `temperature`, `top_k` and `top_p` say how daring it is, and `starts` names a file of phrases to
+# start from.
 
 # %%
 prompts = generate.run(config)
@@ -52,7 +66,7 @@ words = prompts["prompt"].str.split().str.len()
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
 left.hist(words, bins=range(0, words.max() + 2))
 left.set(xlabel="words in a prompt", ylabel="prompts")
-right.loglog(range(1, len(named) + 1), [n for _, n in named.most_common()])
+right.loglog(range(1, len(named) + 1), [n for _, n in named.most_common()], ".-")
 right.set(xlabel="rank of a thing", ylabel="prompts that name it")
 plt.show()
 print(f"{len(named)} different things; most frequent: {', '.join(name for name, _ in named.most_common(8))}")

@@ -8,11 +8,14 @@
 # The `embedded` profile composes each scene from emoji pictures (Twemoji, CC-BY 4.0), also at 768 px downsized to 512.
 # It sees the prompt and the seed and nothing else.
 #
-# Reads: `data_meta/train.csv`, `test.csv`. Writes: `images/train`, `images/test` with a `manifest.csv` each.
+# Reads: `data_meta/train.csv`, `test.csv`. Writes: `images/train`, `images/test` with a `manifest.csv` each; with the
+# `kaggle` profile as tar shards of 1,000 images, because a kernel may leave 500 files.
 
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
+fast = False  # with Stable Diffusion 2: DPM-Solver++ in 20 steps instead of DDIM in 50
+seeds = 1  # images a prompt
 
 # %%
 import pandas as pd
@@ -21,19 +24,40 @@ from IPython.display import Image
 from image_to_prompts import profiles, render, report, workspace
 
 run, profile = workspace.start(run_folder, profile)
+configs = [
+    profiles.default_config("render", run, profile, metadata=csv, out=folder, fast=fast, seeds=seeds)
+    for csv, folder in ((run.train_metadata, run.train_images), (run.test_metadata, run.test_images))
+    if csv.is_file()
+]
+
+# %% [markdown]
+# ## How long will it take, how much room does it need?
+#
+# The first block of each folder is rendered and timed; the run below keeps it. `docs/scale.md` has the sums for other
+# GPUs. A kernel has 12 hours and 20 GB: the `kaggle` profile stops before 11 hours or 19 GB a folder. Attach this
+# kernel's output to the next one, run it again, and it goes on.
+
+# %%
+for config in configs:
+    print(f"{config.out.name}: {render.estimate(config)}")
 
 # %% [markdown]
 # ## Render
 #
-# Each finished image is noted in a journal. Stop the kernel whenever you like; run the cell again and it goes on.
+# Encoding and writing go on while the next batch is rendered. A finished image is checked by its SHA-256 before it
+# counts as done. Stop the kernel whenever you like; run the cell again and it goes on. With two GPUs, run
+# `!accelerate launch -m image_to_prompts render` instead.
 
 # %%
-manifests = {}
-for csv, folder in ((run.train_metadata, run.train_images), (run.test_metadata, run.test_images)):
-    if csv.is_file():
-        config = profiles.default_config("render", run, profile, metadata=csv, out=folder)
-        manifests[folder.name] = render.run(config)
-pd.DataFrame({name: [len(m), (m["flag"] != "").sum()] for name, m in manifests.items()}, index=["images", "flagged"])
+manifests = {config.out.name: render.run(config) for config in configs}
+flags = {name: manifest["flag"].replace("", "fine").value_counts() for name, manifest in manifests.items()}
+pd.DataFrame(flags).fillna(0).astype(int)
+
+# %% [markdown]
+# What a picture depends on stands in its manifest row.
+
+# %%
+manifests["train"].head(1).T
 
 # %% [markdown]
 # ## Look at them
@@ -51,16 +75,16 @@ show(report.gallery(manifests["train"], run.train_images, count=18), "gallery_tr
 # %% [markdown]
 # ## One prompt, four seeds
 #
-# The seed moves what the prompt does not say. Several seeds a prompt are the cheapest augmentation; the winners
-# rendered two or three.
+# The seed moves what the prompt does not say. Several seeds a prompt (`seeds` above, `--seeds`) are the cheapest
+# augmentation; the winners rendered two or three.
 
 # %%
 prompt = "a robot riding a horse in the desert, watercolor painting"
-seeds = pd.DataFrame({"image_name": [f"seed{i}.png" for i in range(4)], "prompt": prompt, "seed": range(4)})
 csv = run.folder / "data_meta" / "seeds.csv"
-seeds.to_csv(csv, index=False)
-four = render.run(profiles.default_config("render", run, profile, metadata=csv, out=run.images.with_name("seeds")))
-show(report.gallery(four, run.images.with_name("seeds"), columns=4), "gallery_seeds.png")
+pd.DataFrame({"image_name": ["robot.png"], "prompt": prompt}).to_csv(csv, index=False)
+out = run.images.with_name("seeds")
+four = render.run(profiles.default_config("render", run, profile, metadata=csv, out=out, fast=fast, seeds=4))
+show(report.gallery(four, out, columns=4), "gallery_seeds.png")
 
 # %% [markdown]
 # Next: `04_finetune_convnext` learns to read the prompts back.

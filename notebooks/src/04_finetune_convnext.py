@@ -45,9 +45,7 @@ print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} o
 
 # %%
 overrides = {"epochs": epochs} if epochs else {}
-config = profiles.default_config(
-    "finetune", run, profile, metadata=(run.train_metadata,), images=(run.train_images,), **overrides
-)
+config = profiles.default_config("finetune", run, profile, images=run.rendered(run.train_images), **overrides)
 history = finetune.run(config)
 history
 

@@ -1,0 +1,92 @@
+"""Time and room: what a render run has used, whether the next block still fits, and what the rest will take."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ..files import append_line
+from ..progress import Estimate
+
+T = TypeVar("T")
+FIRST_GUESS = 500_000  # bytes an image before any is written; a 512-px PNG of a photo has about that
+
+
+BEGUN = time.monotonic()  # the limit is on this process's life: a notebook may render more than once in a session
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and below."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # another process's temporary file
+                total += os.stat(os.path.join(parent, name)).st_size  # noqa: PTH116, PTH118 (many files)
+    return total
+
+
+class Limits:
+    """Counts one run's images, seconds and bytes; `stopped` says which limit ended it, if one did."""
+
+    def __init__(self, out: Path, inside: Path, max_hours: float, max_gb: float, total: int, before: int) -> None:
+        """Takes the limits.
+
+        Args:
+            out: Folder that is filled and gets the log.
+            inside: Folder whose room is limited.
+            max_hours: Hours that this process may live; 0: any.
+            max_gb: GB that `inside` may hold; 0: any.
+            total: Images of this process.
+            before: How many of them were there at the beginning.
+        """
+        self.out, self.inside, self.max_hours, self.max_gb = out, inside, max_hours, max_gb
+        self.total, self.before = total, before
+        self.images = self.bytes = self.blocks = 0
+        self.drawing_since = self.last = 0.0
+        self.longest = 0.0
+        self.stopped = ""
+
+    def watch(self, blocks: Iterator[T], ahead: int) -> Iterator[T]:
+        """Passes blocks on until the next one would break a limit.
+
+        Args:
+            blocks: What is being drawn; a block is begun when it is asked for.
+            ahead: Blocks that may be under way unwritten.
+        """
+        self.drawing_since = self.last = time.monotonic()
+        while not self._over(ahead):
+            start = time.monotonic()
+            block = next(blocks, None)
+            if block is None:
+                return
+            self.longest = max(self.longest, time.monotonic() - start)
+            yield block
+
+    def _over(self, ahead: int) -> bool:
+        if self.max_hours and time.monotonic() - BEGUN + self.longest > self.max_hours * 3600:
+            self.stopped = f"--max-hours {self.max_hours:g}"
+        if self.max_gb:
+            an_image = self.bytes / self.images if self.images else FIRST_GUESS
+            a_block = an_image * (self.images / self.blocks if self.blocks else 1)
+            if folder_bytes(self.inside) + (ahead + 1) * a_block > self.max_gb * 1e9:
+                self.stopped = f"--max-gb {self.max_gb:g}"
+        return bool(self.stopped)
+
+    def block(self, images: int, size: int) -> None:
+        """Notes a written block, in the log file too."""
+        now = time.monotonic()
+        append_line(self.out / "render.log", {"images": images, "bytes": size, "seconds": round(now - self.last, 3)})
+        self.images, self.bytes, self.blocks, self.last = self.images + images, self.bytes + size, self.blocks + 1, now
+
+    def estimate(self) -> Estimate:
+        """What the images of this process that are not there yet will take."""
+        left = self.total - self.before - self.images
+        if not self.images:
+            return Estimate("images", self.total, left, 0.0, 0.0)
+        return Estimate(
+            "images", self.total, left, (self.last - self.drawing_since) / self.images, self.bytes / self.images
+        )

@@ -1,0 +1,337 @@
+"""Where finished images go, as loose files or as tar shards, and which of them are there already and intact.
+
+A store trusts nothing but what it checks: a row counts as done when its record says the same prompt, seed and settings
+and the SHA-256 of the bytes on disk is the recorded one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import metadata, tars
+from ..errors import UserError
+from ..files import append_line, atomic_path, read_journal, write_text
+from ..progress import progress
+from ..workspace import MANIFEST
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+Record = dict[str, Any]
+BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"  # flags
+RECORDED = ("backend", "model", "model_sha256", "scheduler", "steps", "guidance")
+KEYS = {"image_name", "prompt", "seed", *RECORDED, "file", "sha256", "flag"}
+LOOSE_UNIT = 64  # rows of loose images that one process or --shard takes at a time
+
+
+class Row(NamedTuple):
+    """One image to render: its number in the whole set, name in the manifest, prompt, seed and bare file name."""
+
+    index: int
+    name: str
+    prompt: str
+    seed: int
+    file: str
+
+
+def read_manifest(folder: Path) -> list[Record]:
+    """Records of a folder's manifest and of the journals of unfinished runs, later ones last; [] if it has neither."""
+    path, columns = folder / MANIFEST, ("image_name", "prompt", "seed", "file", "sha256", "flag")
+    records = metadata.read_table(path, columns).to_dict("records") if path.is_file() else []
+    for journal in sorted(folder.glob(".journal-*.jsonl")):
+        records += read_journal(journal)
+    return records
+
+
+class FolderStore:
+    """Loose files, each written atomically and then noted in this process's journal."""
+
+    unit = LOOSE_UNIT
+
+    def __init__(self, out: Path, settings: Record, journal: str) -> None:
+        self.out, self.settings = out, settings
+        self.records: dict[str, Record] = {}
+        self.journal = out / f".journal-{journal}.jsonl"
+
+    def scan(self, rows: list[Row]) -> None:
+        """Finds out which of `rows`, whole units of them, are done and intact.
+
+        Raises:
+            UserError: If images made with other settings are there.
+        """
+        known = {record["image_name"]: record for record in read_manifest(self.out)}
+        for row in progress(rows, "check images"):
+            record = known.get(row.name)
+            if record and self.is_intact(record) and self.fits(record, row):
+                self.records[row.name] = record
+
+    def fits(self, record: Record, row: Row) -> bool:
+        """Whether an intact record is that of `row`.
+
+        Raises:
+            UserError: If its image was made with other settings: hours of rendering are not overwritten by accident.
+        """
+        expected = {**self.settings, "format": Path(row.file).suffix}
+        found = {**record, "format": Path(record["file"]).suffix or expected["format"]}
+        for key, value in expected.items():
+            if str(found.get(key, "")) != str(value):
+                if record["flag"] == FAILED:
+                    return False
+                raise UserError(
+                    f"{self.out}: {record['image_name']} was rendered with {key} {found.get(key) or 'none'}, not "
+                    f"{value or 'none'}; choose another --out or the old settings, or delete the folder"
+                )
+        file = row.file if record["flag"] != FAILED else ""
+        return (record["prompt"], str(record["seed"]), record["file"]) == (row.prompt, str(row.seed), file)
+
+    def is_intact(self, record: Record) -> bool:
+        """Whether the recorded image is there with the recorded SHA-256; a failed row has none."""
+        if record["flag"] == FAILED:
+            return True
+        path = self.out / record["file"]
+        try:
+            data = tars.read(path) if tars.is_member(path) else path.read_bytes()
+        except OSError:
+            return False
+        return hashlib.sha256(data).hexdigest() == record["sha256"]
+
+    def record(self, row: Row, data: bytes | None, flag: str) -> Record:
+        """What the manifest says of a row."""
+        digest = "" if data is None else hashlib.sha256(data).hexdigest()
+        identity = {"image_name": row.name, "prompt": row.prompt, "seed": row.seed}
+        return {**identity, **self.settings, "file": "" if data is None else row.file, "sha256": digest, "flag": flag}
+
+    def add(self, row: Row, data: bytes | None, flag: str) -> None:
+        """Keeps one finished image, or, without data, the fact that it failed."""
+        record = self.record(row, data, flag)
+        if data is not None:
+            with atomic_path(self.out / row.file) as part:
+                part.write_bytes(data)
+        append_line(self.journal, record)
+        self.records[row.name] = record
+
+    def close(self) -> None:
+        """Ends the writing; loose files need nothing."""
+
+    def listed(self) -> dict[str, Record]:
+        """Records for the manifest."""
+        return self.records
+
+
+class TarStore(FolderStore):
+    """Tar shards of `unit` rows in webdataset's layout: `<stem>.png`, then `<stem>.json` with the row's record.
+
+    A shard grows under the name `<number>.tar.part` and is its own journal: a kill tears its last row at most, which
+    is cut off before it grows on. The webdataset library's writer cannot go on with a shard, so tarfile writes it.
+    """
+
+    def __init__(self, out: Path, settings: Record, journal: str, unit: int, total: int) -> None:
+        super().__init__(out, settings, journal)
+        self.unit, self.total = unit, total
+        self._ends: dict[int, int] = {}
+        self._tar: tarfile.TarFile | None = None
+        self._number = -1
+        self._finished: set[int] = set()
+
+    def path(self, number: int) -> Path:
+        """File of a finished shard."""
+        return self.out / f"{number:05d}.tar"
+
+    def part(self, number: int) -> Path:
+        """File of a growing shard."""
+        return self.out / f"{number:05d}.tar.part"
+
+    def size(self, number: int) -> int:
+        """Rows of a shard; the last one may hold fewer."""
+        return min(self.unit, self.total - number * self.unit)
+
+    def scan(self, rows: list[Row]) -> None:
+        """See `FolderStore.scan`; a shard that is whole but for its name is finished."""
+        for start in progress(range(0, len(rows), self.unit), "check shards"):
+            unit = rows[start : start + self.unit]
+            number = unit[0].index // self.unit
+            for path in (self.path(number), self.part(number)):
+                if path.is_file():
+                    records, self._ends[number] = read_shard(path)
+                    self._take(path, unit, records)
+                    if len(records) >= len(unit):
+                        self._finished.add(number)
+                        blocks = -(-(self._ends[number] + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE)
+                        if path == self.part(number) or path.stat().st_size != blocks * tarfile.RECORDSIZE:
+                            self._open(number)
+                            self.close()
+                    break
+
+    def _take(self, path: Path, rows: list[Row], records: list[Record]) -> None:
+        for row, record in zip(rows, records, strict=False):
+            inside = row._replace(file=f"{path.name.removesuffix('.part')}/{row.file}")
+            if record["image_name"] != row.name or not self.fits(record, inside):
+                raise UserError(
+                    f"{path}: holds {record['image_name']!r} with seed {record['seed']} where the metadata has "
+                    f"{row.name!r} with seed {row.seed} or another prompt (image {row.index + 1}); add rows at the end "
+                    "only, choose another --out, or delete this shard"
+                )
+            self.records[row.name] = record
+
+    def add(self, row: Row, data: bytes | None, flag: str) -> None:
+        """See `FolderStore.add`; rows of a shard must come in order."""
+        number = row.index // self.unit
+        if number != self._number:
+            self.close()
+            self._open(number)
+        stem = Path(row.file).stem
+        record = self.record(row._replace(file=f"{self.path(number).name}/{row.file}"), data, flag)
+        if data is not None:
+            self._member(row.file, data)
+        self._member(f"{stem}.json", json.dumps(record, ensure_ascii=False).encode())
+        self._tar.fileobj.flush()
+        self.records[row.name] = record
+        if row.index + 1 == number * self.unit + self.size(number):
+            self._finished.add(number)
+            self.close()
+
+    def _open(self, number: int) -> None:
+        part, end = self.part(number), self._ends.get(number, 0)
+        if self.path(number).is_file():  # damaged, or shorter than it should be now
+            self.path(number).replace(part)
+        if end == 0:
+            part.unlink(missing_ok=True)
+        else:  # cut off what is torn and put the two empty blocks behind it from which tarfile goes on
+            os.truncate(part, end)
+            os.truncate(part, end + 2 * tarfile.BLOCKSIZE)
+        self._tar = tarfile.open(part, "a" if end else "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+        self._number = number
+
+    def _member(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)  # owner 0, time 0: the same bytes whoever writes them and when
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Closes the open shard and, if all its rows are there, gives it its name."""
+        if self._tar is None:
+            return
+        number = self._number
+        if number in self._finished:
+            self._tar.close()
+            self.part(number).replace(self.path(number))
+        else:
+            self._tar.fileobj.close()  # without the end mark, which would stand in the way of the next row
+        self._tar, self._number = None, -1
+
+    def listed(self) -> dict[str, Record]:
+        """Records for the manifest: rows of finished shards."""
+        finished = {self.path(number).name for number in self._finished}
+        return {k: r for k, r in self.records.items() if r["flag"] == FAILED or r["file"].partition("/")[0] in finished}
+
+
+def read_shard(path: Path, check: bool = True) -> tuple[list[Record], int]:
+    """Reads a shard up to its end or its first damaged row.
+
+    Args:
+        path: The shard or part of one.
+        check: Whether to compare every image with its SHA-256.
+
+    Returns:
+        Records of the good rows at its beginning, and the offset at which they end.
+    """
+    records, end = [], 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            image = None
+            for member in archive:
+                data = archive.extractfile(member).read() if check or member.name.endswith(".json") else b""
+                if not member.name.endswith(".json"):
+                    image = data
+                    continue
+                record = json.loads(data)
+                if record.keys() != KEYS:
+                    break
+                if check and record["sha256"] != (hashlib.sha256(image).hexdigest() if image is not None else ""):
+                    break
+                records.append(record)
+                image = None
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    except (tarfile.TarError, ValueError, OSError) as error:
+        log.info("%s: %s; the %d rows before that are kept", path, error, len(records))
+    return records, end
+
+
+def write_manifest(store: FolderStore, frame: pd.DataFrame, own: set[str]) -> pd.DataFrame:
+    """Writes `manifest.csv`: of all rows that are done in this folder, by whichever process, in the metadata's order.
+
+    Args:
+        store: This process's store, closed.
+        frame: image_name, prompt, seed and what else the metadata has, one row an image.
+        own: Names of the rows that are this process's to judge; of others, what the manifest said stays.
+
+    Returns:
+        The manifest.
+    """
+    from filelock import FileLock
+
+    path = store.out / MANIFEST
+    with FileLock(store.out / ".manifest.lock"):
+        known = {record["image_name"]: record for record in read_manifest(store.out)}
+        known = {name: record for name, record in known.items() if name not in own} | store.listed()
+        done = frame[frame["image_name"].isin(known.keys())].reset_index(drop=True)
+        records = [known[name] for name in done["image_name"]]
+        for column in (*RECORDED, "file", "sha256", "flag"):
+            done[column] = [record[column] for record in records]
+        text = done.to_csv(index=False, lineterminator="\n")
+        if done.empty:
+            path.unlink(missing_ok=True)
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+        for journal in store.out.glob(".journal-*.jsonl") if len(done) == len(frame) else [store.journal]:
+            journal.unlink(missing_ok=True)
+    return done
+
+
+def adopt(store: FolderStore, folder: Path, rows: list[Row]) -> set[str]:
+    """Takes over what an earlier run left in another, read-only folder.
+
+    Whole shards and loose images count as done where they are; a shard that was not finished is copied and goes on.
+
+    Args:
+        store: The store of this run, before its `scan`.
+        folder: Where the earlier run wrote.
+        rows: This process's rows.
+
+    Returns:
+        Names of rows that are done there.
+    """
+    if not isinstance(store, TarStore):
+        other = type(store)(folder, store.settings, "none")
+        known = {record["image_name"]: record for record in read_manifest(folder)}
+        wanted = {row.name: row for row in rows}
+        return {
+            name
+            for name, record in known.items()
+            if name in wanted and (folder / record["file"]).is_file() and other.fits(record, wanted[name])
+        }
+    done = set()
+    for start in range(0, len(rows), store.unit):
+        unit = rows[start : start + store.unit]
+        number = unit[0].index // store.unit
+        for name in (store.path(number).name, store.part(number).name):
+            if not (folder / name).is_file():
+                continue
+            records, _ = read_shard(folder / name, check=False)
+            other = TarStore(folder, store.settings, "none", store.unit, store.total)
+            other._take(folder / name, unit, records)
+            if name == store.path(number).name and len(records) >= len(unit):
+                done |= set(other.records)
+            elif not store.part(number).is_file() and not store.path(number).is_file():
+                with atomic_path(store.part(number)) as part:
+                    shutil.copyfile(folder / name, part)
+    return done

