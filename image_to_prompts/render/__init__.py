@@ -209,6 +209,8 @@ def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estima
     make_folder(config.out)
     units = [rows[start : start + store.unit] for start in range(0, len(rows), store.unit)][part::parts]
     mine = [row for unit in units for row in unit]
+    if parts > 1:
+        log.info("part %d of %d: %d of %d images", part + 1, parts, len(mine), len(rows))
     folders = workspace.attached_images(config.out.name) if config.adopt is None else config.adopt
     adopted = {name for folder in folders for name in stores.adopt(store, folder, mine)}
     store.scan(mine)
