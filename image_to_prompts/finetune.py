@@ -69,6 +69,8 @@ class Config(StageConfig):
     """auto: bf16 or fp16 where the hardware has it."""
     loader_workers: int = 0
     """Processes that decode images."""
+    dry_run: bool = False
+    """Only say what would train, the memory it needs, the steps and the hours, from a measured step."""
 
 
 def learning_rate_factor(done: float, cycles: int) -> float:
@@ -190,14 +192,21 @@ def run(config: Config) -> pd.DataFrame:
     """Runs the stage; also under `accelerate launch`.
 
     Returns:
-        The history: epoch, loss, cosine (validation), one row an epoch and one for the fitted head before (epoch 0).
+        The history: epoch, loss, cosine (validation), one row an epoch and one for the fitted head before (epoch 0);
+        empty after a dry run.
 
     Raises:
         UserError: On bad input, settings or weights, or if the loss becomes infinite.
     """
     _check(config)
+    if config.dry_run:
+        from . import plan
+
+        planned = plan.make(config)
+        log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
+        return pd.DataFrame(columns=["epoch", "loss", "cosine"])
     spec = backbones.describe(config.backbone, config.image_size)
-    settings = config.settings("out", "metadata", "loader_workers")
+    settings = config.settings("out", "metadata", "loader_workers", "dry_run")
     tables = dataset.tables(config.metadata, config.images)
     stamp = Stamp(config.out / ".finetune.done", settings, tables)
     history_path = config.out / "history.csv"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,10 +94,8 @@ def features(
         stored = load_file(cache)
         activations, found = stored["activations"], stored["features"].numpy()
     else:
-        taken: list[torch.Tensor] = []
-        hook = first.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].cpu().clone()))
-        found = evaluate.extract(model.features, images, 32, device, only=only)
-        hook.remove()
+        with entering(first) as taken:
+            found = evaluate.extract(model.features, images, 32, device, only=only)
         if not taken:
             raise UserError("no image can be read; check --images")
         activations = torch.cat(taken)
@@ -107,6 +107,17 @@ def features(
     readable = only[np.isfinite(found[only, 0])]
     position[readable] = np.arange(len(readable))
     return found, CachedRows(activations, position), trained
+
+
+@contextlib.contextmanager
+def entering(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what enters a module, on the CPU, one tensor a forward pass."""
+    taken: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].cpu().clone()))
+    try:
+        yield taken
+    finally:
+        hook.remove()
 
 
 def _compare(tail: nn.Module, activations: torch.Tensor, found: np.ndarray, device: torch.device) -> None:

@@ -1,0 +1,64 @@
+"""The plan of a training: counts are the model's, memory grows with the batch, nothing is written."""
+
+import pytest
+import torch
+
+from image_to_prompts import backbones, finetune, model, plan, profiles
+from image_to_prompts.errors import UserError
+
+
+def planned(run, **values):
+    settings = {"image_size": 64, "batch_size": 8, "epochs": 3, "dry_run": True, **values}
+    return plan.make(profiles.default_config("finetune", run, "embedded", **settings))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_counts_are_those_of_the_model(small_run, cache):
+    found = planned(small_run, cache_features=cache)
+    net = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
+    trained = backbones.unfreeze_last_quarter(net.backbone)
+    own = [p for p in net.parameters() if p.requires_grad]
+    assert found.trained_tensors == len(own) == len(trained) + 2
+    assert found.trained_parameters == sum(p.numel() for p in own)
+    assert found.weights == 4 * sum(p.numel() for p in net.parameters())
+    assert found.optimizer == 2 * found.gradients == 8 * found.trained_parameters
+    assert (found.groups, found.trained_groups) == (len(backbones.layer_groups(net.backbone)), found.groups // 4)
+    history = finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
+    assert history.empty and not small_run.checkpoints.exists()
+
+
+def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small_run):
+    one, two = (planned(small_run, batch_size=size, cache_features=False) for size in (8, 16))
+    assert two.activations == 2 * one.activations > 0
+    everything = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    assert one.activations < plan._step(everything.train(), images, "no")
+
+
+def test_steps_and_seconds(small_run):
+    found = planned(small_run)
+    rows = plan.train_rows(profiles.default_config("finetune", small_run, "embedded"))
+    assert found.steps == 3 * -(-rows // 8) and found.seconds > 0
+    assert "hours" in str(found) and "GB free" in str(found)
+
+
+def test_too_large_a_batch_is_told_and_not_tried(small_run, caplog, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 10_000_000)
+    finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
+    assert "too large: lower --batch-size" in caplog.text and "not measured" in caplog.text
+    assert caplog.records[-1].levelname == "WARNING"
+
+
+def test_bad_input_is_refused(small_run, tmp_path):
+    with pytest.raises(UserError, match="unknown backbone"):
+        planned(small_run, backbone="timm:nothing")
+    with pytest.raises(UserError, match=r"no manifest\.csv"):
+        planned(small_run, images=(tmp_path,))
+
+
+def test_the_command_line_says_the_plan(small_run, command):
+    code, _, said = command("finetune", "--run", small_run.folder, "--dry-run", "--image-size", 64, "--batch-size", 4)
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines() if line] == [
+        *("groups", "tensors", "parameters", "memory", "steps", "hours")
+    ]
