@@ -11,6 +11,7 @@ import numpy as np
 
 from . import backbones, dataset, frozen, metadata
 from . import model as models
+from .progress import short
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +79,8 @@ class Plan:
             f"steps       {self.steps:,}, {took}",
         ]
         if self.seconds is not None:
-            hours = self.steps * self.seconds / 3600
-            lines.append(f"hours       {hours:.2g}, without validation and frozen features")
+            hours = short(self.steps * self.seconds / 3600)
+            lines.append(f"hours       {hours}, without validation and frozen features")
         if not self.fits:
             lines.append("too large: lower --batch-size or --image-size")
         return "\n".join(lines)

@@ -50,6 +50,11 @@ def progress_to(total: int, what: str, done: int = 0) -> Iterator[Callable[[int]
         yield bar.update
 
 
+def short(value: float) -> str:
+    """Two digits, or all those before the point: 0.028, 1.5, 266, 2,664."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 @dataclass(frozen=True)
 class Estimate:
     """How long a stage will take, measured on its first block.
@@ -73,4 +78,6 @@ class Estimate:
         if not self.left:
             return f"{self.total:,} {self.what}: all done"
         rate = f"{self.seconds:.2f} s each" if self.seconds >= 1 else f"{1 / self.seconds:.0f} a second"
-        return f"{self.total:,} {self.what}, {self.left:,} to do, {rate}: {hours:.2g} h, {gigabytes:.2g} GB in all"
+        return (
+            f"{self.total:,} {self.what}, {self.left:,} to do, {rate}: {short(hours)} h, {short(gigabytes)} GB in all"
+        )
