@@ -50,6 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `... --help | head`; nobody reads on, also not what the interpreter flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         sys.stderr.write(f"image-to-prompts: {error}\n")
         sys.exit(EXIT_BAD_INPUT)

@@ -80,3 +80,13 @@ def test_stages_run_without_flags_after_their_predecessors(command, tmp_path, mo
         code, _, err = command(*words)
         assert code == 0, err
     assert (tmp_path / "runs/default/images/prompts/manifest.csv").is_file()
+
+
+@pytest.mark.parametrize("words", [["--help"], ["render", "--help"]])
+def test_a_reader_that_stops_early_gets_no_traceback(words):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "image_to_prompts", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+    process.stderr.close()
