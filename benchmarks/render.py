@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from image_to_prompts import metadata, render
+from image_to_prompts import devices, metadata, render
 from image_to_prompts.generate import grammar
 from image_to_prompts.render import scenes, stable_diffusion
 
@@ -160,7 +159,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=250, help="embedded scenes a round")
     parser.add_argument("--diffusion-count", type=int, default=24, help="Stable Diffusion images a round")
     options = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    cores = devices.cores()
     result = {
         "machine": platform.processor() or platform.machine(),
         "cores": cores,

@@ -17,6 +17,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """This process's number, from 0, and how many `accelerate launch` or `torchrun` started; (0, 1) without them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def local_device() -> torch.device:
     """The device of this process: its own GPU under `accelerate launch`, without opening a process group.
 
@@ -57,7 +62,7 @@ def gather(share: list[T], total: int) -> list[T]:
 
     Without `accelerate launch` or `torchrun` the share is everything.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    _, processes = rank_and_processes()
     if processes == 1:
         return share
     from accelerate import PartialState

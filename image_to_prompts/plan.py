@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import backbones, dataset, frozen, metadata
 from . import model as models
+from .devices import autocast
 from .progress import short
 
 if TYPE_CHECKING:
@@ -34,9 +36,6 @@ class Plan:
         trained_tensors: How many of them train.
         parameters: Numbers in them.
         trained_parameters: How many of them train.
-        weights: Bytes of the weights.
-        gradients: Bytes of the gradients.
-        optimizer: Bytes of the optimizer's state.
         activations: Bytes that a step keeps for the way back, at this batch size.
         free: Bytes free on the device before the model was there.
         steps: Steps of the whole training.
@@ -49,13 +48,25 @@ class Plan:
     trained_tensors: int
     parameters: int
     trained_parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
     activations: int
     free: int
     steps: int
     seconds: float | None
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights."""
+        return BYTES * self.parameters
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients."""
+        return BYTES * self.trained_parameters
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of the optimizer's state."""
+        return OPTIMIZER_COPIES * self.gradients
 
     @property
     def needed(self) -> int:
@@ -106,7 +117,7 @@ def train_rows(config: Config) -> int:
     return count
 
 
-def _step(model: nn.Module, inputs: torch.Tensor, precision: str) -> int:
+def _step(model: nn.Module, inputs: torch.Tensor, mixed: bool) -> int:
     """One forward and backward pass, which leaves gradients; returns the bytes that were kept between the two."""
     import torch
     from torch.nn.functional import cosine_similarity
@@ -120,11 +131,8 @@ def _step(model: nn.Module, inputs: torch.Tensor, precision: str) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(inputs.device.type, dtype, enabled=precision != "no"),
-    ):
+    precision = autocast(inputs.device) if mixed else contextlib.nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision:
         predicted = model(inputs).float()
         loss = (1 - cosine_similarity(predicted, torch.ones_like(predicted))).mean()
     loss.backward()
@@ -143,10 +151,8 @@ def make(config: Config) -> Plan:
     import torch
     from accelerate import PartialState
 
-    from .devices import mixed_precision
-
     device = PartialState().device
-    precision = mixed_precision(device) if config.precision == "auto" else "no"
+    mixed = config.precision == "auto"
     rows = train_rows(config)
     free = free_memory(device)
     model = models.build(backbones.describe(config.backbone, config.image_size))
@@ -163,7 +169,7 @@ def make(config: Config) -> Plan:
     if config.cache_features:
         step_model, inputs = _over_cache(model, inputs)
     backbones.set_training(step_model, True)
-    activations = _step(step_model, inputs, precision) * config.batch_size // PROBE
+    activations = _step(step_model, inputs, mixed) * config.batch_size // PROBE
     plan = Plan(
         groups=len(groups),
         trained_groups=sum(not trained_names.isdisjoint(group) for group in groups),
@@ -171,9 +177,6 @@ def make(config: Config) -> Plan:
         trained_tensors=len(trained),
         parameters=numbers,
         trained_parameters=trained_numbers,
-        weights=BYTES * numbers,
-        gradients=BYTES * trained_numbers,
-        optimizer=OPTIMIZER_COPIES * BYTES * trained_numbers,
         activations=activations,
         free=free,
         steps=config.epochs * math.ceil(rows / config.batch_size),
@@ -186,13 +189,13 @@ def make(config: Config) -> Plan:
     times = []
     for _ in range(3):  # the first one warms up
         start = time.perf_counter()
-        _step(step_model, batch, precision)
+        _step(step_model, batch, mixed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return Plan(**{**vars(plan), "seconds": min(times[1:])})
+    return replace(plan, seconds=min(times[1:]))
 
 
 def _over_cache(model: nn.Module, inputs: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:

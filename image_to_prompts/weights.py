@@ -8,6 +8,7 @@ was looked.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -123,10 +124,21 @@ def _damage(file: Path) -> str:
 def digest(path: Path) -> str:
     """SHA-256 that identifies a model: of the file, or of the names and digests of a folder's weights and settings."""
     if path.is_file():
-        return sha256(path)
+        return _file_digest(path)
     files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin", ".json", ".txt"))
-    listing = [f"{file.relative_to(path).as_posix()} {sha256(file)}" for file in files]
+    listing = [f"{file.relative_to(path).as_posix()} {_file_digest(file)}" for file in files]
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    info = file.stat()
+    return _cached_digest(file, info.st_size, info.st_mtime_ns)
+
+
+@functools.cache
+def _cached_digest(file: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file; gigabytes are read once a process, however many folders a notebook renders."""
+    return sha256(file)
 
 
 def package_folder(name: str) -> Path | None:

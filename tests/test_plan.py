@@ -32,7 +32,7 @@ def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small
     assert two.activations == 2 * one.activations > 0
     everything = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    assert one.activations < plan._step(everything.train(), images, "no")
+    assert one.activations < plan._step(everything.train(), images, mixed=False)
 
 
 def test_steps_and_seconds(small_run):

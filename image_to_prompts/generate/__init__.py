@@ -9,7 +9,6 @@ many prompts as were asked for; asking for more later keeps the ones already wri
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Literal
 import pandas as pd
 
 from .. import metadata
-from ..devices import gather
+from ..devices import gather, rank_and_processes
 from ..errors import UserError
 from ..files import Stamp, append_line, read_journal
 from ..profiles import StageConfig
@@ -79,7 +78,7 @@ def candidates(config: Config, start: int = 0) -> Iterator[list[str]]:
     Under `accelerate launch` every process writes its share of each block and all of them get the whole block.
     """
     write = _writer(config)
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, processes = rank_and_processes()
     while True:
         block = range(start, start + config.batch_size * processes)
         yield gather(write(list(block[rank::processes])), len(block))
@@ -136,12 +135,12 @@ def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Dist
     for record in read_journal(journal):
         found.add(record["prompts"])
         done += len(record["prompts"])
-    if found.finished or blocks == 0:
+    if found.finished:
         return found, 0.0
     start, first = time.perf_counter(), done
     with progress_to(config.count, "generate prompts", len(found.prompts)) as advance:
         for number, block in enumerate(candidates(config, done), start=1):
-            if int(os.environ.get("RANK", 0)) == 0:
+            if rank_and_processes()[0] == 0:
                 append_line(journal, {"prompts": block})
             before = len(found.prompts)
             found.add(block)
@@ -171,10 +170,9 @@ def estimate(config: Config) -> Estimate:
     stamp = _stamp(config)
     if stamp.is_current():
         return Estimate("prompts", config.count, 0, 0.0, 0)
-    found, _ = _fill(config, stamp, 0)
-    if found.finished:
-        return Estimate("prompts", config.count, 0, 0.0, 0)
     found, seconds = _fill(config, stamp, 1)
+    if not seconds:
+        return Estimate("prompts", config.count, 0, 0.0, 0)
     size = sum(len(prompt.encode()) + 1 for prompt in found.prompts) / max(len(found.prompts), 1)
     left = config.count - len(found.prompts)
     return Estimate("prompts", config.count, left, seconds * found.seen / max(len(found.prompts), 1), size)
@@ -199,7 +197,7 @@ def run(config: Config) -> pd.DataFrame:
     if not prompts:
         raise UserError(f"{config.source}: all of {found.seen} candidates came out empty; check the weights")
     frame = metadata.with_keys(pd.DataFrame({"prompt": prompts, "source": config.source}), config.out)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank_and_processes()[0] == 0:
         metadata.write_table(config.out, frame)
         stamp.write([config.out])
         stamp.clear("generate")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from .. import metadata, workspace
+from ..devices import rank_and_processes
 from ..errors import UserError
 from ..files import make_folder
 from ..profiles import StageConfig
@@ -87,7 +87,7 @@ def expand(frame: pd.DataFrame, seeds: int, suffix: str, path: Path) -> tuple[pd
     Raises:
         UserError: If two images would have one file.
     """
-    keep = [c for c in frame.columns if c not in (*stores.RECORDED, "file", "sha256", "flag")]
+    keep = [c for c in frame.columns if c not in stores.OUTCOME]
     parts = [frame[keep]]
     for k in range(1, seeds):
         names = [f"{Path(name).stem}-{k}{Path(name).suffix}" for name in frame["image_name"]]
@@ -115,8 +115,8 @@ def part_of(shard: str) -> tuple[int, int]:
     i, _, n = shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise UserError(f"--shard {shard!r}: write i/n with i from 1 to n, for example 1/8 to 8/8")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    return (int(i) - 1) * processes + int(os.environ.get("RANK", 0)), int(n) * processes
+    rank, processes = rank_and_processes()
+    return (int(i) - 1) * processes + rank, int(n) * processes
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -212,7 +212,7 @@ def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estima
     if parts > 1:
         log.info("part %d of %d: %d of %d images", part + 1, parts, len(mine), len(rows))
     folders = workspace.attached_images(config.out.name) if config.adopt is None else config.adopt
-    adopted = {name for folder in folders for name in stores.adopt(store, folder, mine)}
+    adopted = {name for folder in folders for name in store.adopt(folder, mine)}
     store.scan(mine)
     there = adopted | store.records.keys()
     inside = config.run if config.out.resolve().is_relative_to(config.run.resolve()) else config.out

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 Record = dict[str, Any]
 BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"  # flags
 RECORDED = ("backend", "model", "model_sha256", "scheduler", "steps", "guidance")
-KEYS = {"image_name", "prompt", "seed", *RECORDED, "file", "sha256", "flag"}
+OUTCOME = (*RECORDED, "file", "sha256", "flag")  # what rendering adds to a metadata row
+KEYS = {"image_name", "prompt", "seed", *OUTCOME}
 LOOSE_UNIT = 64  # rows of loose images that one process or --shard takes at a time
 
 
@@ -73,6 +74,21 @@ class FolderStore:
             record = known.get(row.name)
             if record and self.is_intact(record) and self.fits(record, row):
                 self.records[row.name] = record
+
+    def adopt(self, folder: Path, rows: list[Row]) -> set[str]:
+        """Names of `rows` that are done in another, read-only folder of an earlier run, and count as done there.
+
+        Raises:
+            UserError: If images made with other settings are there.
+        """
+        other = FolderStore(folder, self.settings, "none")
+        known = {record["image_name"]: record for record in read_manifest(folder)}
+        wanted = {row.name: row for row in rows}
+        return {
+            name
+            for name, record in known.items()
+            if name in wanted and (folder / record["file"]).is_file() and other.fits(record, wanted[name])
+        }
 
     def fits(self, record: Record, row: Row) -> bool:
         """Whether an intact record is that of `row`.
@@ -154,11 +170,31 @@ class TarStore(FolderStore):
         """Rows of a shard; the last one may hold fewer."""
         return min(self.unit, self.total - number * self.unit)
 
+    def shards(self, rows: list[Row]) -> list[tuple[int, list[Row]]]:
+        """Number and rows of each shard of `rows`, which are whole shards."""
+        units = [rows[start : start + self.unit] for start in range(0, len(rows), self.unit)]
+        return [(unit[0].index // self.unit, unit) for unit in units]
+
+    def adopt(self, folder: Path, rows: list[Row]) -> set[str]:
+        """See `FolderStore.adopt`; a shard that was not finished there is copied, before `scan`, and goes on here."""
+        done = set()
+        for number, unit in self.shards(rows):
+            for name in (self.path(number).name, self.part(number).name):
+                if not (folder / name).is_file():
+                    continue
+                records, _ = read_shard(folder / name, check=False)
+                other = TarStore(folder, self.settings, "none", self.unit, self.total)
+                other._take(folder / name, unit, records)
+                if name == self.path(number).name and len(records) >= len(unit):
+                    done |= set(other.records)
+                elif not self.part(number).is_file() and not self.path(number).is_file():
+                    with atomic_path(self.part(number)) as part:
+                        shutil.copyfile(folder / name, part)
+        return done
+
     def scan(self, rows: list[Row]) -> None:
         """See `FolderStore.scan`; a shard that is whole but for its name is finished."""
-        for start in progress(range(0, len(rows), self.unit), "check shards"):
-            unit = rows[start : start + self.unit]
-            number = unit[0].index // self.unit
+        for number, unit in progress(self.shards(rows), "check shards"):
             for path in (self.path(number), self.part(number)):
                 if path.is_file():
                     records, self._ends[number] = read_shard(path)
@@ -285,7 +321,7 @@ def write_manifest(store: FolderStore, frame: pd.DataFrame, own: set[str]) -> pd
         known = {name: record for name, record in known.items() if name not in own} | store.listed()
         done = frame[frame["image_name"].isin(known.keys())].reset_index(drop=True)
         records = [known[name] for name in done["image_name"]]
-        for column in (*RECORDED, "file", "sha256", "flag"):
+        for column in OUTCOME:
             done[column] = [record[column] for record in records]
         text = done.to_csv(index=False, lineterminator="\n")
         if done.empty:
@@ -294,44 +330,4 @@ def write_manifest(store: FolderStore, frame: pd.DataFrame, own: set[str]) -> pd
             write_text(path, text)
         for journal in store.out.glob(".journal-*.jsonl") if len(done) == len(frame) else [store.journal]:
             journal.unlink(missing_ok=True)
-    return done
-
-
-def adopt(store: FolderStore, folder: Path, rows: list[Row]) -> set[str]:
-    """Takes over what an earlier run left in another, read-only folder.
-
-    Whole shards and loose images count as done where they are; a shard that was not finished is copied and goes on.
-
-    Args:
-        store: The store of this run, before its `scan`.
-        folder: Where the earlier run wrote.
-        rows: This process's rows.
-
-    Returns:
-        Names of rows that are done there.
-    """
-    if not isinstance(store, TarStore):
-        other = type(store)(folder, store.settings, "none")
-        known = {record["image_name"]: record for record in read_manifest(folder)}
-        wanted = {row.name: row for row in rows}
-        return {
-            name
-            for name, record in known.items()
-            if name in wanted and (folder / record["file"]).is_file() and other.fits(record, wanted[name])
-        }
-    done = set()
-    for start in range(0, len(rows), store.unit):
-        unit = rows[start : start + store.unit]
-        number = unit[0].index // store.unit
-        for name in (store.path(number).name, store.part(number).name):
-            if not (folder / name).is_file():
-                continue
-            records, _ = read_shard(folder / name, check=False)
-            other = TarStore(folder, store.settings, "none", store.unit, store.total)
-            other._take(folder / name, unit, records)
-            if name == store.path(number).name and len(records) >= len(unit):
-                done |= set(other.records)
-            elif not store.part(number).is_file() and not store.path(number).is_file():
-                with atomic_path(store.part(number)) as part:
-                    shutil.copyfile(folder / name, part)
     return done
