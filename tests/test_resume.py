@@ -1,5 +1,6 @@
 """Every stage, killed with SIGKILL at several moments and started again, ends with the files of an undisturbed run."""
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -60,11 +61,20 @@ def start(stage, run, values):
     return process
 
 
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes; a file that is renamed or deleted while its folder is being listed is left out."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((str(path), path.stat().st_size))
+    return found
+
+
 def kill_after(process, folder: Path, changes: int) -> bool:
     """Kills a process once its folder has changed so often; False if it ended before."""
     before, seen = None, -1
     while process.is_alive():
-        now = [(str(path), path.stat().st_size) for path in sorted(folder.rglob("*")) if path.exists()]
+        now = listing(folder)
         if now != before:
             before, seen = now, seen + 1
         if seen >= changes:
