@@ -21,9 +21,24 @@ from .stages import STAGES
 
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
+    "import-checkpoint": "converts a .pt file of the reference's network: import-checkpoint FILE --out DIR",
     "check-submission": "validates a submission file: check-submission FILE [--images DIR]",
 }
 EXIT_BAD_INPUT = 2
+
+
+@dataclass
+class ImportCheckpoint:
+    """Converts a .pt file of the reference's network into a checkpoint folder."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """State dict of an image tower and a linear layer to 384."""
+    out: Path = Path("checkpoints/imported")
+    """Checkpoint folder to write."""
+    backbone: str = "open_clip:convnext_xxlarge"
+    """Backbone it was trained with."""
+    image_size: int = 512
+    """Side of the input in px."""
 
 
 @dataclass
@@ -81,6 +96,12 @@ def _dispatch(words: list[str]) -> None:
         config = _parse(CheckSubmission, words[1:], words[0])
         count = submission.check(config.file, config.images)
         sys.stdout.write(f"{config.file}: valid, {count} images\n")
+    elif words[0] == "import-checkpoint":
+        from . import backbones, model
+
+        config = _parse(ImportCheckpoint, words[1:], words[0])
+        model.import_reference(config.file, backbones.describe(config.backbone, config.image_size), config.out)
+        sys.stdout.write(f"{config.file}: imported to {config.out}\n")
     else:
         known = ", ".join([*(s.name for s in STAGES), *EXTRA])
         raise UserError(f"unknown command {words[0]!r}; choose one of {known}")

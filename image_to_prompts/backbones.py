@@ -118,7 +118,7 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
     if path is None and (Path(model) / "open_clip_model.safetensors").is_file():
         path = Path(model) / "open_clip_model.safetensors"
     file = weights.locate(spec.name, path, _hub(library, model))
-    state = _read_state(file)
+    state = read_state(file)
     if library == "open_clip":
         from open_clip.model import resize_pos_embed
 
@@ -147,15 +147,23 @@ def _hub(library: str, model: str) -> tuple[tuple[str, ...], str]:
     return repositories[:1], "open_clip_model.safetensors"
 
 
-def _read_state(file: Path) -> dict[str, torch.Tensor]:
+def read_state(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a .safetensors file or of a PyTorch file, of which nothing but tensors is unpickled.
+
+    Raises:
+        UserError: If it is neither.
+    """
     import torch
 
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    with weights.reading(file, "a file of weights"):
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(file)
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("state_dict", "model_state_dict", "model"):
+            state = state.get(key, state)
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def _load(module: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None:
@@ -211,6 +219,23 @@ def set_training(module: nn.Module, training: bool) -> None:
         set_training(child, training)
 
 
+def half_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the frozen matrices and convolutions in `dtype`, the type in which autocast would use them.
+
+    The outputs under autocast stay the same, the weights take half the memory and are not cast again at every step.
+    """
+    from torch import nn
+
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in layer.parameters()):
+            layer.to(dtype)
+
+
+def for_training(module: nn.Module) -> nn.Module:
+    """A shallow copy that trains faster on CPUs: same parameters, and the same sums in another order."""
+    return _rebuild(module, skip_frozen=False)[0]
+
+
 def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The part of a backbone that still has to run when the frozen part's output is known.
 
@@ -222,6 +247,11 @@ def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
         tail: Maps what enters the first trained module to the backbone's features.
         first: The first trained module; what enters it is what to store.
     """
+    return _rebuild(backbone, skip_frozen=True)
+
+
+def _rebuild(backbone: nn.Module, skip_frozen: bool) -> tuple[nn.Module, nn.Module]:
+    """`for_training` and `trained_tail`: a shallow copy, and its first module all of whose parameters train."""
     import torch
     from torch import nn
 
@@ -237,7 +267,7 @@ def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
             return nn.functional.linear(x.permute(0, 2, 3, 1), weight, self.convolution.bias).permute(0, 3, 1, 2)
 
     class Depthwise(nn.Module):
-        """A depthwise convolution in float32 on CPUs, where its bf16 gradient takes three times as long."""
+        """A depthwise convolution in float32 on CPUs, where its bf16 gradient takes twice to three times as long."""
 
         def __init__(self, convolution: nn.Conv2d) -> None:
             super().__init__()
@@ -249,22 +279,23 @@ def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
 
     firsts: list[nn.Module] = []
 
-    def strip(module: nn.Module) -> nn.Module:
-        bare = copy.copy(module)
-        bare._modules = dict(module._modules)
+    def rebuilt(module: nn.Module) -> nn.Module:
+        new = copy.copy(module)
+        new._modules = dict(module._modules)
         for name, child in module._modules.items():
             trainable = [parameter.requires_grad for parameter in child.parameters()]
             if trainable and not any(trainable):
-                bare._modules[name] = nn.Identity()
+                if skip_frozen:
+                    new._modules[name] = nn.Identity()
                 continue
             if trainable and all(trainable):
                 firsts.append(child)
             if not isinstance(child, nn.Conv2d):
-                bare._modules[name] = strip(child)
+                new._modules[name] = rebuilt(child)
             elif child.groups > 1:
-                bare._modules[name] = Depthwise(child)
+                new._modules[name] = Depthwise(child)
             elif child.kernel_size == child.stride == (1, 1):
-                bare._modules[name] = Pointwise(child)
-        return bare
+                new._modules[name] = Pointwise(child)
+        return new
 
-    return strip(backbone), firsts[0]
+    return rebuilt(backbone), firsts[0]

@@ -117,7 +117,7 @@ def run(config: Config) -> str:
     for name in ("test", "test-openmoji"):
         out = run_.submission if name == "test" else run_.submission.with_name("openmoji.csv")
         stage = settings(
-            "infer", images=images[name], checkpoint=run_.checkpoint, out=out, key=test_csv, bank=train_csv
+            "infer", images=images[name], checkpoint=(run_.checkpoint,), out=out, key=test_csv, bank=train_csv
         )
         stamp = out.with_name(f".{out.stem}.done")
         step = clock(f"infer {name}", stamp, lambda stage=stage: infer.run(stage), lambda found: len(found.files))

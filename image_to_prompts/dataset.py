@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Rows:
         train: Row numbers that train.
         valid: Row numbers that validate.
         left_out: Number of validation rows dropped because a training prompt is within cosine 0.8.
+        weights: float32 (n,), how much each row counts in training.
     """
 
     frame: pd.DataFrame
@@ -41,6 +42,12 @@ class Rows:
     train: np.ndarray
     valid: np.ndarray
     left_out: int
+    weights: np.ndarray
+
+    @property
+    def sources(self) -> pd.Series:
+        """Where each row comes from: the column `source`, "" where there is none."""
+        return self.frame["source"].fillna("") if "source" in self.frame else pd.Series("", self.frame.index)
 
 
 def tables(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> tuple[Path, ...]:
@@ -57,7 +64,14 @@ def tables(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> tuple[Path, ...
     return tuple(folder / MANIFEST for folder in folders)
 
 
-def load_rows(csvs: tuple[Path, ...], folders: tuple[Path, ...], fold: int = 0, work: Path | None = None) -> Rows:
+def load_rows(
+    csvs: tuple[Path, ...],
+    folders: tuple[Path, ...],
+    fold: int = 0,
+    work: Path | None = None,
+    leave_out: str = "",
+    source_weights: Mapping[str, float] | None = None,
+) -> Rows:
     """Loads metadata, finds every row's image, embeds the prompts and splits by fold.
 
     Args:
@@ -65,9 +79,11 @@ def load_rows(csvs: tuple[Path, ...], folders: tuple[Path, ...], fold: int = 0, 
         folders: Folders of images or tar shards, one a CSV or one for all.
         fold: Fold that validates.
         work: Folder for half-done embeddings.
+        leave_out: Source whose rows do not train; those of the validating fold validate alone.
+        source_weights: How much the rows of a source count in training; 1 where nothing is said.
 
     Raises:
-        UserError: If a row has no image, or a side of the split is empty.
+        UserError: If a row has no image, a side of the split is empty, or a source does not occur.
     """
     csvs = tables(csvs, folders)
     if not csvs or len(folders) not in (1, len(csvs)):
@@ -81,12 +97,21 @@ def load_rows(csvs: tuple[Path, ...], folders: tuple[Path, ...], fold: int = 0, 
     targets = text_encoder.encode(frame["prompt"].tolist(), work)
     if "fold" not in frame or frame["fold"].isna().any():
         frame = add_groups(frame, targets, folds=8)
-    valid = np.flatnonzero(frame["fold"] == fold)
-    train = np.flatnonzero(frame["fold"] != fold)
-    if not len(valid) or not len(train):
+    rows = Rows(frame, paths, targets, np.empty(0, int), np.empty(0, int), 0, np.ones(len(frame), np.float32))
+    sources, weights = rows.sources, source_weights or {}
+    unknown = {*weights, *([leave_out] if leave_out else [])} - set(sources)
+    if unknown:
+        known = ", ".join(sorted(set(sources))) or "none"
+        raise UserError(f"no row of source {sorted(unknown)[0]!r} (sources: {known}); correct the name")
+    held_out = sources.eq(leave_out).to_numpy() if leave_out else np.zeros(len(frame), bool)
+    valid = np.flatnonzero((frame["fold"] == fold) & (held_out if leave_out else True))
+    rows.train = np.flatnonzero((frame["fold"] != fold) & ~held_out)
+    if not len(valid) or not len(rows.train):
         raise UserError(f"fold {fold} holds {len(valid)} of {len(frame)} rows; choose another --fold or add prompts")
-    too_near = near_training(targets[valid], targets[train])
-    return Rows(frame, paths, targets, train, valid[~too_near], int(too_near.sum()))
+    too_near = near_training(targets[valid], targets[rows.train])
+    rows.valid, rows.left_out = valid[~too_near], int(too_near.sum())
+    rows.weights = sources.map(weights).fillna(1.0).to_numpy(np.float32)
+    return rows
 
 
 def _with_images(csv: Path, folder: Path) -> pd.DataFrame:
@@ -117,16 +142,3 @@ def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     index = faiss.IndexFlatIP(targets.shape[1])
     index.add(train_targets)
     return index.search(targets, 1)[0][:, 0] >= NEAR
-
-
-class EpochOrder:
-    """A sampler whose order depends on (seed, epoch) alone, so that a resumed run sees the same batches."""
-
-    def __init__(self, rows: np.ndarray, seed: int) -> None:
-        self.rows, self.seed, self.epoch = rows, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng((self.seed, self.epoch)).permutation(self.rows).tolist())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -20,6 +21,11 @@ def cores() -> int:
 def rank_and_processes() -> tuple[int, int]:
     """This process's number, from 0, and how many `accelerate launch` or `torchrun` started; (0, 1) without them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank_and_processes() -> tuple[int, int]:
+    """The same, counted on this machine alone."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def local_device() -> torch.device:
@@ -35,6 +41,20 @@ def local_device() -> torch.device:
         return device
     has_mps = torch.backends.mps.is_available()
     return torch.device("mps" if has_mps else "cpu")
+
+
+def only_cpus() -> bool:
+    """Whether several processes share CPUs alone; accelerate must be told, or it takes each for the only one."""
+    import torch
+
+    return rank_and_processes()[1] > 1 and not torch.accelerator.is_available()
+
+
+def process_state() -> PartialState:
+    """accelerate's view of this process: its device, and its process group, opened on first use."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=only_cpus())
 
 
 def mixed_precision(device: torch.device) -> str:
@@ -65,10 +85,9 @@ def gather(share: list[T], total: int) -> list[T]:
     _, processes = rank_and_processes()
     if processes == 1:
         return share
-    from accelerate import PartialState
     from torch import distributed
 
-    PartialState()  # opens the process group
+    process_state()
     shares: list[list[T]] = [[] for _ in range(processes)]
     distributed.all_gather_object(shares, share)
     return [shares[i % processes][i // processes] for i in range(total)]

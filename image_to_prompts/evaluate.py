@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from .frozen import CachedRows
     from .images import ImageRows
 
+PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
 CEILING_DRAWS = 16
 
@@ -60,6 +62,34 @@ def best_k(features: np.ndarray, targets: np.ndarray, train_features: np.ndarray
     return max(scores, key=scores.get)
 
 
+def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression of targets on features; the penalty is chosen on a tenth of the rows.
+
+    Args:
+        features: float32 (n, d).
+        targets: float32 (n, 384).
+
+    Returns:
+        Weight float64 (d, 384) and bias float64 (384,).
+    """
+    x = features.astype(np.float64)
+    centre, middle = x.mean(0), targets.mean(0)
+    held_out = np.arange(len(x)) % 10 == 0
+
+    def fit(rows: np.ndarray, penalty: float) -> np.ndarray:
+        inner = x[rows] - centre
+        gram = inner.T @ inner
+        gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram) + 1e-9
+        return np.linalg.solve(gram, inner.T @ (targets[rows] - middle))
+
+    def held_out_score(penalty: float) -> float:
+        predicted = (x[held_out] - centre) @ fit(~held_out, penalty) + middle
+        return mean_cosine(predicted, targets[held_out])
+
+    weight = fit(np.ones(len(x), bool), max(PENALTIES, key=held_out_score))
+    return weight, middle - centre @ weight
+
+
 def ceiling_score(prompts: Sequence[str], targets: np.ndarray) -> float:
     """Score of an oracle that knows all that an embedded scene shows and nothing else.
 
@@ -87,6 +117,75 @@ def skill(score: float, constant: float, ceiling: float) -> float:
     return (score - constant) / (ceiling - constant)
 
 
+def blend(predictions: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """Weighted sum of several models' predictions, each (n, 384), scaled to length 1 before and after."""
+    return unit(sum(weight * unit(vectors) for weight, vectors in zip(weights, predictions, strict=True)))
+
+
+def fit_weights(predictions: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """Weights, none negative and 1 in sum, of the blend with the largest mean cosine.
+
+    Args:
+        predictions: Each model's, float32 (n, 384), of rows that none of them trained on.
+        targets: float32 (n, 384).
+
+    Returns:
+        float64 (len(predictions),).
+    """
+    from scipy.optimize import minimize
+
+    units = np.stack([unit(vectors) for vectors in predictions]).astype(np.float64)
+    with_targets = (units * unit(targets)).sum(-1)  # (models, n)
+    with_each_other = np.einsum("ind,jnd->ijn", units, units)
+
+    def loss(weights: np.ndarray) -> float:
+        lengths = np.sqrt(np.einsum("i,j,ijn->n", weights, weights, with_each_other))
+        return -float((weights @ with_targets / np.maximum(lengths, 1e-12)).mean())
+
+    equal = np.full(len(units), 1 / len(units))
+    total = {"type": "eq", "fun": lambda weights: weights.sum() - 1}
+    return minimize(loss, equal, bounds=[(0, 1)] * len(units), constraints=[total], method="SLSQP").x
+
+
+def bootstrap(cosines: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    """95 % interval of a mean by the percentile bootstrap (Efron & Tibshirani 1993).
+
+    Args:
+        cosines: (n,) values.
+        draws: Resamples; their seed is fixed.
+    """
+    rng = np.random.default_rng(0)
+    means = [cosines[rng.integers(0, len(cosines), len(cosines))].mean() for _ in range(draws)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def domain_gap(features: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray]:
+    """How well a classifier tells two sets of images apart by their features: adversarial validation.
+
+    Args:
+        features: float32 (n, d), of the validation images.
+        other: float32 (m, d), of the images that matter in the end.
+
+    Returns:
+        Area under the ROC curve in five-fold cross-validation, .5 where nothing tells them apart, 1 where everything
+        does; and float64 (n,), how much each validation image looks like one of the others, 0 to 1.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    is_other = np.arange(len(features) + len(other)) >= len(features)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=500))
+    folds = StratifiedKFold(min(5, len(features), len(other)), shuffle=True, random_state=0)
+    likeness = cross_val_predict(
+        classifier, np.concatenate([features, other]), is_other, cv=folds, method="predict_proba"
+    )[:, 1]
+    return float(roc_auc_score(is_other, likeness)), likeness[: len(features)]
+
+
 def extract(
     forward: Callable[[torch.Tensor], torch.Tensor],
     images: ImageRows | CachedRows,
@@ -94,6 +193,7 @@ def extract(
     device: torch.device,
     workers: int = 0,
     only: np.ndarray | None = None,
+    mixed: bool = True,
 ) -> np.ndarray:
     """Applies a model to every image of a dataset, without gradients.
 
@@ -102,24 +202,25 @@ def extract(
         images: The images.
         batch_size: Images at once.
         device: Where to compute.
-        workers: Loader processes.
+        workers: Threads that decode images; 0: one a core.
         only: Row numbers to compute; all if left out.
+        mixed: In the hardware's half precision, where it has one.
 
     Returns:
         float32 (len(images), d); NaN in the rows of broken images and of those not asked for. d is 1 if no image
         could be read.
     """
     import torch
-    from torch.utils.data import DataLoader
 
     from .devices import autocast
+    from .images import load
     from .progress import progress
 
-    wanted = range(len(images)) if only is None else only.tolist()
-    loader = DataLoader(images, batch_size, sampler=wanted, collate_fn=images.collate, num_workers=workers)
+    wanted = np.arange(len(images)) if only is None else only
+    batches = [wanted[start : start + batch_size].tolist() for start in range(0, len(wanted), batch_size)]
     values, where = [], []
-    with torch.inference_mode(), autocast(device):
-        for batch, positions in progress(loader, "images", len(loader)):
+    with torch.inference_mode(), autocast(device) if mixed else contextlib.nullcontext():
+        for batch, positions in progress(load(images, batches, workers), "images", len(batches)):
             if len(positions):
                 values.append(forward(batch.to(device)).float().cpu().numpy())
                 where.append(positions.numpy())

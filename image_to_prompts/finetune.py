@@ -2,8 +2,8 @@
 
     image-to-prompts finetune --metadata data_meta/x.csv --images images/x --out checkpoints/x
 
-One fold of groups validates, in eval mode; the best epoch is kept. Each epoch ends with a state from which a killed
-run goes on.
+One fold of groups validates, in eval mode; the best epoch is kept, and the last one beside it in last/. A state is
+saved after every epoch and every few minutes; a killed run goes on from there.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import math
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, evaluate, frozen, metadata
+from . import backbones, dataset, evaluate, frozen, metadata, training, validation
 from . import model as models
+from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes
 from .errors import UserError
 from .files import Stamp, atomic_path, sha256
 from .images import ImageRows
 from .profiles import StageConfig
-from .progress import progress
+from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
-WEIGHT_DECAY, CLIP_NORM = 1e-4, 1.0  # the reference's
+COLUMNS = ["epoch", "loss", "cosine"]
+SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
+OUTPUTS = (
+    *("model.safetensors", "config.json", "README.md", "baselines.safetensors", "history.csv", "history.png"),
+    *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png", "last/model.safetensors"),
+)
 
 
 @dataclass
@@ -56,76 +62,64 @@ class Config(StageConfig):
     cycles: int = 1
     """Cosine cycles of the learning rate over all epochs (warm restarts)."""
     batch_size: int = 32
-    """Images a step and process."""
+    """Images an optimizer step, over all processes."""
+    micro_batch: int = 0
+    """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from a layer group to the one before it."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is then what validates and is kept; 0: none."""
+    head: Literal["linear", "mlp", "random"] = "linear"
+    """linear: fitted to the frozen features; mlp: with a hidden layer beside it; random: linear, not fitted."""
+    augment: bool = False
+    """Weak augmentation: crops of 85 to 100 % of a side, brightness and contrast within 10 %."""
+    init: Path | None = None
+    """Checkpoint folder to start from, for a second stage on better data; left out: pretrained weights."""
+    source_weights: tuple[str, ...] = ()
+    """How much the rows of a source count, as SOURCE=WEIGHT; others count 1."""
+    leave_out: str = ""
+    """Source that does not train and alone validates: how well the model does on prompts of another kind."""
+    patience: int = 0
+    """Stop after so many epochs without a better one; 0: never."""
+    max_hours: float = 0.0
+    """Save and stop before the process is this old; 0: never."""
+    save_minutes: float = 10.0
+    """Save the state at least so often."""
+    grad_checkpointing: bool = False
+    """Compute activations twice to keep fewer of them."""
     fold: int = 0
     """Fold that validates."""
     seed: int = 0
     """Seed of the shuffling."""
     cache_features: bool = True
-    """Run the frozen part once and keep its output in memory (20 KB an image for EfficientNet-Lite2 at 224 px)."""
+    """Run the frozen part once and keep its output on disk (20 KB an image for EfficientNet-Lite2 at 224 px)."""
     precision: Literal["auto", "fp32"] = "auto"
     """auto: bf16 or fp16 where the hardware has it."""
     loader_workers: int = 0
-    """Processes that decode images."""
+    """Threads that decode images; 0: one a core."""
     dry_run: bool = False
     """Only say what would train, the memory it needs, the steps and the hours, from a measured step."""
 
 
-def learning_rate_factor(done: float, cycles: int) -> float:
-    """Cosine from 1 to 0 in each of `cycles` equal parts (SGDR, Loshchilov & Hutter 2017); `done` in 0..1."""
-    return 0.5 * (1 + math.cos(math.pi * ((done * cycles) % 1.0)))
-
-
-def train_epoch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    loader: Any,
-    targets: torch.Tensor,
-    optimizer: Any,
-    epoch: int,
-    config: Config,
-) -> float:
-    """Pass number `epoch`, from 1, over the training rows; returns the mean loss (1 - cosine) of this process.
-
-    Raises:
-        UserError: If no image can be read or the loss is not finite.
-    """
-    import torch
-    from torch.nn.functional import cosine_similarity
-
-    backbones.set_training(model, True)
-    torch.manual_seed(config.seed * 100_003 + epoch)
-    losses = []
-    for step, (batch, rows) in enumerate(progress(loader, f"epoch {epoch}/{config.epochs}", len(loader))):
-        factor = learning_rate_factor((epoch - 1 + step / len(loader)) / config.epochs, config.cycles)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        if len(rows) < 2:  # batch normalisation needs two
-            continue
-        predicted = model(batch.to(accelerator.device)).float()
-        loss = (1 - cosine_similarity(predicted, targets[rows.cpu()].to(predicted.device))).mean()
-        if not torch.isfinite(loss):
-            raise UserError(f"epoch {epoch}, step {step + 1}: the loss is {loss.item()}; lower --learning-rate")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    if not losses:
-        raise UserError("fewer than two readable training images; check --images")
-    return float(np.mean(losses))
-
-
 def validate(
-    model: nn.Module, images: ImageRows | frozen.CachedRows, rows: dataset.Rows, device: torch.device
-) -> float:
-    """Mean cosine of the readable validation rows, in eval mode."""
+    model: nn.Module,
+    images: ImageRows | frozen.CachedRows,
+    rows: dataset.Rows,
+    device: torch.device,
+    mixed: bool = True,
+) -> np.ndarray:
+    """Predicts the validation rows in eval mode; processes share the work.
+
+    Returns:
+        float32 (len(rows.valid), 384), NaN where an image cannot be read.
+    """
     backbones.set_training(model, False)
-    predicted = evaluate.extract(model, images, 32, device, only=rows.valid)[rows.valid]
-    readable = np.isfinite(predicted[:, 0])
-    return evaluate.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
+    rank, processes = rank_and_processes()
+    mine = rows.valid[rank::processes]
+    predicted = evaluate.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
+    return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), DIMENSION))), len(rows.valid)))
 
 
 def plot_history(history: pd.DataFrame, scores: dict[str, float], path: Path) -> None:
@@ -153,39 +147,42 @@ def _revision() -> str:
     return result.stdout.strip()
 
 
-def _save_state(path: Path, model: nn.Module, optimizer: Any, accelerator: Accelerator, history: list[dict]) -> None:
-    import torch
-
-    trained = {name for name, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
-    state = {
-        "model": {name: tensor for name, tensor in model.state_dict().items() if name in trained},
-        "optimizer": optimizer.state_dict(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "history": history,
-    }
-    with atomic_path(path) as part:
-        torch.save(state, part)
-
-
-def _load_state(path: Path, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> list[dict]:
-    import torch
-
-    if not path.is_file():
-        return []
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    if accelerator.scaler and state["scaler"]:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["history"]
-
-
 def _check(config: Config) -> None:
     for name in ("epochs", "cycles", "batch_size", "image_size"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    for name in ("micro_batch", "patience", "max_hours", "save_minutes"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     if not config.learning_rate > 0:
         raise UserError(f"--learning-rate {config.learning_rate}: must be above 0")
+    if not 0 < config.layer_decay <= 1:
+        raise UserError(f"--layer-decay {config.layer_decay}: must be above 0 and at most 1")
+    if not 0 <= config.ema < 1:
+        raise UserError(f"--ema {config.ema}: must be at least 0 and below 1")
+    if config.augment and config.cache_features:
+        raise UserError("--augment changes the images, cached features cannot; add --no-cache-features")
+    _, processes = rank_and_processes()
+    if config.batch_size < 2 * processes:  # the batches of an epoch are of one size, down to half of --batch-size
+        raise UserError(f"--batch-size {config.batch_size}: {processes} processes need at least two images each")
+
+
+def parse_weights(words: tuple[str, ...]) -> dict[str, float]:
+    """SOURCE=WEIGHT words as a dict.
+
+    Raises:
+        UserError: If a word has another form or a weight is negative.
+    """
+    found = {}
+    for word in words:
+        source, _, weight = word.rpartition("=")
+        try:
+            found[source] = float(weight)
+        except ValueError:
+            raise UserError(f"--source-weights {word}: write SOURCE=WEIGHT, for example coco=2") from None
+        if not found[source] >= 0:
+            raise UserError(f"--source-weights {word}: must not be negative")
+    return found
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -204,93 +201,146 @@ def run(config: Config) -> pd.DataFrame:
 
         planned = plan.make(config)
         log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
-        return pd.DataFrame(columns=["epoch", "loss", "cosine"])
+        return pd.DataFrame(columns=COLUMNS)
     spec = backbones.describe(config.backbone, config.image_size)
-    settings = config.settings("out", "metadata", "loader_workers", "dry_run")
+    loose = ("out", "metadata", "loader_workers", "dry_run", "micro_batch", "max_hours", "save_minutes")
     tables = dataset.tables(config.metadata, config.images)
-    stamp = Stamp(config.out / ".finetune.done", settings, tables)
+    stamp = Stamp(config.out / ".finetune.done", config.settings(*loose), tables)
     history_path = config.out / "history.csv"
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return pd.read_csv(history_path)
     work = stamp.work_folder("finetune")
-    rows = dataset.load_rows(tables, config.images, config.fold, work)
+    rows = dataset.load_rows(
+        tables, config.images, config.fold, work, config.leave_out, parse_weights(config.source_weights)
+    )
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
-    import torch
-    from accelerate import Accelerator, PartialState
-    from accelerate.state import AcceleratorState
-    from torch.utils.data import DataLoader
-
-    from .devices import mixed_precision
-
-    AcceleratorState._reset_state()  # a notebook may train twice in one process, in different precisions
-    precision = mixed_precision(PartialState().device) if config.precision == "auto" else "no"
-    accelerator = Accelerator(mixed_precision=precision)
-    device = accelerator.device
-    torch.manual_seed(config.seed)
-    model = models.build(spec)
-    backbones.load_pretrained(model.backbone, spec, config.weights)
-    trained_names = backbones.unfreeze_last_quarter(model.backbone)
-    model.to(device)
-
+    accelerator = accelerator_for(config)
+    device, mixed = accelerator.device, config.precision == "auto"
+    model, trained_names = build_model(spec, config, accelerator)
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen.KNN_ROWS)]
     wanted = np.concatenate([sample, rows.valid])
-    cache = work / "features.safetensors" if config.cache_features else None
-    features, cached, trained = frozen.features(model, images, wanted, device, cache)
+    features, cached = frozen.features(model, images, wanted, device, config, work)
     base = frozen.baselines(features, rows)
-    models.fit_head(model, base.features, base.targets)
-    source = cached or images
+    if config.init is None and config.head != "random":
+        models.fit_head(model, base.features, base.targets)
+    source: ImageRows | frozen.CachedRows = images
     if cached:
+        source = cached
+        trained: nn.Module = frozen.over_cache(model)
         rows.train, rows.valid = (side[cached.position[side] >= 0] for side in (rows.train, rows.valid))
-
-    order = dataset.EpochOrder(rows.train, config.seed)
-    loader = DataLoader(
-        source, config.batch_size, sampler=order, collate_fn=source.collate, num_workers=config.loader_workers
-    )
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], config.learning_rate, weight_decay=WEIGHT_DECAY
-    )
-    wrapped, optimizer, loader = accelerator.prepare(trained, optimizer, loader)
-    history = _load_state(work / "last.pt", model, optimizer, accelerator)
-    targets = torch.from_numpy(rows.targets)
+    else:
+        trained = backbones.for_training(model)
+    training_images = source
+    if config.augment:
+        training_images = ImageRows(rows.paths, config.image_size, augment_seed=config.seed)
+    trainer = training.Trainer(accelerator, model, trained, training_images, rows, config, work / "state.pt")
     description = {
         "backbone": spec.to_dict(),
+        "mlp": config.head == "mlp",
         "trained_tensors": len(trained_names) + 2,
         "data": {str(csv): sha256(csv) for csv in tables},
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
+        "settings": {name: getattr(config, name) for name in SETTINGS},
         "profile": config.profile,
         "revision": _revision(),
     }
 
+    def save(folder: Path, epoch: int, cosine: float) -> None:
+        metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
+        models.save(folder, model, {**description, "metrics": metrics}, base.mean)
+
     def finish_epoch(epoch: int, loss: float) -> None:
         """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
-        cosine = validate(trained, source, rows, device)
-        history.append({"epoch": epoch, "loss": loss, "cosine": cosine})
-        how = f"loss {loss:.4f}" if epoch else "the fitted head"
-        log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
-        if cosine >= max(entry["cosine"] for entry in history):
-            metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
-            models.save(config.out, model, {**description, "metrics": metrics}, base.mean)
-        _save_state(work / "last.pt", model, optimizer, accelerator, history)
+        history = trainer.standing.history
+        with trainer.averaged():
+            predicted = validate(trained, source, rows, device, mixed)
+            readable = np.isfinite(predicted[:, 0])
+            cosine = evaluate.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
+            best = cosine >= max((entry["cosine"] for entry in history), default=-1)
+            if accelerator.is_main_process:
+                how = f"loss {loss:.4f}" if epoch else "before the first step"
+                log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
+                if best:
+                    validation.write(config.out, rows, predicted)
+                    save(config.out, epoch, cosine)
+        trainer.finish_epoch({"epoch": epoch, "loss": loss, "cosine": cosine})
 
-    if not history and accelerator.is_main_process:
+    if not trainer.standing.history:
         finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
-    for epoch in range(max(len(history), 1), config.epochs + 1):
-        order.epoch = epoch
-        loss = train_epoch(accelerator, wrapped, loader, targets, optimizer, epoch, config)
-        if accelerator.is_main_process:
-            finish_epoch(epoch, loss)
-        accelerator.wait_for_everyone()
-    frame = pd.DataFrame(history)
+    while trainer.standing.epoch <= config.epochs and not _has_stalled(trainer.standing.history, config.patience):
+        loss = trainer.epoch()
+        if loss is None:
+            log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
+            return pd.DataFrame(trainer.standing.history, columns=COLUMNS)
+        finish_epoch(trainer.standing.epoch, loss)
+    frame = pd.DataFrame(trainer.standing.history)
     if accelerator.is_main_process:
+        with trainer.averaged():
+            save(config.out / "last", int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
         frozen.save(config.out / "baselines.safetensors", base)
         metadata.write_table(history_path, frame)
         plot_history(frame, base.scores, config.out / "history.png")
-        outputs = ["model.safetensors", "config.json", "baselines.safetensors", "history.csv", "history.png"]
-        stamp.write([config.out / name for name in outputs])
+        sources = validation.by_source(config.out, rows, features, base)
+        metadata.write_table(config.out / "sources.csv", sources.round(4))
+        log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
+        validation.gallery(config.out, rows)
+        stamp.write([config.out / name for name in OUTPUTS])
         stamp.clear("finetune")
     if images.broken:
         log.warning("%d images could not be read and were left out", len(images.broken))
     return frame
+
+
+def accelerator_for(config: Config) -> Accelerator:
+    """The device or devices, in the precision asked for."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # a notebook may train twice in one process, in different precisions
+    precision = mixed_precision(process_state().device) if config.precision == "auto" else "no"
+    return Accelerator(cpu=only_cpus(), mixed_precision=precision)
+
+
+def build_model(
+    spec: backbones.Spec, config: Config, accelerator: Accelerator, pretrained: bool = True
+) -> tuple[nn.Module, list[str]]:
+    """The model on the device, its last quarter unfrozen, frozen matrices in the type of mixed precision.
+
+    Args:
+        spec: Its backbone.
+        config: Head, weights or checkpoint to start from, gradient checkpointing.
+        accelerator: Device and precision.
+        pretrained: Whether to load weights.
+
+    Returns:
+        The model, and the names of the backbone's parameters that train.
+
+    Raises:
+        UserError: If the weights are nowhere or of another shape.
+    """
+    import torch
+
+    torch.manual_seed(config.seed)
+    model = models.build(spec, config.head == "mlp")
+    if pretrained and config.init is None:
+        backbones.load_pretrained(model.backbone, spec, config.weights)
+    elif pretrained:
+        models.initialise(model, spec, config.init)
+    names = backbones.unfreeze_last_quarter(model.backbone)
+    if accelerator.mixed_precision != "no":
+        backbones.half_frozen(model, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16)
+    if config.grad_checkpointing:
+        model.backbone.set_grad_checkpointing(True)
+    return model.to(accelerator.device), names
+
+
+def _has_stalled(history: list[dict[str, float]], patience: int) -> bool:
+    """Whether the last `patience` epochs brought nothing; never with patience 0."""
+    cosines = [entry["cosine"] for entry in history]
+    stalled = bool(patience) and len(cosines) > patience and max(cosines[-patience:]) <= max(cosines[:-patience])
+    if stalled:
+        log.info("no epoch of the last %d was better: stopped early", patience)
+    return stalled

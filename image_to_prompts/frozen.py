@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 
 from . import backbones, evaluate
 from .dataset import Rows
+from .devices import autocast, local_rank_and_processes, mixed_precision, process_state
 from .errors import UserError
 from .files import atomic_path
 from .images import ImageRows
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .finetune import Config
+
 log = logging.getLogger(__name__)
+BLOCK, BATCH = 512, 32  # images a file, images at once
 KNN_ROWS = 20_000  # a baseline needs no more training rows than this
 TOLERANCE = 0.05  # relative; bf16 has three digits
 
@@ -46,67 +51,137 @@ class Baselines:
 
 
 class CachedRows:
-    """A dataset like `images.ImageRows` whose items are what enters the trained part: (float tensor, row)."""
+    """A dataset like `images.ImageRows` whose items are what enters the trained part: (tensor, row).
 
-    def __init__(self, activations: torch.Tensor, position: np.ndarray) -> None:
-        """Takes activations (m, ...) and, for each row of the whole set, its position among them."""
-        self.activations, self.position = activations, position
+    The tensors lie in files that are mapped into memory, so that a set may be larger than memory.
+    """
+
+    def __init__(self, files: list[Path], position: np.ndarray) -> None:
+        """Takes the files of `features` and, for each row of the whole set, its position in them, or -1."""
+        from safetensors.torch import load_file
+
+        self.blocks = [load_file(file)["activations"] for file in files]
+        self.starts = np.cumsum([0, *map(len, self.blocks)])
+        self.position = position
 
     def __len__(self) -> int:
         return len(self.position)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        return self.activations[self.position[row]].float(), row
+        position = self.position[row]
+        block = np.searchsorted(self.starts, position, "right") - 1
+        return self.blocks[block][position - self.starts[block]], row
 
     @staticmethod
     def collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batches items."""
+        """Batches items, as float32."""
         from torch.utils.data import default_collate
 
-        return default_collate(items)
+        activations, rows = default_collate(items)
+        return activations.float(), rows
 
 
 def features(
-    model: nn.Module, images: ImageRows, only: np.ndarray, device: torch.device, cache: Path | None
-) -> tuple[np.ndarray, CachedRows | None, nn.Module]:
-    """Runs the pretrained backbone over images once.
+    model: nn.Module, images: ImageRows, only: np.ndarray, device: torch.device, config: Config, work: Path
+) -> tuple[np.ndarray, CachedRows | None]:
+    """Runs the pretrained backbone over images once; finished blocks of 512 images are kept for a resumed run.
 
     Args:
         model: From `model.build`, its last quarter unfrozen.
         images: The images.
         only: Row numbers to run.
         device: Where to compute.
-        cache: File that keeps the results for a resumed run and asks for cached activations; None: neither.
+        config: Whether to keep what enters the trained part too, and the loader's workers.
+        work: Folder for the results. Processes of one machine share the work.
 
     Returns:
-        float32 (len(images), width), NaN in rows that are broken or not asked for; the cached activations of the
-        readable rows or None; and the module to train: the model, or head and trained part over cached activations.
+        float32 (len(images), width), NaN in rows that are broken or not asked for; and the cached activations of the
+        readable rows, if asked for.
+
+    Raises:
+        UserError: If the cache does not fit on the disk, if the backbone's frozen part cannot be cached, or if no
+            image can be read.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     model.eval()
-    if cache is None:
-        return evaluate.extract(model.features, images, 32, device, only=only), None, model
-    tail, first = backbones.trained_tail(model.backbone)
-    trained = torch.nn.Sequential(tail, model.head)
-    if cache.is_file():
-        stored = load_file(cache)
-        activations, found = stored["activations"], stored["features"].numpy()
-    else:
-        with entering(first) as taken:
-            found = evaluate.extract(model.features, images, 32, device, only=only)
-        if not taken:
-            raise UserError("no image can be read; check --images")
-        activations = torch.cat(taken)
-        _compare(tail, activations, found[only], device)
-        log.info("cached features: %.0f MB", activations.nbytes / 1e6)
-        with atomic_path(cache) as part:
-            save_file({"activations": activations.contiguous(), "features": torch.from_numpy(found)}, part)
-    position = np.full(len(images), -1)
+    if config.cache_features:
+        _announce(model, len(only), device, config, work)
+    files = [work / f"features-{start:09d}.safetensors" for start in range(0, len(only), BLOCK)]
+    local, processes = local_rank_and_processes()
+    for i in range(local, len(files), processes):
+        if not files[i].is_file():
+            _run_block(model, images, only[i * BLOCK : (i + 1) * BLOCK], device, config, files[i])
+    process_state().wait_for_everyone()
+    found = np.full((len(images), model.width), np.nan, np.float32)
+    found[only] = np.concatenate([load_file(file)["features"].numpy() for file in files])
     readable = only[np.isfinite(found[only, 0])]
+    if not len(readable):
+        raise UserError("no image can be read; check --images")
+    if not config.cache_features:
+        return found, None
+    position = np.full(len(images), -1)
     position[readable] = np.arange(len(readable))
-    return found, CachedRows(activations, position), trained
+    return found, CachedRows(files, position)
+
+
+def _run_block(
+    model: nn.Module, images: ImageRows, block: np.ndarray, device: torch.device, config: Config, file: Path
+) -> None:
+    """Writes features and, if asked for, activations of some rows."""
+    import torch
+    from safetensors.torch import save_file
+
+    tail, first = backbones.trained_tail(model.backbone)
+    mixed = config.precision == "auto"
+    with entering(first) if config.cache_features else contextlib.nullcontext([]) as taken:
+        found = evaluate.extract(model.features, images, BATCH, device, config.loader_workers, block, mixed)[block]
+    stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
+    if config.cache_features:
+        stored["activations"] = (
+            torch.cat([part.to(_stored_type(device, mixed)) for part in taken]) if taken else torch.empty(0)
+        )
+        if taken:
+            _compare(tail, stored["activations"], found, device)
+    with atomic_path(file) as part:
+        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, part)
+
+
+def _stored_type(device: torch.device, mixed: bool) -> torch.dtype:
+    """The type in which cached activations are kept: that of mixed precision, half the size of float32."""
+    import torch
+
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+    return types[mixed_precision(device) if mixed else "no"]
+
+
+def _announce(model: nn.Module, count: int, device: torch.device, config: Config, work: Path) -> None:
+    """Says how large the cache will be, found out with one image.
+
+    Raises:
+        UserError: If there is less room.
+    """
+    import torch
+
+    _, first = backbones.trained_tail(model.backbone)
+    side = config.image_size
+    with torch.inference_mode(), autocast(device), entering(first) as taken:
+        model.features(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+    size = taken[0].numel() * _stored_type(device, config.precision == "auto").itemsize * count
+    there = sum(file.stat().st_size for file in work.glob("features-*.safetensors"))
+    free = shutil.disk_usage(work).free + there
+    log.info("cached features of %d images: %.2f GB in %s (%.0f GB free)", count, size / 1e9, work, free / 1e9)
+    if size > free:
+        raise UserError(
+            f"{work}: cached features need {size / 1e9:.1f} GB, {free / 1e9:.1f} are free; use --no-cache-features"
+        )
+
+
+def over_cache(model: nn.Module) -> nn.Module:
+    """What trains when the frozen part's output is cached: the trained layers and the head, shared with `model`."""
+    from torch import nn
+
+    return nn.Sequential(backbones.trained_tail(model.backbone)[0], model.head)
 
 
 @contextlib.contextmanager
@@ -170,7 +245,6 @@ def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], tar
         files: Images.
         targets: float32 (len(files), 384).
     """
-    from accelerate import PartialState
     from safetensors.numpy import load_file
 
     from . import model as models
@@ -178,7 +252,7 @@ def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], tar
     stored = load_file(folder / "baselines.safetensors")
     model = models.build(spec)
     backbones.load_pretrained(model.backbone, spec)
-    device = PartialState().device
+    device = process_state().device
     model.to(device).eval()
     found = evaluate.extract(model.features, ImageRows(files, spec.image_size), 32, device)
     readable = np.isfinite(found[:, 0])

@@ -1,9 +1,10 @@
 """Stage 7, infer: predicts the prompt embedding of every image in a folder.
 
-    image-to-prompts infer --images DIR --out submission.csv [--checkpoint DIR] [--key prompts.csv] [--bank CSV]
+    image-to-prompts infer --images DIR --out submission.csv [--checkpoint DIR ...] [--key prompts.csv] [--bank CSV]
 
-An image that cannot be read gets the mean prediction, so that the submission stays complete. With a key the
-predictions are scored; with a bank of prompts the nearest one of each image is written beside the submission.
+Several checkpoints are blended. An image that cannot be read gets the mean prediction, so that the submission stays
+complete. With a key the predictions are scored; with a bank of prompts the nearest one of each image is written beside
+the submission.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata, submission, tars, text_encoder
+from . import backbones, evaluate, images, metadata, submission, tars, text_encoder, validation
 from . import model as models
+from .devices import mixed_precision, process_state
 from .errors import UserError
 from .files import Stamp, make_folder, write_array, write_json
 from .profiles import StageConfig
@@ -25,6 +28,7 @@ from .workspace import Run
 
 log = logging.getLogger(__name__)
 BLOCK = 512
+LEAST_TO_FIT = 20  # images on which weights are fitted
 
 
 @dataclass
@@ -33,8 +37,14 @@ class Config(StageConfig):
 
     images: Path = Path("images")
     """Folder of images, sub-folders too."""
-    checkpoint: Path | None = None
-    """Checkpoint folder; left out: the newest of this run or of the attached Kaggle inputs."""
+    checkpoint: tuple[Path, ...] = ()
+    """Checkpoint folders, blended; left out: the newest of this run or of the attached Kaggle inputs."""
+    weights: tuple[float, ...] = ()
+    """Weights of the checkpoints in the blend; left out: all the same."""
+    fit_weights: bool = False
+    """Fit the weights on the images that every checkpoint kept for validation."""
+    views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole",)
+    """What is shown of each image; the predictions of several are averaged."""
     out: Path = Path("submission/submission.csv")
     """Submission CSV to write."""
     key: Path | None = None
@@ -44,7 +54,7 @@ class Config(StageConfig):
     batch_size: int = 32
     """Images at once."""
     loader_workers: int = 0
-    """Processes that decode images."""
+    """Threads that decode images; 0: one a core."""
 
 
 @dataclass
@@ -68,38 +78,66 @@ class Prediction:
     prompts: pd.DataFrame | None = None
 
 
-def predict(
-    checkpoint: models.Checkpoint, files: list[Path], config: Config, work: Path | None = None
-) -> tuple[np.ndarray, list[Path]]:
-    """Predicts unit vectors for image files.
+def predict(checkpoint: models.Checkpoint, files: list[Path], config: Config, work: Path | None = None) -> np.ndarray:
+    """Predicts unit vectors for image files with one checkpoint, in the hardware's half precision.
 
     Args:
-        checkpoint: From `model.load`.
+        checkpoint: From `model.load`; its matrices are kept in half precision from here on.
         files: Image files.
-        config: Batch size and loader workers.
+        config: Batch size, loader threads, views.
         work: Folder in which finished blocks of 512 images are kept for a resumed run.
 
     Returns:
-        float32 (n, 384) of unit vectors, and the files that could not be read, whose rows are the mean prediction.
+        float32 (n, 384) of unit vectors; NaN in the rows of images that cannot be read.
     """
-    from accelerate import PartialState
+    import torch
 
-    device = PartialState().device
-    model = checkpoint.model.to(device).eval()
+    device = process_state().device
+    model = checkpoint.model.requires_grad_(False).to(device).eval()
+    precision = mixed_precision(device)
+    if precision != "no":
+        backbones.half_frozen(model, torch.bfloat16 if precision == "bf16" else torch.float16)
     vectors = np.zeros((len(files), text_encoder.DIMENSION), np.float32)
     for start in range(0, len(files), BLOCK):
         block = work / f"vectors-{start:09d}.npy" if work else None
         if block and block.is_file():
             part = np.load(block)
         else:
-            rows = images.ImageRows(files[start : start + BLOCK], checkpoint.spec.image_size)
-            part = evaluate.extract(model, rows, config.batch_size, device, config.loader_workers)
+            rows = [images.ImageRows(files[start : start + BLOCK], checkpoint.spec.image_size, v) for v in config.views]
+            seen = [evaluate.extract(model, view, config.batch_size, device, config.loader_workers) for view in rows]
+            part = evaluate.blend(seen, [1 / len(seen)] * len(seen))
             if block:
                 write_array(block, part)
         vectors[start : start + BLOCK] = part
-    broken = ~np.isfinite(vectors[:, 0])
-    vectors[broken] = checkpoint.mean
-    return evaluate.unit(vectors), [file for file, bad in zip(files, broken, strict=True) if bad]
+    return vectors
+
+
+def blend_weights(folders: list[Path], config: Config) -> list[float]:
+    """The weights of checkpoints: given, fitted, or all the same.
+
+    Raises:
+        UserError: If their number is not that of the checkpoints, one is negative, all are 0, or there are no
+            validation images to fit on that all checkpoints have in common.
+    """
+    if config.fit_weights and len(folders) > 1:
+        kept = [validation.read(folder) for folder in folders]
+        names = sorted(set.intersection(*(set(frame["image_name"]) for frame, _, _ in kept)))
+        if len(names) < LEAST_TO_FIT:
+            raise UserError(
+                f"--fit-weights: {len(names)} images validated in all checkpoints, {LEAST_TO_FIT} are needed; "
+                f"train them with the same --fold, or give --weights"
+            )
+        order = [pd.Index(frame["image_name"]).get_indexer(names) for frame, _, _ in kept]
+        predictions = [predicted[rows] for (_, predicted, _), rows in zip(kept, order, strict=True)]
+        fitted = evaluate.fit_weights(predictions, kept[0][2][order[0]])
+        log.info("weights fitted on %d images: %s", len(names), ", ".join(f"{weight:.3f}" for weight in fitted))
+        return fitted.tolist()
+    weights = list(config.weights or [1 / len(folders)] * len(folders))
+    if len(weights) != len(folders):
+        raise UserError(f"--weights has {len(weights)} numbers for {len(folders)} checkpoints; give one each")
+    if min(weights) < 0 or not sum(weights) > 0:
+        raise UserError(f"--weights {' '.join(map(str, weights))}: must not be negative, nor all 0")
+    return weights
 
 
 def read_key(path: Path, files: list[Path]) -> list[str]:
@@ -148,17 +186,20 @@ def run(config: Config) -> Prediction:
     """
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
+    if not config.views:
+        raise UserError("--views: give at least one")
     files = images.find(config.images)
     stems = submission.check_stems(files)
     truth = read_key(config.key, files) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
-    folder = config.checkpoint or Run(config.run).newest_checkpoint()
+    folders = list(config.checkpoint) or [Run(config.run).newest_checkpoint()]
+    weights = blend_weights(folders, config)
     make_folder(config.out.parent)
     listing = [(str(file.relative_to(config.images)), *tars.stat(file)) for file in files]
-    inputs = [path for path in (folder / "model.safetensors", config.key, config.bank) if path]
+    inputs = [*(folder / "model.safetensors" for folder in folders), *filter(None, (config.key, config.bank))]
     stamp = Stamp(
         config.out.with_name(f".{config.out.stem}.done"),
-        {"images": listing, "key": bool(truth), "bank": bool(bank)},
+        {"images": listing, "key": bool(truth), "bank": bool(bank), "weights": weights, "views": config.views},
         inputs,
     )
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
@@ -169,9 +210,16 @@ def run(config: Config) -> Prediction:
         nearest = pd.read_csv(nearest_path) if bank else None
         vectors = submission.read(config.out, stems)
         return Prediction(files, vectors, broken, scores["score"], scores["constant"], nearest)
-    checkpoint = models.load(folder)
     work = stamp.work_folder("infer")
-    vectors, broken = predict(checkpoint, files, config, work)
+    predictions, means = [], []
+    for number, folder in enumerate(folders):
+        checkpoint = models.load(folder)
+        predictions.append(predict(checkpoint, files, config, make_folder(work / str(number))))
+        means.append(checkpoint.mean[None])
+    vectors, mean = evaluate.blend(predictions, weights), evaluate.blend(means, weights)[0]
+    unreadable = ~np.isfinite(vectors[:, 0])
+    vectors[unreadable] = mean
+    broken = [file for file, bad in zip(files, unreadable, strict=True) if bad]
     submission.write(config.out, stems, vectors)
     result = Prediction(files, vectors, broken)
     if bank:
@@ -182,7 +230,7 @@ def run(config: Config) -> Prediction:
     if truth:
         targets = text_encoder.encode(truth)
         result.score = evaluate.mean_cosine(vectors, targets)
-        result.constant = evaluate.constant_score(checkpoint.mean, targets)
+        result.constant = evaluate.constant_score(mean, targets)
         log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
     names = [str(file) for file in broken]
     write_json(scores_path, {"score": result.score, "constant": result.constant, "broken": names})
@@ -190,5 +238,5 @@ def run(config: Config) -> Prediction:
     stamp.clear("infer")
     for file in broken:
         log.warning("%s could not be read and got the mean prediction", file)
-    log.info("%s: %d images, checkpoint %s", config.out, len(files), folder)
+    log.info("%s: %d images, checkpoint %s", config.out, len(files), ", ".join(map(str, folders)))
     return result

@@ -11,14 +11,14 @@ import numpy as np
 
 from . import backbones, evaluate
 from .errors import UserError
-from .files import atomic_path, make_folder, write_json
+from .files import atomic_path, make_folder, write_json, write_text
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
+MLP_WIDTH = 4096
 
 
 @dataclass
@@ -38,13 +38,25 @@ class Checkpoint:
     mean: np.ndarray
 
 
-def build(spec: backbones.Spec) -> nn.Module:
-    """Builds the model: normalisation, backbone, linear head to 384.
+def build(spec: backbones.Spec, mlp: bool = False) -> nn.Module:
+    """Builds the model: normalisation, backbone, linear head to 384, with `mlp` a hidden layer beside it.
 
     It maps uint8 images (n, 3, s, s) to float32 (n, 384), not normalised; `features(images)` gives the head's input.
     """
     import torch
     from torch import nn
+
+    class WideHead(nn.Linear):
+        """A linear layer and a hidden layer beside it that begins with zeros, so that the sum can be fitted as one."""
+
+        def __init__(self, width: int, out: int) -> None:
+            super().__init__(width, out)
+            self.mlp = nn.Sequential(nn.Linear(width, MLP_WIDTH), nn.BatchNorm1d(MLP_WIDTH), nn.ReLU())
+            self.out = nn.Linear(MLP_WIDTH, out, bias=False)
+            nn.init.zeros_(self.out.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.out(self.mlp(x))
 
     class PromptModel(nn.Module):
         def __init__(self) -> None:
@@ -53,7 +65,8 @@ def build(spec: backbones.Spec) -> nn.Module:
             with torch.no_grad():
                 self.backbone.eval()
                 width = self.backbone(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[-1]
-            self.head = nn.Linear(width, DIMENSION)
+            self.width = width
+            self.head = (WideHead if mlp else nn.Linear)(width, DIMENSION)
             self.to(memory_format=torch.channels_last)
             self.register_buffer("pixel_mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("pixel_std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
@@ -75,7 +88,7 @@ def fit_head(model: nn.Module, features: np.ndarray, targets: np.ndarray) -> Non
     """Sets the linear head to the ridge regression of targets on frozen features: a linear probe in closed form.
 
     Starting from a fitted head keeps the first steps from wrecking the features (LP-FT, Kumar et al. 2022; used by the
-    2nd, 3rd and 5th teams). The penalty is chosen on a tenth of the rows.
+    2nd, 3rd and 5th teams).
 
     Args:
         model: From `build`.
@@ -84,24 +97,26 @@ def fit_head(model: nn.Module, features: np.ndarray, targets: np.ndarray) -> Non
     """
     import torch
 
-    x = features.astype(np.float64)
-    centre, middle = x.mean(0), targets.mean(0)
-    held_out = np.arange(len(x)) % 10 == 0
-
-    def fit(rows: np.ndarray, penalty: float) -> np.ndarray:
-        inner = x[rows] - centre
-        gram = inner.T @ inner
-        gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram) + 1e-9
-        return np.linalg.solve(gram, inner.T @ (targets[rows] - middle))
-
-    def held_out_score(penalty: float) -> float:
-        predicted = (x[held_out] - centre) @ fit(~held_out, penalty) + middle
-        return evaluate.mean_cosine(predicted, targets[held_out])
-
-    weight = fit(np.ones(len(x), bool), max(PENALTIES, key=held_out_score))
+    weight, bias = evaluate.ridge(features, targets)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight.T.astype(np.float32)))
-        model.head.bias.copy_(torch.from_numpy((middle - centre @ weight).astype(np.float32)))
+        model.head.bias.copy_(torch.from_numpy(bias.astype(np.float32)))
+
+
+def initialise(model: nn.Module, spec: backbones.Spec, folder: Path) -> None:
+    """Puts a checkpoint's weights into a model from `build`.
+
+    Raises:
+        UserError: If the folder holds no checkpoint, or one of another backbone, image size or head.
+    """
+    found = load(folder)
+    if found.spec.name != spec.name:
+        raise UserError(f"{folder}: a checkpoint of {found.spec.name}, not {spec.name}; correct --init or --backbone")
+    try:
+        model.load_state_dict(found.model.state_dict())
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip()
+        raise UserError(f"{folder}: weights of another shape: {detail}; correct --init or --head") from error
 
 
 def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarray) -> None:
@@ -120,7 +135,89 @@ def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarra
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_path(folder / "model.safetensors") as part:
         save_file({**state, "mean_target": torch.from_numpy(mean)}, part)
+    write_text(folder / "README.md", card(config))
     write_json(folder / "config.json", config)
+
+
+def card(config: dict[str, Any]) -> str:
+    """The model card: what a checkpoint is, what it was trained on, how well it does, how to load it."""
+    spec, rows, revision = config["backbone"], config.get("rows", {}), config.get("revision") or "unknown"
+    lines = [
+        f"# {spec['name']} at {spec['image_size']} px, prompt embeddings from images",
+        "",
+        "Maps an image of Stable Diffusion to the 384-number all-MiniLM-L6-v2 embedding of its prompt. Written by",
+        f"[image-to-prompts](https://pypi.org/project/image-to-prompts), revision {revision}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| profile | {config.get('profile', 'unknown')} |",
+        *(f"| rows, {side.replace('_', ' ')} | {count} |" for side, count in rows.items()),
+        *(f"| data, SHA-256 of {Path(csv).name} | `{digest[:16]}` |" for csv, digest in config.get("data", {}).items()),
+        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in config.get("settings", {}).items()),
+        *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in config.get("metrics", {}).items()),
+        "",
+        "`validation cosine` is the mean cosine on a fold of prompts that did not train, in eval mode; `constant`",
+        "predicts the mean embedding for every image, `knn` averages the prompts of the nearest training images.",
+        "",
+        "```bash",
+        "image-to-prompts infer --checkpoint THIS_FOLDER --images DIR --out submission.csv",
+        "```",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "from image_to_prompts import model",
+        'checkpoint = model.load(Path("THIS_FOLDER"))  # checkpoint.model maps uint8 (n, 3, s, s) to float32 (n, 384)',
+        "```",
+        "",
+        "`model.safetensors` has the weights (what did not train in the half precision in which it was used),",
+        "`config.json` everything above.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
+    """Converts a `.pt` or `.pth` state dict of the reference's network: an image tower and a linear layer to 384.
+
+    The tower's names may carry any prefix (`module.`, `model.visual.`); the head is whatever has 384 rows and the
+    tower's width. The mean target is not in such files; the prediction for a grey image takes its place.
+
+    Args:
+        file: The file; nothing in it is unpickled but tensors.
+        spec: The backbone it was trained with.
+        out: Checkpoint folder to write.
+
+    Returns:
+        The checkpoint, as `load` gives it.
+
+    Raises:
+        UserError: If the file is no state dict, or one of another backbone.
+    """
+    import torch
+
+    state = backbones.read_state(file)
+    model = build(spec).eval()
+    names = list(model.backbone.state_dict())
+    prefixes = {key.removesuffix(names[0]) for key in state if key.endswith(names[0])}
+    fitting = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+    width = model.head.weight.shape[1]
+    weights = [key for key, value in state.items() if tuple(value.shape) == (DIMENSION, width)]
+    if not fitting or not weights:
+        missing = "its head of 384 rows" if fitting else f"its tensors ({names[0]} and the like)"
+        raise UserError(f"{file}: no checkpoint of {spec.name}: without {missing}; correct --backbone")
+    prefix, weight = min(fitting, key=len), weights[-1]
+    bias = state.get(weight.removesuffix("weight") + "bias", torch.zeros(DIMENSION))
+    try:
+        model.backbone.load_state_dict({name: state[prefix + name] for name in names})
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip()
+        raise UserError(f"{file}: weights of another shape: {detail}; correct --backbone or --image-size") from error
+    with torch.no_grad():
+        model.head.weight.copy_(state[weight])
+        model.head.bias.copy_(bias)
+        grey = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
+        mean = evaluate.unit(model(grey).numpy())[0]
+    save(out, model, {"backbone": spec.to_dict(), "imported": file.name, "profile": "kaggle"}, mean)
+    return load(out)
 
 
 def load(folder: Path) -> Checkpoint:
@@ -142,7 +239,7 @@ def load(folder: Path) -> Checkpoint:
         mean = state.pop("mean_target").numpy()
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a checkpoint of this project: {error!r}; run finetune again") from error
-    model = build(spec)
+    model = build(spec, config.get("mlp", False))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
-from . import backbones, dataset, frozen, metadata
-from . import model as models
-from .devices import autocast
+from . import backbones, dataset, evaluate, finetune, frozen, metadata, training
+from .devices import autocast, rank_and_processes
 from .progress import short
+from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .finetune import Config
-
-PROBE = 2  # images of the small step that tells what an image's activations take; batch normalisation needs two
-BYTES, OPTIMIZER_COPIES = 4, 2  # float32 everywhere; AdamW keeps two moments a trained parameter
+PROBE = 2  # images of a small step, beside one of twice as many: the difference is what an image's activations take
+BYTES, OPTIMIZER_COPIES = 4, 2  # what trains is float32; AdamW keeps two moments a trained parameter
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Plan:
         trained_tensors: How many of them train.
         parameters: Numbers in them.
         trained_parameters: How many of them train.
-        activations: Bytes that a step keeps for the way back, at this batch size.
+        weights: Bytes of the parameters, frozen ones in half precision, and of their moving average.
+        activations: Bytes that a step keeps for the way back, with `micro` images at once.
+        micro: Images at once.
         free: Bytes free on the device before the model was there.
         steps: Steps of the whole training.
         seconds: Seconds a step, measured; None where it would not fit.
@@ -48,15 +50,12 @@ class Plan:
     trained_tensors: int
     parameters: int
     trained_parameters: int
+    weights: int
     activations: int
+    micro: int
     free: int
     steps: int
     seconds: float | None
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the weights."""
-        return BYTES * self.parameters
 
     @property
     def gradients(self) -> int:
@@ -86,14 +85,14 @@ class Plan:
             f"groups      {self.trained_groups} of {self.groups} train",
             f"tensors     {self.trained_tensors} of {self.tensors} train",
             f"parameters  {self.trained_parameters / 1e6:,.1f}M of {self.parameters / 1e6:,.1f}M train",
-            f"memory      {self.needed / 1e9:.2f} GB of {self.free / 1e9:.2f} GB free: {memory}",
+            f"memory      {self.needed / 1e9:.2f} GB of {self.free / 1e9:.2f} GB free: {memory} ({self.micro} at once)",
             f"steps       {self.steps:,}, {took}",
         ]
         if self.seconds is not None:
             hours = short(self.steps * self.seconds / 3600)
             lines.append(f"hours       {hours}, without validation and frozen features")
         if not self.fits:
-            lines.append("too large: lower --batch-size or --image-size")
+            lines.append("too large: lower --micro-batch or --image-size")
         return "\n".join(lines)
 
 
@@ -108,7 +107,7 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def train_rows(config: Config) -> int:
+def train_rows(config: finetune.Config) -> int:
     """Rows that would train; where a table has no folds, seven of eight, as `dataset.load_rows` makes eight."""
     count = 0
     for csv in dataset.tables(config.metadata, config.images):
@@ -117,10 +116,80 @@ def train_rows(config: Config) -> int:
     return count
 
 
-def _step(model: nn.Module, inputs: torch.Tensor, mixed: bool) -> int:
-    """One forward and backward pass, which leaves gradients; returns the bytes that were kept between the two."""
+def make(config: finetune.Config) -> Plan:
+    """Builds the model with random weights, counts, and measures a step at the batch size if it fits.
+
+    Args:
+        config: Settings of `finetune`; images need not be there, the metadata must.
+
+    Raises:
+        UserError: On an unknown backbone or bad metadata.
+    """
     import torch
-    from torch.nn.functional import cosine_similarity
+
+    rows = train_rows(config)
+    _, processes = rank_and_processes()
+    size = config.image_size
+    micro = config.micro_batch or -(-config.batch_size // processes)
+    accelerator = finetune.accelerator_for(config)
+    free = free_memory(accelerator.device)
+    model, trained_names = finetune.build_model(backbones.describe(config.backbone, size), config, accelerator, False)
+    groups = backbones.layer_groups(model.backbone)
+    images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
+    trained = backbones.for_training(model)
+    if config.cache_features:
+        _, first = backbones.trained_tail(model.backbone)
+        model.eval()
+        with torch.no_grad(), autocast(accelerator.device), frozen.entering(first) as taken:
+            model.features(images.to(accelerator.device))
+        trained, images = frozen.over_cache(model), taken[0].float()
+    images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
+    trainer = training.Trainer(accelerator, model, trained, None, _random_rows(len(images)), config, Path())
+    backbones.set_training(trained, True)
+
+    def step(count: int) -> None:
+        trainer.step(images[:count], torch.arange(count), count, 0.0)
+
+    few, more = (_kept_by(model, lambda count=count: step(count)) for count in (PROBE, 2 * PROBE))
+    an_image = (more - few) / PROBE
+    tensors = list(model.parameters())
+    own = [p for p in tensors if p.requires_grad]
+    plan = Plan(
+        groups=len(groups),
+        trained_groups=sum(not set(trained_names).isdisjoint(group) for group in groups),
+        tensors=len(tensors),
+        trained_tensors=len(own),
+        parameters=sum(p.numel() for p in tensors),
+        trained_parameters=sum(p.numel() for p in own),
+        weights=sum(p.nbytes for p in tensors) + sum(p.nbytes for p in trainer.average),
+        activations=round(few + (micro - PROBE) * an_image),
+        micro=micro,
+        free=free,
+        steps=config.epochs * math.ceil(rows / config.batch_size),
+        seconds=None,
+    )
+    if not plan.fits:
+        return plan
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        step(micro)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
+        times.append(time.perf_counter() - start)
+    return replace(plan, seconds=min(times) * config.batch_size / (micro * processes))
+
+
+def _random_rows(count: int) -> dataset.Rows:
+    targets = evaluate.unit(np.random.default_rng(0).normal(size=(count, DIMENSION)))
+    names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
+    nobody = np.empty(0, int)
+    return dataset.Rows(names, [], targets, nobody, nobody, 0, np.ones(count, np.float32))
+
+
+def _kept_by(model: nn.Module, step: Callable[[], None]) -> int:
+    """Bytes that a step keeps between its passes forward and backward, parameters not counted."""
+    import torch
 
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -131,79 +200,6 @@ def _step(model: nn.Module, inputs: torch.Tensor, mixed: bool) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    precision = autocast(inputs.device) if mixed else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), precision:
-        predicted = model(inputs).float()
-        loss = (1 - cosine_similarity(predicted, torch.ones_like(predicted))).mean()
-    loss.backward()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
     return sum(kept.values())
-
-
-def make(config: Config) -> Plan:
-    """Builds the model with random weights, counts, and measures a step at the batch size if it fits.
-
-    Args:
-        config: Settings of `finetune`; images need not be there, the metadata must.
-
-    Raises:
-        UserError: On an unknown backbone or bad metadata.
-    """
-    import torch
-    from accelerate import PartialState
-
-    device = PartialState().device
-    mixed = config.precision == "auto"
-    rows = train_rows(config)
-    free = free_memory(device)
-    model = models.build(backbones.describe(config.backbone, config.image_size))
-    groups = backbones.layer_groups(model.backbone)
-    trained_names = set(backbones.unfreeze_last_quarter(model.backbone))
-    model.to(device)
-    tensors = list(model.parameters())
-    trained = [p for p in tensors if p.requires_grad]
-    numbers, trained_numbers = (sum(p.numel() for p in some) for some in (tensors, trained))
-
-    size = config.image_size
-    inputs = torch.randint(0, 256, (PROBE, 3, size, size), dtype=torch.uint8, device=device)
-    step_model: nn.Module = model
-    if config.cache_features:
-        step_model, inputs = _over_cache(model, inputs)
-    backbones.set_training(step_model, True)
-    activations = _step(step_model, inputs, mixed) * config.batch_size // PROBE
-    plan = Plan(
-        groups=len(groups),
-        trained_groups=sum(not trained_names.isdisjoint(group) for group in groups),
-        tensors=len(tensors),
-        trained_tensors=len(trained),
-        parameters=numbers,
-        trained_parameters=trained_numbers,
-        activations=activations,
-        free=free,
-        steps=config.epochs * math.ceil(rows / config.batch_size),
-        seconds=None,
-    )
-    if not plan.fits:
-        return plan
-    optimizer = torch.optim.AdamW(trained, 0.0)
-    batch = inputs[np.arange(config.batch_size) % PROBE]
-    times = []
-    for _ in range(3):  # the first one warms up
-        start = time.perf_counter()
-        _step(step_model, batch, mixed)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return replace(plan, seconds=min(times[1:]))
-
-
-def _over_cache(model: nn.Module, inputs: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
-    """What trains when the frozen part's output is cached, and that output for `inputs`."""
-    import torch
-
-    tail, first = backbones.trained_tail(model.backbone)
-    model.eval()
-    with torch.no_grad(), frozen.entering(first) as taken:
-        model.features(inputs)
-    return torch.nn.Sequential(tail, model.head), taken[0].to(inputs.device).float()

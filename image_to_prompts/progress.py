@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+BEGUN = time.monotonic()  # a notebook may run more than one stage in a session, whose time they share
 _quiet = False
 
 
@@ -48,6 +50,21 @@ def progress_to(total: int, what: str, done: int = 0) -> Iterator[Callable[[int]
 
     with tqdm(desc=what, total=total, initial=done, dynamic_ncols=True, leave=False) as bar:
         yield bar.update
+
+
+class Deadline:
+    """Whether another piece of work, as long as the longest so far, still ends within the life of this process."""
+
+    def __init__(self, max_hours: float) -> None:
+        """Takes the hours that this process may live; 0: any."""
+        self.seconds = max_hours * 3600
+        self.last, self.longest = time.monotonic(), 0.0
+
+    def passed(self) -> bool:
+        """To be asked after every piece."""
+        now = time.monotonic()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        return bool(self.seconds) and now - BEGUN + self.longest > self.seconds
 
 
 def short(value: float) -> str:

@@ -73,7 +73,7 @@ def test_efficientnet_weights_are_imagenets():
     spec = backbones.describe("timm:tf_efficientnet_lite2", 260)
     backbone = backbones.build(spec).eval()
     backbones.load_pretrained(backbone, spec)
-    state = backbones._read_state(weights.locate("timm:tf_efficientnet_lite2"))
+    state = backbones.read_state(weights.locate("timm:tf_efficientnet_lite2"))
     full = timm.create_model("tf_efficientnet_lite2").eval()
     full.load_state_dict(dict(zip(full.state_dict(), state.values(), strict=True)))
     for name, value in backbone.state_dict().items():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from image_to_prompts import backbones, dataset, evaluate, finetune, frozen, metadata, model, profiles
+from image_to_prompts import backbones, dataset, evaluate, finetune, frozen, metadata, model, profiles, training
 from image_to_prompts.errors import UserError
 
 
@@ -34,16 +34,19 @@ def test_only_the_last_quarter_changes(small_checkpoint):
     trained = set(backbones.unfreeze_last_quarter(before))
     parameters = dict(before.named_parameters())
     for name, value in after.model.backbone.named_parameters():
-        assert torch.equal(value, parameters[name]) == (name not in trained), name
+        exact = parameters[name]  # frozen matrices are kept in the type of mixed precision
+        same = torch.equal(value, exact) or torch.equal(value, exact.bfloat16().float())
+        assert same == (name not in trained), name
 
 
 def test_validation_is_what_the_saved_model_scores(small_checkpoint, small_run):
     """Validation over cached activations, in eval mode, equals the checkpoint's score on the images themselves."""
     loaded = model.load(small_checkpoint)
     rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
-    score = finetune.validate(
+    predicted = finetune.validate(
         loaded.model, finetune.ImageRows(rows.paths, loaded.spec.image_size), rows, torch.device("cpu")
     )
+    score = evaluate.mean_cosine(predicted, rows.targets[rows.valid])
     assert score == pytest.approx(loaded.config["metrics"]["validation_cosine"], abs=0.01)
 
 
@@ -116,7 +119,9 @@ def test_all_images_damaged_is_one_clear_line(small_run, tmp_path):
 
 
 def test_an_infinite_loss_stops(small_run, tmp_path):
-    with pytest.raises(UserError, match=r"epoch \d+, step \d+: the loss is nan"):
+    with pytest.raises(
+        UserError, match=r"epoch \d+, step \d+: the (loss|gradients).*images .*best checkpoint so far is kept"
+    ):
         finetune.run(config(small_run, tmp_path / "c", learning_rate=1e30, epochs=3))
 
 
@@ -156,6 +161,6 @@ def test_ceiling_lies_above_what_a_wrong_scene_scores():
 
 
 def test_learning_rate_restarts():
-    assert finetune.learning_rate_factor(0, 2) == finetune.learning_rate_factor(0.5, 2) == 1
-    assert finetune.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
-    assert finetune.learning_rate_factor(0.999, 1) < 1e-4
+    assert training.learning_rate_factor(0, 2) == training.learning_rate_factor(0.5, 2) == 1
+    assert training.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
+    assert training.learning_rate_factor(0.999, 1) < 1e-4

@@ -5,13 +5,27 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import infer, metadata, submission
+from image_to_prompts import (
+    backbones,
+    devices,
+    evaluate,
+    finetune,
+    infer,
+    metadata,
+    model,
+    profiles,
+    submission,
+    validation,
+)
 
 
 def settings(images, checkpoint, out, **overrides):
-    return infer.Config(images=images, checkpoint=checkpoint, out=out, **overrides)
+    return infer.Config(images=images, checkpoint=(checkpoint,), out=out, **overrides)
 
 
 @pytest.fixture
@@ -92,3 +106,104 @@ def test_real_images_get_a_valid_submission_and_a_score(shared_data, small_check
     result = infer.run(settings(sample / "images", small_checkpoint, out, key=sample / "prompts.csv"))
     assert submission.check(out, sample / "images") == 6
     assert -1 <= result.score <= 1 and not result.broken
+
+
+@pytest.fixture(scope="session")
+def second_checkpoint(small_run, tmp_path_factory):
+    """Trained like `small_checkpoint`, with another seed and head."""
+    out = tmp_path_factory.mktemp("second") / "convnext"
+    values = {"out": out, "epochs": 1, "image_size": 64, "seed": 7, "learning_rate": 2e-3}
+    finetune.run(profiles.default_config("finetune", small_run, "embedded", **values))
+    return out
+
+
+def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint, second_checkpoint, tmp_path):
+    def vectors(out, *folders, **flags):
+        return infer.run(infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / out, **flags)).vectors
+
+    one, two = vectors("1.csv", small_checkpoint), vectors("2.csv", second_checkpoint)
+    assert (one * two).sum(1).max() < 0.9999
+    for weights in ((), (1.0, 3.0)):
+        blend = vectors("b.csv", small_checkpoint, second_checkpoint, weights=weights)
+        w = weights or (0.5, 0.5)
+        np.testing.assert_allclose(blend, evaluate.unit(w[0] * one + w[1] * two), atol=1e-6)
+
+
+def test_weights_are_fitted_on_the_common_validation(
+    small_run, small_checkpoint, second_checkpoint, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(infer, "LEAST_TO_FIT", 10)
+    caplog.set_level("INFO")
+    folders = (small_checkpoint, second_checkpoint)
+    settings_ = infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / "s.csv", fit_weights=True)
+    weights = infer.blend_weights(list(folders), settings_)
+    assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and "weights fitted on" in caplog.text
+    (_, one, targets), (_, two, _) = (validation.read(folder) for folder in folders)
+
+    def score(share):
+        return evaluate.mean_cosine(evaluate.blend([one, two], [share, 1 - share]), targets)
+
+    assert score(weights[0]) >= max(score(share) for share in np.linspace(0, 1, 21)) - 1e-6
+    infer.run(settings_)
+
+
+@given(st.integers(2, 4), st.integers(20, 60), st.integers(0, 10**6))
+def test_fitted_weights_beat_every_single_model(models_, rows, seed):
+    rng = np.random.default_rng(seed)
+    targets = evaluate.unit(rng.normal(size=(rows, 16)))
+    predictions = [evaluate.unit(targets + rng.uniform(0.5, 3) * rng.normal(size=(rows, 16))) for _ in range(models_)]
+    weights = evaluate.fit_weights(predictions, targets)
+    assert weights.min() >= -1e-9 and weights.sum() == pytest.approx(1)
+    blended = evaluate.mean_cosine(evaluate.blend(predictions, weights), targets)
+    assert blended >= max(evaluate.mean_cosine(one, targets) for one in predictions) - 1e-4
+
+
+def test_views_are_averaged(folder, small_checkpoint, tmp_path):
+    single = [
+        infer.run(settings(folder, small_checkpoint, tmp_path / f"{view}.csv", views=(view,))).vectors
+        for view in ("whole", "mirror")
+    ]
+    both = infer.run(settings(folder, small_checkpoint, tmp_path / "b.csv", views=("whole", "mirror"))).vectors
+    readable = [i for i in range(8) if not np.allclose(single[0][i], single[1][i])]
+    assert len(readable) >= 6
+    np.testing.assert_allclose(both[readable], evaluate.unit(single[0] + single[1])[readable], atol=1e-5)
+
+
+def test_half_precision_predicts_what_float32_does(folder, small_checkpoint, tmp_path, monkeypatch):
+    half = infer.run(settings(folder, small_checkpoint, tmp_path / "a.csv"))
+    monkeypatch.setattr(infer, "mixed_precision", lambda device: "no")
+    monkeypatch.setattr(devices, "mixed_precision", lambda device: "no")
+    full = infer.run(settings(folder, small_checkpoint, tmp_path / "b.csv"))
+    assert (half.vectors * full.vectors).sum(1).min() > 0.999
+
+
+def test_wrong_blends_are_refused(folder, small_checkpoint, second_checkpoint, tmp_path, refused):
+    words = ["infer", "--images", folder, "--out", tmp_path / "s.csv", "--checkpoint", small_checkpoint]
+    refused([*words, "--weights", "1", "2"], "--weights has 2 numbers for 1 checkpoints")
+    refused([*words, second_checkpoint, "--weights", "1", "-2"], "must not be negative")
+    bare = tmp_path / "bare"
+    shutil.copytree(second_checkpoint, bare)
+    (bare / "validation.safetensors").unlink()
+    refused([*words, bare, "--fit-weights"], bare, "no validation.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.model."])
+def test_a_reference_checkpoint_is_imported(prefix, folder, tiny_open_clip, tmp_path, command, refused):
+    name = f"open_clip:{tiny_open_clip}"
+    spec = backbones.describe(name, 64)
+    torch.manual_seed(3)
+    net = model.build(spec).eval()
+    state = {f"{prefix}visual.{key}": value for key, value in net.backbone.state_dict().items()}
+    state |= {f"{prefix}fc.{key}": value for key, value in net.head.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "best.pt")
+    words = ["import-checkpoint", tmp_path / "best.pt", "--image-size", 64, "--out", tmp_path / "c"]
+    code, said, err = command(*words, "--backbone", name)
+    assert code == 0 and str(tmp_path / "c") in said, err
+    pictures = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.load(tmp_path / "c").model(pictures), net(pictures))
+    infer.run(settings(folder, tmp_path / "c", tmp_path / "s.csv"))
+    assert submission.check(tmp_path / "s.csv", folder) == 8
+    refused([*words, "--backbone", "timm:tf_efficientnet_lite2"], "no checkpoint of timm:tf_efficientnet_lite2")
+    (tmp_path / "best.pt").write_bytes(b"garbage")
+    refused([*words, "--backbone", name], "best.pt: not a file of weights")

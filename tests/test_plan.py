@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from image_to_prompts import backbones, finetune, model, plan, profiles
+from image_to_prompts.devices import mixed_precision
 from image_to_prompts.errors import UserError
 
 
@@ -20,7 +21,9 @@ def test_counts_are_those_of_the_model(small_run, cache):
     own = [p for p in net.parameters() if p.requires_grad]
     assert found.trained_tensors == len(own) == len(trained) + 2
     assert found.trained_parameters == sum(p.numel() for p in own)
-    assert found.weights == 4 * sum(p.numel() for p in net.parameters())
+    if mixed_precision(torch.device("cpu")) == "bf16":
+        backbones.half_frozen(net, torch.bfloat16)
+    assert found.weights == sum(p.nbytes for p in net.parameters())
     assert found.optimizer == 2 * found.gradients == 8 * found.trained_parameters
     assert (found.groups, found.trained_groups) == (len(backbones.layer_groups(net.backbone)), found.groups // 4)
     history = finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
@@ -28,11 +31,13 @@ def test_counts_are_those_of_the_model(small_run, cache):
 
 
 def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small_run):
-    one, two = (planned(small_run, batch_size=size, cache_features=False) for size in (8, 16))
-    assert two.activations == 2 * one.activations > 0
-    everything = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
+    sizes = [planned(small_run, batch_size=size, cache_features=False).activations for size in (8, 16, 24)]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    assert one.activations < plan._step(everything.train(), images, mixed=False)
+    everything = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64)).train()
+    assert sizes[0] < plan._kept_by(everything, lambda: everything(images))
+    measured = planned(small_run, batch_size=4, cache_features=False, micro_batch=4)
+    assert measured.activations == planned(small_run, batch_size=64, cache_features=False, micro_batch=4).activations
 
 
 def test_steps_and_seconds(small_run):
@@ -45,7 +50,7 @@ def test_steps_and_seconds(small_run):
 def test_too_large_a_batch_is_told_and_not_tried(small_run, caplog, monkeypatch):
     monkeypatch.setattr(plan, "free_memory", lambda device: 10_000_000)
     finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
-    assert "too large: lower --batch-size" in caplog.text and "not measured" in caplog.text
+    assert "too large: lower --micro-batch" in caplog.text and "not measured" in caplog.text
     assert caplog.records[-1].levelname == "WARNING"
 
 

@@ -109,7 +109,7 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2,
         "render-sd2": {"metadata": few, "weights": tiny_sd2},
         "finetune": {"metadata": (small_run.metadata,), "images": (small_run.images,)},
         "finetune-uncached": {"metadata": (small_run.metadata,), "images": (small_run.images,)},
-        "infer": {"images": small_run.images, "checkpoint": small_checkpoint},
+        "infer": {"images": small_run.images, "checkpoint": (small_checkpoint,)},
     }.get(stage, {})
 
     whole = start(stage, tmp_path / "whole", values)

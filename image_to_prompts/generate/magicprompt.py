@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import weights
+from ..devices import process_state
 from ..errors import UserError
 from ..metadata import row_seed
 
@@ -53,13 +54,12 @@ def load(path: Path | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
         UserError: If the weights are nowhere to be found or cannot be read.
     """
     folder = weights.locate("magicprompt", path)
-    from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with weights.reading(folder, "a GPT-2 language model"):
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return model.float().to(PartialState().device).eval(), tokenizer
+    return model.float().to(process_state().device).eval(), tokenizer
 
 
 def clean(text: str) -> str:

@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..files import append_line
-from ..progress import Estimate
+from ..progress import Deadline, Estimate
 
 T = TypeVar("T")
 FIRST_GUESS = 500_000  # bytes an image before any is written; a 512-px PNG of a photo has about that
-
-
-BEGUN = time.monotonic()  # the limit is on this process's life: a notebook may render more than once in a session
 
 
 def folder_bytes(folder: Path) -> int:
@@ -47,7 +44,6 @@ class Limits:
         self.total, self.before = total, before
         self.images = self.bytes = self.blocks = 0
         self.drawing_since = self.last = 0.0
-        self.longest = 0.0
         self.stopped = ""
 
     def watch(self, blocks: Iterator[T], ahead: int) -> Iterator[T]:
@@ -58,16 +54,15 @@ class Limits:
             ahead: Blocks that may be under way unwritten.
         """
         self.drawing_since = self.last = time.monotonic()
-        while not self._over(ahead):
-            start = time.monotonic()
+        deadline = Deadline(self.max_hours)
+        while not self._over(deadline, ahead):
             block = next(blocks, None)
             if block is None:
                 return
-            self.longest = max(self.longest, time.monotonic() - start)
             yield block
 
-    def _over(self, ahead: int) -> bool:
-        if self.max_hours and time.monotonic() - BEGUN + self.longest > self.max_hours * 3600:
+    def _over(self, deadline: Deadline, ahead: int) -> bool:
+        if deadline.passed():
             self.stopped = f"--max-hours {self.max_hours:g}"
         if self.max_gb:
             an_image = self.bytes / self.images if self.images else FIRST_GUESS

@@ -30,7 +30,7 @@ config = profiles.default_config(
     run,
     profile,
     images=folder,
-    checkpoint=Path(checkpoint_folder) if checkpoint_folder else None,
+    checkpoint=(Path(checkpoint_folder),) if checkpoint_folder else (),
     out=run.submission if known else run.folder / "submission.csv",
     key=run.test_metadata if known else None,
     bank=run.train_metadata if known else None,

@@ -1,0 +1,116 @@
+"""What each option of finetune brings on the embedded profile: one option changed at a time, three seeds each.
+
+python benchmarks/ablation.py [--run runs/default] [--seeds 3] [--only NAME...]      after `make run`
+
+Appends to benchmarks/ablation.json and prints a table: mean cosine on the validating fold (best epoch), on held-out
+scenes of groups never seen, and on the same scenes drawn by the second hand (OpenMoji). An option that is already
+measured is not run again. Frozen features are computed once per image size and shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, profiles, progress, text_encoder
+from image_to_prompts import model as models
+from image_to_prompts.files import make_folder, write_json
+from image_to_prompts.images import ImageRows
+from image_to_prompts.workspace import Run
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "random head": {"head": "random"},
+    "layer decay .9": {"layer_decay": 0.9},
+    "layer decay .8": {"layer_decay": 0.8},
+    "EMA .99": {"ema": 0.99},
+    "EMA .995": {"ema": 0.995},
+    "MLP head": {"head": "mlp"},
+    "batch 64": {"batch_size": 64},
+    "6 epochs": {"epochs": 6},
+    "8 epochs, EMA .99": {"epochs": 8, "ema": 0.99},
+    "augmentation": {"augment": True, "cache_features": False},
+    "augmentation, 8 epochs, EMA .99": {"augment": True, "cache_features": False, "epochs": 8, "ema": 0.99},
+    "288 px": {"image_size": 288},
+}
+
+
+@functools.cache
+def _encoded(prompts: tuple[str, ...]) -> np.ndarray:
+    return _encode(prompts)
+
+
+_encode, text_encoder.encode = text_encoder.encode, lambda prompts, work=None: _encoded(tuple(prompts))
+
+
+def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> dict[str, float]:
+    """Trains once and scores on the run's held-out scenes."""
+    original = frozen.features
+
+    def shared(model, images, only, device, config, work):
+        name = f"train-{config.image_size}-{config.cache_features}"
+        return original(model, images, only, device, config, make_folder(features / name))
+
+    frozen.features = shared
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            values = {"images": (run.train_images,), "out": Path(folder) / "c", "seed": seed, **overrides}
+            config = profiles.default_config("finetune", run, "embedded", **values)
+            start = time.perf_counter()
+            history = finetune.run(config)
+            found = {"validation": float(history["cosine"].max()), "seconds": time.perf_counter() - start}
+            checkpoint = models.load(config.out)
+    finally:
+        frozen.features = original
+    model, device = checkpoint.model, torch.device("cpu")
+    backbones.unfreeze_last_quarter(model.backbone)
+    for name in ("test", "test-openmoji"):
+        manifest = metadata.read_table(run.test_images.with_name(name) / "manifest.csv", ("file", "prompt"))
+        images = ImageRows([run.test_images.with_name(name) / file for file in manifest["file"]], config.image_size)
+        work = make_folder(features / f"{name}-{config.image_size}")
+        every = np.arange(len(images))
+        _, cached = frozen.features(model, images, every, device, replace(config, cache_features=True), work)
+        predicted = evaluate.extract(frozen.over_cache(model), cached, 32, device)
+        found[name] = evaluate.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--features", type=Path, default=Path(tempfile.gettempdir()) / "ablation-features")
+    options = parser.parse_args()
+    progress.set_quiet(True)
+    path = Path(__file__).with_suffix(".json")
+    results = json.loads(path.read_text()) if path.is_file() else {}
+    for name in options.only:
+        for seed in range(options.seeds):
+            done = results.setdefault(name, {})
+            if str(seed) not in done:
+                done[str(seed)] = measure(Run(options.run), seed, VARIANTS[name], options.features)
+                write_json(path, results)
+                print(name, seed, {key: round(value, 4) for key, value in done[str(seed)].items()}, flush=True)
+    table = []
+    for name, seeds in results.items():
+        row: dict[str, str] = {"option": name, "seeds": str(len(seeds))}
+        for key in ("validation", "test", "test-openmoji"):
+            values = np.array([seed[key] for seed in seeds.values()])
+            row[key] = f"{values.mean():.4f} ± {values.std(ddof=1) if len(values) > 1 else 0:.4f}"
+        table.append(row)
+    print(pd.DataFrame(table).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

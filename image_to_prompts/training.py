@@ -1,0 +1,324 @@
+"""The training loop of `finetune`: optimizer steps of any batch size, and a state from which any of them goes on.
+
+What a step does depends on its epoch and number alone: its rows, its random numbers, its learning rate. So a run that
+was killed needs no more than the weights, the optimizer and where it stood.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import backbones
+from .devices import rank_and_processes
+from .errors import UserError
+from .files import atomic_path
+from .images import load
+from .progress import Deadline, progress_to
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import nn
+
+    from .dataset import Rows
+    from .finetune import Config
+    from .frozen import CachedRows
+    from .images import ImageRows
+
+log = logging.getLogger(__name__)
+WEIGHT_DECAY, CLIP_NORM = 1e-4, 1.0  # the reference's
+NAMED = 5  # images of a bad batch that an error names
+
+
+@dataclass
+class Standing:
+    """Where a training stands.
+
+    Attributes:
+        epoch: The epoch under way, from 1.
+        step: Optimizer steps done in it.
+        loss: Sum of 1 - cosine over the rows seen in it.
+        rows: How many these are.
+        history: One dict a finished epoch, as `finetune.run` returns them.
+    """
+
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0
+    rows: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate_factor(done: float, cycles: int) -> float:
+    """Cosine from 1 to 0 in each of `cycles` equal parts (SGDR, Loshchilov & Hutter 2017); `done` in 0..1."""
+    return 0.5 * (1 + math.cos(math.pi * ((done * cycles) % 1.0)))
+
+
+def batches(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[np.ndarray]:
+    """The rows of an epoch, ordered by (seed, epoch) alone, in batches whose sizes differ by one at most."""
+    order = np.random.default_rng((seed, epoch)).permutation(rows)
+    return np.array_split(order, -(-len(order) // batch_size))
+
+
+def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """The trained parameters as optimizer groups; `scale` multiplies their learning rate.
+
+    The scale is 1 for the head and falls by `decay` with each layer group towards the input (ULMFiT, Howard & Ruder
+    2018; BEiT, Bao et al. 2021).
+
+    Args:
+        model: From `model.build`, partly frozen.
+        decay: Factor a layer group.
+    """
+    groups = backbones.layer_groups(model.backbone)
+    depth = {f"backbone.{name}": len(groups) - i for i, group in enumerate(groups) for name in group}
+    found: dict[float, list[torch.Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            found.setdefault(decay ** depth.get(name, 0), []).append(parameter)
+    return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
+
+
+def adamw(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
+    """The reference's optimizer; PyTorch's fused kernel takes a quarter of the time where there is one."""
+    import torch
+
+    return torch.optim.AdamW(
+        parameter_groups(model, config.layer_decay),
+        config.learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+class Trainer:
+    """Trains a model step by step."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        trained: nn.Module,
+        source: ImageRows | CachedRows,
+        rows: Rows,
+        config: Config,
+        state: Path,
+    ) -> None:
+        """Takes what `finetune.run` has made ready.
+
+        Args:
+            accelerator: Device, precision and processes.
+            model: From `model.build`, partly frozen, on the device.
+            trained: What maps items of `source` to predictions; shares its parameters with `model`.
+            source: Images or cached features, by row number.
+            rows: Rows, targets and weights.
+            config: Settings.
+            state: File to go on from, and to save to.
+        """
+        import torch
+
+        self.accelerator, self.model, self.trained = accelerator, model, trained
+        self.source, self.rows, self.config, self.state = source, rows, config, state
+        self.rank, self.processes = rank_and_processes()
+        self.targets, self.weights = torch.from_numpy(rows.targets), torch.from_numpy(rows.weights)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
+        self.wrapped, self.optimizer = accelerator.prepare(trained, adamw(model, config, accelerator.device))
+        self.standing = Standing()
+        self.micro = config.micro_batch or config.batch_size
+        self.deadline = Deadline(config.max_hours)
+        self._load()
+        self.saved = time.monotonic()
+
+    def epoch(self) -> float | None:
+        """Goes on with the epoch under way to its end.
+
+        Returns:
+            Its mean loss, 1 - cosine; None if --max-hours ended it before, with a saved state.
+
+        Raises:
+            UserError: If the loss or the gradients are not finite, no image can be read, or memory does not suffice.
+        """
+        standing = self.standing
+        planned = batches(self.rows.train, self.config.seed, standing.epoch, self.config.batch_size)
+        backbones.set_training(self.trained, True)
+        if hasattr(self.source, "epoch"):
+            self.source.epoch = standing.epoch
+        shares = [batch[self.rank :: self.processes].tolist() for batch in planned[standing.step :]]
+        loader = load(self.source, shares, self.config.loader_workers)
+        with progress_to(len(planned), f"epoch {standing.epoch}/{self.config.epochs}", standing.step) as advance:
+            for (images, rows), batch in zip(loader, planned[standing.step :], strict=True):
+                loss = self.step(images, rows, len(batch), standing.step / len(planned))
+                loss, seen, over = self._summed(loss, len(rows), self.deadline.passed())
+                standing.step, standing.loss, standing.rows = (
+                    standing.step + 1,
+                    standing.loss + loss,
+                    standing.rows + seen,
+                )
+                advance(1)
+                if over or time.monotonic() - self.saved > self.config.save_minutes * 60:
+                    self.save()
+                if over:
+                    return None
+        if not standing.rows:
+            raise UserError("no readable training image; check --images")
+        return standing.loss / standing.rows
+
+    def finish_epoch(self, entry: dict[str, float]) -> None:
+        """Notes a finished epoch, and saves."""
+        history = [*self.standing.history, entry]
+        self.standing = Standing(epoch=int(entry["epoch"]) + 1, history=history)
+        self.save()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the moving averages in the place of the trained parameters, if they are kept."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def save(self) -> None:
+        """Writes the state, in the main process."""
+        import torch
+
+        self.saved = time.monotonic()
+        if not self.accelerator.is_main_process:
+            return
+        kept = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        kept |= {name for name, _ in self.model.named_buffers()}
+        scaler = self.accelerator.scaler
+        state = {
+            "model": {name: tensor for name, tensor in self.model.state_dict().items() if name in kept},
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "standing": asdict(self.standing),
+            "micro": self.micro,
+        }
+        with atomic_path(self.state) as part:
+            torch.save(state, part)
+
+    def _load(self) -> None:
+        import torch
+
+        if not self.state.is_file():
+            return
+        state = torch.load(self.state, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mine, theirs in zip(self.average, state["average"], strict=True):
+            mine.copy_(theirs)
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.standing, self.micro = Standing(**state["standing"]), state["micro"]
+        log.info("going on at epoch %d, step %d", self.standing.epoch, self.standing.step)
+
+    def step(self, images: torch.Tensor, rows: torch.Tensor, planned: int, done: float) -> float:
+        """One optimizer step.
+
+        Args:
+            images: uint8 (n, 3, s, s) or cached features, this process's readable share of a batch.
+            rows: int64 (n,), their row numbers.
+            planned: Rows of the whole batch, over all processes.
+            done: How much of the epoch was done before, 0..1.
+
+        Returns:
+            The sum of 1 - cosine over the share.
+        """
+        import torch
+
+        standing, config = self.standing, self.config
+        factor = learning_rate_factor((standing.epoch - 1 + done) / config.epochs, config.cycles)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor * group["scale"]
+        seed = np.random.SeedSequence((config.seed, standing.epoch, standing.step, self.rank))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        loss = self._within_memory(images, rows, planned) if len(rows) else 0.0
+        norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
+        if norm is not None and not self.accelerator.scaler and not torch.isfinite(norm):
+            self._stop(rows, f"the gradients' norm is {norm.item()}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._move_average()
+        return loss
+
+    def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> float:
+        """Gradients of a share, in as few passes as memory allows; returns the sum of losses."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        while True:
+            pieces = -(-len(rows) // self.micro)
+            try:
+                split = zip(images.tensor_split(pieces), rows.tensor_split(pieces), strict=True)
+                return sum(self._gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split))
+            except Exception as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                largest = -(-len(rows) // pieces)
+                if largest == 1 or self.processes > 1:
+                    said = str(error).splitlines()[0]
+                    raise UserError(
+                        f"{largest} images need more memory than there is: {said}; lower --micro-batch"
+                    ) from error
+                self.micro = largest // 2
+            log.warning("out of memory with %d images at once; going on with %d", largest, self.micro)
+            self.optimizer.zero_grad(set_to_none=True)
+            clear_device_cache(garbage_collection=True)
+
+    def _gradients(self, images: torch.Tensor, rows: torch.Tensor, planned: int, last: bool) -> float:
+        """Adds a piece's part of the gradient of the batch's mean loss; processes meet at the last piece."""
+        import torch
+        from torch.nn.functional import cosine_similarity
+
+        device = self.accelerator.device
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            predicted = self.wrapped(images.to(device, non_blocking=True)).float()
+            losses = 1 - cosine_similarity(predicted, self.targets[rows].to(device))
+            if not torch.isfinite(losses).all():
+                self._stop(rows, "the loss is not a number")
+            # Gradients are averaged over processes, hence the factor.
+            weighted = (losses * self.weights[rows].to(device)).sum() * (self.processes / planned)
+            self.accelerator.backward(weighted)
+        return losses.sum().item()
+
+    def _stop(self, rows: torch.Tensor, what: str) -> None:
+        names = self.rows.frame["image_name"].iloc[rows.tolist()]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise UserError(
+            f"epoch {self.standing.epoch}, step {self.standing.step + 1}: {what} (images {', '.join(names[:NAMED])}"
+            f"{more}); lower --learning-rate; the best checkpoint so far is kept in {self.config.out}"
+        )
+
+    def _move_average(self) -> None:
+        if not self.average:
+            return
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+        steps = next(iter(self.optimizer.state.values()))["step"].item()
+        decay = min(self.config.ema, (1 + steps) / (10 + steps))  # a short memory first, as TensorFlow's averages have
+        get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.parameters], None)
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters[: len(self.average)]):
+            parameter.data, self.average[i] = self.average[i], parameter.data
+
+    def _summed(self, loss: float, rows: int, over: bool) -> tuple[float, int, bool]:
+        """A step's loss and rows over all processes, and whether any of them is over its time."""
+        if self.processes == 1:
+            return loss, rows, over
+        import torch
+
+        own = torch.tensor([loss, rows, over], dtype=torch.float64, device=self.accelerator.device)
+        loss, rows, over = self.accelerator.reduce(own).tolist()
+        return loss, int(rows), bool(over)

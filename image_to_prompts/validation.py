@@ -1,0 +1,109 @@
+"""What the validating fold says about a checkpoint: by source, with intervals and baselines, and how far it carries.
+
+The competition's 3rd team saw its local score fall while its leaderboard score rose when it added another kind of
+prompts. So a source's score stands beside what is reached without that source, and a classifier tells how far the
+validating images are from those that matter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import evaluate, metadata, report
+from .dataset import Rows
+from .errors import UserError
+from .files import atomic_path
+from .frozen import Baselines
+
+
+def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
+    """Writes the validating fold's predictions: validation.csv (image_name, prompt, source, cosine) and their vectors.
+
+    Args:
+        folder: The checkpoint's.
+        rows: The rows.
+        predicted: float32 (len(rows.valid), 384), NaN where an image cannot be read.
+    """
+    from safetensors.numpy import save_file
+
+    readable = np.isfinite(predicted[:, 0])
+    valid, predicted = rows.valid[readable], predicted[readable]
+    frame = pd.DataFrame({name: rows.frame[name].iloc[valid].to_numpy() for name in ("image_name", "prompt")})
+    frame["source"] = rows.sources.to_numpy()[valid]
+    cosines = (evaluate.unit(predicted) * rows.targets[valid]).sum(1)
+    with atomic_path(folder / "validation.safetensors") as part:
+        save_file({"predicted": predicted.astype(np.float32), "targets": rows.targets[valid]}, part)
+    metadata.write_table(folder / "validation.csv", frame.assign(cosine=np.round(cosines.astype(float), 4)))
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """What `write` wrote: the rows, float32 (n, 384) predictions and float32 (n, 384) targets.
+
+    Raises:
+        UserError: If the checkpoint has none.
+    """
+    from safetensors.numpy import load_file
+
+    if not (folder / "validation.safetensors").is_file():
+        raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --weights")
+    stored = load_file(folder / "validation.safetensors")
+    return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
+
+
+def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -> pd.DataFrame:
+    """Scores of each source and of all.
+
+    Args:
+        folder: Checkpoint with the predictions that `write` wrote.
+        rows: The rows it was trained with.
+        features: float32 (n, width) of all rows, from `frozen.features`.
+        base: The baselines.
+
+    Returns:
+        source, rows, cosine, low, high (95 % interval of the cosine), constant, knn, ridge (the fitted head on frozen
+        features) and left_out (the same fitted without this source; NaN where there is one source only).
+    """
+    frame, predicted, truth = read(folder)
+    valid = pd.Index(rows.frame["image_name"]).get_indexer(frame["image_name"])
+    train = rows.train[np.isfinite(features[rows.train, 0])]
+    sources = rows.sources.to_numpy()
+    knn = evaluate.nearest_mean(features[valid], base.features, base.targets, base.k)
+    guesses = {"cosine": predicted, "constant": np.broadcast_to(base.mean, truth.shape), "knn": knn}
+    guesses["ridge"] = _ridge(features, rows.targets, train, valid)
+    cosines = {name: (evaluate.unit(guess) * truth).sum(1) for name, guess in guesses.items()}
+    cosines["left_out"] = np.full(len(valid), np.nan)
+    names = sorted(set(sources[valid]))
+    for name in names:
+        others, mine = train[sources[train] != name], sources[valid] == name
+        if len(others):
+            guess = _ridge(features, rows.targets, others, valid[mine])
+            cosines["left_out"][mine] = (evaluate.unit(guess) * truth[mine]).sum(1)
+    table = []
+    for name, mine in [*((name, sources[valid] == name) for name in names), ("all", np.ones(len(valid), bool))]:
+        low, high = evaluate.bootstrap(cosines["cosine"][mine])
+        means = {column: values[mine].mean() for column, values in cosines.items()}
+        table.append({"source": name, "rows": int(mine.sum()), **means, "low": low, "high": high})
+    columns = ["source", "rows", "cosine", "low", "high", "constant", "knn", "ridge", "left_out"]
+    return pd.DataFrame(table)[columns]
+
+
+def _ridge(features: np.ndarray, targets: np.ndarray, train: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    weight, bias = evaluate.ridge(features[train], targets[train])
+    return features[valid] @ weight + bias
+
+
+def gallery(folder: Path, rows: Rows, count: int = 6) -> None:
+    """Draws the best and the worst validating images of a checkpoint into its best_and_worst.png."""
+    frame, _, _ = read(folder)
+    paths = dict(zip(rows.frame["image_name"], rows.paths, strict=True))
+    frame["cosine"] = frame["cosine"].astype(float)
+    frame = frame.sort_values("cosine", ascending=False, kind="stable")
+    ends = pd.concat([frame.head(count), frame.iloc[count:].tail(count)])
+    tiles = [
+        report.tile(paths[name], f"{cosine:.2f} · {prompt}")
+        for name, cosine, prompt in zip(ends["image_name"], ends["cosine"], ends["prompt"], strict=True)
+    ]
+    report.save(report.grid(tiles, count).quantize(96), folder / "best_and_worst.png")

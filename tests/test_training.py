@@ -1,0 +1,271 @@
+"""The training loop: any batch in any pieces, exact resume at any step, several processes, clear ends."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from image_to_prompts import backbones, finetune, metadata, model, profiles, progress, training
+from image_to_prompts.errors import UserError
+
+
+def config(run, out, tower, **overrides):
+    values = {
+        "backbone": f"open_clip:{tower}",
+        "image_size": 64,
+        "epochs": 1,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "cache_features": False,
+        "out": out,
+        **overrides,
+    }
+    return profiles.default_config("finetune", run, "embedded", **values)
+
+
+def weights_of(folder):
+    return load_file(folder / "last" / "model.safetensors")
+
+
+def difference(one, two):
+    return max(float((one[name] - two[name]).abs().max()) for name in one)
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 3), st.integers(1, 3))
+def test_an_epoch_sees_every_row_once(count, batch_size, seed, epoch):
+    found = training.batches(np.arange(count), seed, epoch, batch_size)
+    assert sorted(np.concatenate(found)) == list(range(count))
+    sizes = [len(batch) for batch in found]
+    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+    again = training.batches(np.arange(count), seed, epoch, batch_size)
+    assert all((one == two).all() for one, two in zip(found, again, strict=True))
+
+
+def test_a_batch_in_pieces_is_the_same_batch(small_run, tiny_open_clip, tmp_path):
+    whole = finetune.run(config(small_run, tmp_path / "a", tiny_open_clip))
+    pieces = finetune.run(config(small_run, tmp_path / "b", tiny_open_clip, micro_batch=3))
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-4
+    assert whole["loss"].iloc[-1] == pytest.approx(pieces["loss"].iloc[-1], abs=1e-5)
+
+
+def test_out_of_memory_halves_the_pieces(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
+    plain = training.Trainer._gradients
+
+    def limited(self, images, rows, planned, last):
+        if len(rows) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return plain(self, images, rows, planned, last)
+
+    finetune.run(config(small_run, tmp_path / "a", tiny_open_clip))
+    monkeypatch.setattr(training.Trainer, "_gradients", limited)
+    finetune.run(config(small_run, tmp_path / "b", tiny_open_clip))
+    assert caplog.text.count("out of memory") == 2  # 16 -> 8 -> 4, then never again
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-4
+    monkeypatch.setattr(
+        training.Trainer, "_gradients", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    )
+    with pytest.raises(UserError, match="1 images need more memory than there is"):
+        finetune.run(config(small_run, tmp_path / "c", tiny_open_clip))
+
+
+def test_gradient_checkpointing_changes_nothing(small_run, tiny_open_clip, tmp_path):
+    for name, on in (("a", False), ("b", True)):
+        finetune.run(config(small_run, tmp_path / name, tiny_open_clip, grad_checkpointing=on))
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-4
+
+
+def test_layer_decay_scales_the_groups(tiny_open_clip):
+    built = model.build(backbones.describe(f"open_clip:{tiny_open_clip}", 64))
+    backbones.unfreeze_last_quarter(built.backbone)
+    groups = training.parameter_groups(built, 0.5)
+    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
+    trained = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
+    assert len(scale) == len(trained)
+    last = {f"backbone.{name}" for name in backbones.layer_groups(built.backbone)[-1]}
+    for name, p in trained:
+        if name.startswith("head."):
+            assert scale[id(p)] == 1
+        if name in last:
+            assert scale[id(p)] == 0.5
+    assert [group["scale"] for group in training.parameter_groups(built, 1.0)] == [1.0]
+
+
+def test_the_average_follows_the_weights(small_run, tiny_open_clip, tmp_path):
+    """With one step and a decay of (1 + 1) / (10 + 1) at most, the average is 2/11 of the old and 9/11 of the new."""
+    options = {"batch_size": 1000, "head": "random"}
+    finetune.run(config(small_run, tmp_path / "plain", tiny_open_clip, **options))
+    finetune.run(config(small_run, tmp_path / "ema", tiny_open_clip, ema=0.9999, **options))
+    before = config(small_run, tmp_path, tiny_open_clip, **options)
+    accelerator = finetune.accelerator_for(before)
+    built, _ = finetune.build_model(backbones.describe(before.backbone, 64), before, accelerator)
+    new, average = weights_of(tmp_path / "plain"), weights_of(tmp_path / "ema")
+    del new["mean_target"]
+    for name, old in built.state_dict().items():
+        torch.testing.assert_close(average[name], old * 2 / 11 + new[name] * 9 / 11, rtol=1e-4, atol=1e-6)
+    assert difference(new, dict(built.state_dict())) > 1e-4
+
+
+def test_a_time_budget_stops_and_the_same_command_goes_on(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
+    whole = finetune.run(config(small_run, tmp_path / "a", tiny_open_clip, epochs=2))
+    calls = iter(range(1000))
+    monkeypatch.setattr(progress.Deadline, "passed", lambda self: next(calls) % 3 == 2)
+    for _ in range(20):
+        history = finetune.run(config(small_run, tmp_path / "b", tiny_open_clip, epochs=2, max_hours=1))
+        if (tmp_path / "b" / ".finetune.done").exists():
+            break
+        assert "stopped by --max-hours 1" in caplog.text and len(history) < 3
+    pd.testing.assert_frame_equal(history, whole)
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
+
+
+def test_deadline_counts_the_longest_piece(monkeypatch):
+    now = [progress.BEGUN]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    deadline = progress.Deadline(1)
+    assert not deadline.passed()
+    now[0] += 1000
+    assert not deadline.passed()
+    now[0] += 1650  # 2,650 s are over, another 1,650 would end after the hour
+    assert deadline.passed()
+    assert not progress.Deadline(0).passed()
+
+
+def test_no_better_epoch_stops_early(small_run, tiny_open_clip, tmp_path):
+    history = finetune.run(config(small_run, tmp_path / "a", tiny_open_clip, epochs=9, learning_rate=1e-12, patience=2))
+    assert len(history) < 9
+    assert model.load(tmp_path / "a" / "last").config["metrics"]["epoch"] == history["epoch"].iloc[-1]
+
+
+def test_nan_names_the_batch_and_keeps_the_checkpoint(small_run, tiny_open_clip, tmp_path, monkeypatch):
+    plain = training.Trainer._gradients
+
+    def poisoned(self, images, rows, planned, last):
+        if self.standing.epoch == 2:
+            self.parameters[0].data.fill_(float("nan"))
+        return plain(self, images, rows, planned, last)
+
+    monkeypatch.setattr(training.Trainer, "_gradients", poisoned)
+    names = set(metadata.read(small_run.metadata)["image_name"])
+    with pytest.raises(UserError, match=r"epoch 2, step 1: the loss is not a number \(images ") as raised:
+        finetune.run(config(small_run, tmp_path / "c", tiny_open_clip, epochs=3, batch_size=4))
+    named = str(raised.value).partition("(images ")[2].partition(")")[0].split(", ")
+    assert 1 <= len(named) <= 4 and set(named) <= names
+    kept = model.load(tmp_path / "c")
+    assert all(torch.isfinite(p).all() for p in kept.model.parameters())
+
+
+def test_sources_weigh_and_are_left_out(small_run, tmp_path, tiny_open_clip):
+    frame = metadata.read(small_run.metadata)
+    frame["source"] = np.where(np.arange(len(frame)) % 2, "odd", "even")
+    csv = tmp_path / "two.csv"
+    metadata.write_table(csv, frame)
+    given_ = {"metadata": (csv,), "images": (small_run.images,)}
+    # Rows that count nothing do not train: weights come out as if they were not there, but for the batches' size.
+    finetune.run(config(small_run, tmp_path / "a", tiny_open_clip, source_weights=("odd=0", "even=0"), **given_))
+    finetune.run(config(small_run, tmp_path / "b", tiny_open_clip, epochs=1, **given_))
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) > 1e-4
+    finetune.run(config(small_run, tmp_path / "c", tiny_open_clip, leave_out="odd", **given_))
+    rows = json.loads((tmp_path / "c" / "config.json").read_text())["rows"]
+    all_rows = json.loads((tmp_path / "b" / "config.json").read_text())["rows"]
+    assert rows["train"] < 0.7 * all_rows["train"] and 0 < rows["validate"] < all_rows["validate"]
+    for flags in ({"leave_out": "none"}, {"source_weights": ("none=2",)}):
+        with pytest.raises(UserError, match=r"no row of source 'none' \(sources: even, odd\)"):
+            finetune.run(config(small_run, tmp_path / "d", tiny_open_clip, **flags, **given_))
+    with pytest.raises(UserError, match="write SOURCE=WEIGHT"):
+        finetune.run(config(small_run, tmp_path / "d", tiny_open_clip, source_weights=("odd",), **given_))
+
+
+def test_a_second_stage_starts_from_a_checkpoint(small_run, small_checkpoint, tiny_open_clip, tmp_path):
+    values = {"image_size": 64, "epochs": 1, "learning_rate": 1e-9, "init": small_checkpoint, "out": tmp_path / "c"}
+    history = finetune.run(profiles.default_config("finetune", small_run, "embedded", **values))
+    first = json.loads((small_checkpoint / "config.json").read_text())["metrics"]["validation_cosine"]
+    assert history["cosine"].iloc[0] == pytest.approx(first, abs=0.003)
+    with pytest.raises(UserError, match=r"a checkpoint of timm:tf_efficientnet_lite2, not open_clip"):
+        finetune.run(config(small_run, tmp_path / "d", tiny_open_clip, init=small_checkpoint))
+
+
+def test_augmented_epochs_differ_and_repeat(small_run, tiny_open_clip, tmp_path):
+    options = {"augment": True, "epochs": 2}
+    for name in ("a", "b"):
+        finetune.run(config(small_run, tmp_path / name, tiny_open_clip, **options))
+    finetune.run(config(small_run, tmp_path / "plain", tiny_open_clip, epochs=2))
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
+    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "plain")) > 0
+
+
+def _train(settings, kill_at, before_saving):
+    """Trains in a process of its own, with one thread; kills itself at a step."""
+    torch.set_num_threads(1)
+    steps = 0
+    name = "save" if before_saving else "_move_average"
+    plain = getattr(training.Trainer, name)
+
+    def counted(self):
+        nonlocal steps
+        steps += 1
+        if steps == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self)
+
+    setattr(training.Trainer, name, counted)
+    finetune.run(settings)
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_ends_with_the_same_weights(small_run, tiny_open_clip, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "open_clip", "sentence_transformers", "faiss", "accelerate"])
+    settings = config(
+        small_run, tmp_path / "whole", tiny_open_clip, epochs=4, batch_size=4, save_minutes=0, ema=0.9, augment=True
+    )
+
+    def train(values, kill_at=0, before_saving=False):
+        process = context.Process(target=_train, args=(values, kill_at, before_saving))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert train(settings) == 0
+    rng, killed, torn = random.Random(0), 0, replace(settings, out=tmp_path / "torn")
+    while True:
+        code = train(torn, rng.randint(1, 5) if killed < 12 else 0, rng.random() < 0.5)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        killed += 1
+    assert killed >= 10
+    for name in ("model.safetensors", "last/model.safetensors", "history.csv", "config.json"):
+        assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(small_run, tiny_open_clip, tmp_path):
+    """float32, the same global batch, LayerNorm (nothing to normalise over the batch): same losses within 1e-5."""
+    module = ["-m", "image_to_prompts", "finetune", "--backbone", f"open_clip:{tiny_open_clip}", "--image-size", 64]
+    flags = ["--metadata", small_run.metadata, "--images", small_run.images, "--epochs", 3, "--batch-size", 8]
+    words = [*module, *flags, "--precision", "fp32", "--no-cache-features", "--learning-rate", 1e-3]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"]
+    found = {}
+    for name, start in (("one", [sys.executable]), ("two", torchrun)):
+        command = [str(word) for word in (*start, *words, "--out", tmp_path / name)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("rows train") == {"one": 1, "two": 2}[name]  # there really are two
+        found[name] = pd.read_csv(tmp_path / name / "history.csv")
+    np.testing.assert_allclose(found["one"]["loss"], found["two"]["loss"], atol=1e-5)
+    np.testing.assert_allclose(found["one"]["cosine"], found["two"]["cosine"], atol=1e-5)
+    assert found["one"]["loss"].nunique() == 3
