@@ -22,8 +22,8 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
 	$(VENV)/bin/python -m pytest -m 'not gpu and not network'
 
-bench: install ## render speed on this machine
-	$(VENV)/bin/python benchmarks/render.py
+bench: install ## speed on this machine, beside plain versions of the same (an hour)
+	for part in render finetune infer; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done
 
 notebooks: install ## build and execute the notebooks on the embedded profile
 	$(VENV)/bin/python notebooks/build.py notebooks

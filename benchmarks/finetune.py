@@ -1,10 +1,18 @@
-"""Fine-tuning: a training step of ConvNeXt-XXLarge (random weights) beside the reference's own loop.
+"""Fine-tuning beside the reference's own loop, on the same model, data and machine.
 
-python benchmarks/finetune.py [--rounds 3] [--batch 2]     prints a table and writes benchmarks/finetune.json
+python benchmarks/finetune.py step loss epoch loader      one, several or all (left out); --rounds 3
+Prints tables and writes benchmarks/finetune.json.
 
-The reference's step, written anew from its description: float32, contiguous memory, the whole model in training mode,
-minus mean cosine, gradient norm clipped at 1, AdamW. Ours is `finetune.train_epoch` on the same model, images and
-targets. Both freeze the same tensors. They run in turns in one process, each after a step that does not count.
+step    ConvNeXt-XXLarge with random weights at 512 px: a training step of the reference (float32, contiguous memory,
+        the whole tower in training mode, minus mean cosine, gradient norm clipped at 1, AdamW on every batch), of ours,
+        and of ours when a step accumulates 4 batches; and with cached features.
+loss    A smaller ConvNeXt: loss after 50 steps, the reference's loop with several seeds, and ours.
+epoch   The embedded profile's model: an epoch with cached features, without where images lie in memory, and without
+        where they are read from PNG files.
+loader  Images a second: the reference's loader (Pillow, torchvision transforms, float32, processes) and ours (threads).
+
+The reference's parts are written anew from their description. Ways run in turns; those with large models each in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -13,81 +21,288 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate import Accelerator
+import numpy as np
+import pandas as pd
+from turns import Prepared, in_turns, lines, ratio
 
-from image_to_prompts import backbones, finetune, progress
-from image_to_prompts import model as models
-from image_to_prompts.devices import mixed_precision
+LEARNING_RATE, WEIGHT_DECAY = 5e-5, 1e-4
+PLAIN = {"THP_MEM_ALLOC_ENABLE": "0"}  # memory pages as PyTorch takes them by itself
 
 
-def reference_step(model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, optimizer: object) -> None:
-    """One step as the reference takes it."""
-    torch.nn.Module.train(model.backbone, True)
-    predicted = model(images)
-    loss = -torch.nn.functional.cosine_similarity(predicted, targets).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+def data(count: int, size: int, seed: int = 0) -> tuple[Any, Any]:
+    """Random images, uint8 (count, 3, size, size), and unit targets, float32 (count, 384)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return images, torch.nn.functional.normalize(torch.randn(count, 384, generator=generator), dim=1)
+
+
+def reference_loop(model: Any) -> Any:
+    """The reference's step, as a function of images and targets; returns the loss, 1 - mean cosine."""
+    import torch
+
+    model.to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], LEARNING_RATE, weight_decay=WEIGHT_DECAY
+    )
+
+    def step(images: Any, targets: Any) -> float:
+        torch.nn.Module.train(model.backbone, True)
+        loss = -torch.nn.functional.cosine_similarity(model(images), targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return 1 + loss.item()
+
+    return step
+
+
+def build(backbone: str, size: int, seed: int = 0) -> Any:
+    """The model with random weights, its last quarter unfrozen."""
+    import torch
+
+    from image_to_prompts import backbones
+    from image_to_prompts import model as models
+
+    torch.manual_seed(seed)
+    model = models.build(backbones.describe(backbone, size))
+    backbones.unfreeze_last_quarter(model.backbone)
+    return model
+
+
+def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: bool = False) -> Any:
+    """Our trainer over random images, and what it is fed: (trainer, images or features, rows)."""
+    import torch
+
+    from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
+    from image_to_prompts.devices import autocast
+
+    progress.set_quiet(True)
+    count = batch * accumulated
+    config = finetune.Config(
+        backbone=backbone,
+        image_size=size,
+        batch_size=count,
+        micro_batch=batch,
+        learning_rate=LEARNING_RATE,
+        epochs=1000,
+    )
+    accelerator = finetune.accelerator_for(config)
+    model, _ = finetune.build_model(backbones.describe(backbone, size), config, accelerator, pretrained=False)
+    images, targets = data(count, size)
+    trained = backbones.for_training(model)
+    if cached:
+        _, first = backbones.trained_tail(model.backbone)
+        model.eval()
+        with torch.no_grad(), autocast(accelerator.device), frozen.entering(first) as taken:
+            for part in images.split(batch):
+                model.features(part)
+        images, trained = torch.cat(taken).float(), frozen.over_cache(model)
+    names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
+    every = np.arange(count)
+    rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))
+    found = training.Trainer(accelerator, model, trained, None, rows, config, Path())
+    backbones.set_training(trained, True)
+    return found, images, torch.arange(count)
+
+
+def prepare_reference(backbone: str, size: int, batch: int, steps: int) -> Prepared:
+    step = reference_loop(build(backbone, size))
+    images, targets = data(batch, size)
+    return lambda: [step(images, targets) for _ in range(steps)]
+
+
+def prepare_ours(backbone: str, size: int, batch: int, accumulated: int, cached: bool) -> Prepared:
+    ours, images, rows = trainer(backbone, size, batch, accumulated, cached)
+    return lambda: ours.step(images, rows, len(rows), 0.0)
+
+
+def bench_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds for one batch, without and with accumulation, and with cached features."""
+    model, several = (options.backbone, options.size, options.batch), options.accumulated
+    result: dict[str, Any] = {"backbone": options.backbone, "image_size": options.size, "batch": options.batch}
+    pairs = [("ours", 1, False), ("ours, cached features", 1, True), ("ours, accumulating", several, False)]
+    for name, batches, cached in pairs[: 2 if several == 1 else 3]:  # two large models at a time fit into 24 GB
+        ways = {
+            "reference": (prepare_reference, (*model, batches), PLAIN),
+            name: (prepare_ours, (*model, batches, cached), {}),
+        }
+        seconds, memory = in_turns(ways, options.rounds)
+        print(f"{options.backbone}, {options.size} px, batch {options.batch}: seconds for {batches} batches")
+        print(lines(seconds, memory, "reference"), flush=True)
+        result[name] = {"batches": batches, "seconds": seconds, "peak GB": memory}
+        result[name]["times as fast"] = ratio(seconds, "reference", name)
+    return result
+
+
+def bench_loss(options: argparse.Namespace) -> dict[str, Any]:
+    """Loss after 50 steps over 40 images in batches of 8: the reference with five random seeds, and ours."""
+    import torch
+
+    backbone, size, batch, steps = "open_clip:convnext_base", 96, 8, 50
+    images, targets = data(40, size)
+    chosen = [np.random.default_rng(i).permutation(40)[:batch] for i in range(steps)]
+    losses: dict[str, list[float]] = {"reference": [], "ours": []}
+    for seed in range(5):
+        step = reference_loop(build(backbone, size))
+        torch.manual_seed(seed)
+        losses["reference"].append(statistics.mean([step(images[rows], targets[rows]) for rows in chosen][-5:]))
+    ours, pictures, _ = trainer(backbone, size, 40)
+    ours.model.load_state_dict(build(backbone, size).state_dict())
+    sums = [ours.step(pictures[rows], torch.from_numpy(rows), batch, 0.0) for rows in chosen]
+    losses["ours"].append(statistics.mean(value / batch for value in sums[-5:]))
+    print(f"{backbone}, {size} px, batch {batch}: mean loss of steps 46 to 50")
+    for way, values in losses.items():
+        print(f"{way:10}" + "".join(f"{value:9.4f}" for value in values))
+    return {"backbone": backbone, "image_size": size, "batch": batch, "steps": steps, "loss": losses}
+
+
+def scenes(folder: Path, count: int) -> list[Path]:
+    """Embedded scenes as PNG files."""
+    from image_to_prompts import generate, profiles, render, workspace
+
+    run = workspace.open_run(folder, "embedded")
+    generate.run(profiles.default_config("generate", run, "embedded", count=count))
+    found = render.run(profiles.default_config("render", run, "embedded", metadata=run.prompts))
+    return [run.images / file for file in found["file"]]
+
+
+class InMemory:
+    """Decoded images."""
+
+    def __init__(self, rows: Any) -> None:
+        self.items, self.collate, self.epoch = [rows[i] for i in range(len(rows))], rows.collate, 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.items[row]
+
+
+def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of an epoch of the embedded model over scenes, in three ways."""
+    from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
+    from image_to_prompts.images import ImageRows
+
+    progress.set_quiet(True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = scenes(folder, options.images)
+        count = len(files)
+        rows_images = ImageRows(files, 224)
+        every = np.arange(count)
+        names = pd.DataFrame({"image_name": [file.name for file in files]})
+        rows = dataset.Rows(names, files, data(count, 1)[1].numpy(), every, every, 0, np.ones(count, np.float32))
+        epochs = {}
+        for way in ("from files", "from memory", "cached features"):
+            config = finetune.Config(epochs=1000, cache_features=way == "cached features")
+            accelerator = finetune.accelerator_for(config)
+            model, _ = finetune.build_model(backbones.describe(config.backbone, 224), config, accelerator)
+            trained, source = backbones.for_training(model), rows_images
+            if way == "cached features":
+                _, source = frozen.features(model, rows_images, every, accelerator.device, config, folder)
+                trained = frozen.over_cache(model)
+            elif way == "from memory":
+                source = InMemory(rows_images)
+            epochs[way] = training.Trainer(accelerator, model, trained, source, rows, config, folder / way)
+        seconds: dict[str, list[float]] = {way: [] for way in epochs}
+        for number in range(options.rounds + 1):
+            for way, ours in epochs.items():
+                ours.standing = training.Standing(epoch=number + 1)
+                start = time.perf_counter()
+                ours.epoch()
+                if number:
+                    seconds[way].append(time.perf_counter() - start)
+    fast = {way: ratio(seconds, way, "cached features") for way in ("from memory", "from files")}
+    print(f"an epoch of {count} scenes, EfficientNet-Lite2 at 224 px, batch 32: seconds")
+    for way, values in seconds.items():
+        times = "  cached is {min:.2f} {median:.2f} {max:.2f} times as fast".format(**fast[way]) if way in fast else ""
+        print(f"{way:16}" + "".join(f"{value:8.2f}" for value in values) + times)
+    return {"images": count, "seconds": seconds, "cached, times as fast": fast}
+
+
+def reference_batches(files: list[Path], size: int, batch: int, workers: int) -> Iterator[Any]:
+    """The reference's loader: Pillow, then torchvision's resize, crop, tensor and normalisation, in processes."""
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    change = transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size),
+            transforms.ToTensor(),
+            transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+        ]
+    )
+
+    class Files(Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, row: int) -> Any:
+            from PIL import Image
+
+            return change(Image.open(files[row]).convert("RGB"))
+
+    return iter(DataLoader(Files(), batch, num_workers=workers))
+
+
+def bench_loader(options: argparse.Namespace) -> dict[str, Any]:
+    """Images a second of 512-px PNG files, resized to 384 px."""
+    from image_to_prompts.images import ImageRows, load
+
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        files = scenes(Path(name), options.images)
+        order = [list(range(start, min(start + 32, len(files)))) for start in range(0, len(files), 32)]
+        for workers in (1, 2):
+            ways = {
+                "reference": lambda workers=workers: reference_batches(files, 384, 32, workers),
+                "ours": lambda workers=workers: load(ImageRows(files, 384), order, workers),
+            }
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            for number in range(options.rounds + 1):
+                for way, batches in ways.items():
+                    start = time.perf_counter()
+                    assert sum(1 for _ in batches()) == len(order)
+                    if number:
+                        seconds[way].append(time.perf_counter() - start)
+            rates = {way: [len(files) / value for value in values] for way, values in seconds.items()}
+            print(f"loader, {workers} workers: images a second")
+            for way, values in rates.items():
+                print(f"{way:10}" + "".join(f"{value:8.0f}" for value in values))
+            fast = ratio(seconds, "reference", "ours")
+            print("times as fast {min:.2f} {median:.2f} {max:.2f}".format(**fast))
+            result[f"{workers} workers"] = {"images a second": rates, "times as fast": fast}
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"step": bench_step, "loss": bench_loss, "epoch": bench_epoch, "loader": bench_loader}
+    parser.add_argument("parts", nargs="*", default=list(parts))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--accumulated", type=int, default=4)
     parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--backbone", default="open_clip:convnext_xxlarge")
     options = parser.parse_args()
-    progress.set_quiet(True)
-    torch.manual_seed(0)
-    model = models.build(backbones.describe(options.backbone, options.size))
-    backbones.unfreeze_last_quarter(model.backbone)
-    accelerator = Accelerator(mixed_precision=mixed_precision(torch.device("cpu")), cpu=True)
-    config = finetune.Config(epochs=1000, batch_size=options.batch, learning_rate=5e-5)
-    images = torch.randint(0, 256, (options.batch, 3, options.size, options.size), dtype=torch.uint8)
-    targets = torch.nn.functional.normalize(torch.randn(options.batch, 384), dim=1)
-    loader = [(images, torch.arange(options.batch))]
-    plain = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-5, weight_decay=1e-4)
-    optimizer = accelerator.prepare(plain)
-
-    def reference() -> None:
-        reference_step(model, images, targets, plain)
-
-    def ours() -> None:
-        with (
-            accelerator.autocast()
-        ):  # what `prepare` wraps around the model, which cannot be taken off and put on again
-            finetune.train_epoch(accelerator, model, loader, targets, optimizer, 1, config)
-
-    seconds: dict[str, list[float]] = {"reference's step": [], "ours": []}
-    for number in range(options.rounds + 1):
-        for way, step in (("reference's step", reference), ("ours", ours)):
-            model.to(memory_format=torch.channels_last if way == "ours" else torch.contiguous_format)
-            start = time.perf_counter()
-            step()
-            if number:  # the first round warms up
-                seconds[way].append(time.perf_counter() - start)
-    ratios = [a / b for a, b in zip(seconds["reference's step"], seconds["ours"], strict=True)]
-    result = {
-        "machine": platform.processor() or platform.machine(),
-        "backbone": options.backbone,
-        "image_size": options.size,
-        "batch": options.batch,
-        "precision": accelerator.mixed_precision,
-        "seconds": seconds,
-        "times as fast": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
-    }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"{options.backbone}, {options.size} px, batch {options.batch}, {accelerator.mixed_precision}: seconds a step"
-    )
-    for way, values in seconds.items():
-        print(f"{way:20}" + "".join(f"{value:8.2f}" for value in values))
-    print(f"times as fast: min {min(ratios):.2f}, median {statistics.median(ratios):.2f}, max {max(ratios):.2f}")
+    path = Path(__file__).with_suffix(".json")
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    result["machine"] = platform.processor() or platform.machine()
+    for part in options.parts:
+        result[part] = parts[part](options)
+        path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

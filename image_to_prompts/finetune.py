@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from .files import Stamp, atomic_path, sha256
 from .images import ImageRows
 from .profiles import StageConfig
 from .text_encoder import DIMENSION
+from .workspace import MANIFEST, kaggle_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
+LOOSE = ("out", "metadata", "images", "loader_workers", "dry_run", "micro_batch", "max_hours", "save_minutes")
 COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
 OUTPUTS = (
@@ -203,9 +206,10 @@ def run(config: Config) -> pd.DataFrame:
         log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
         return pd.DataFrame(columns=COLUMNS)
     spec = backbones.describe(config.backbone, config.image_size)
-    loose = ("out", "metadata", "loader_workers", "dry_run", "micro_batch", "max_hours", "save_minutes")
     tables = dataset.tables(config.metadata, config.images)
-    stamp = Stamp(config.out / ".finetune.done", config.settings(*loose), tables)
+    manifests = [folder / MANIFEST for folder in config.images]
+    settings = config.settings(*LOOSE) | {"images": [str(f.parent) for f in manifests if not f.is_file()]}
+    stamp = Stamp(config.out / ".finetune.done", settings, [*tables, *manifests])
     history_path = config.out / "history.csv"
     if stamp.is_current():
         log.info("%s is up to date", config.out)
@@ -236,7 +240,11 @@ def run(config: Config) -> pd.DataFrame:
     training_images = source
     if config.augment:
         training_images = ImageRows(rows.paths, config.image_size, augment_seed=config.seed)
-    trainer = training.Trainer(accelerator, model, trained, training_images, rows, config, work / "state.pt")
+    state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
+    if accelerator.is_main_process:
+        adopt(state)
+    accelerator.wait_for_everyone()
+    trainer = training.Trainer(accelerator, model, trained, training_images, rows, config, state)
     description = {
         "backbone": spec.to_dict(),
         "mlp": config.head == "mlp",
@@ -289,9 +297,20 @@ def run(config: Config) -> pd.DataFrame:
         validation.gallery(config.out, rows)
         stamp.write([config.out / name for name in OUTPUTS])
         stamp.clear("finetune")
+        state.unlink(missing_ok=True)
     if images.broken:
         log.warning("%d images could not be read and were left out", len(images.broken))
     return frame
+
+
+def adopt(state: Path) -> None:
+    """Copies what an attached Kaggle kernel left of the same training, its best checkpoint too, beside `state`."""
+    found = [] if state.is_file() else kaggle_inputs(state.name)
+    for earlier in found[:1]:
+        files = [file for file in earlier.parent.iterdir() if file.is_file() and not file.name.startswith(".")]
+        for file in sorted(files, key=lambda file: file == earlier):  # the state last: it says that the rest is there
+            with atomic_path(state.with_name(file.name)) as part:
+                shutil.copyfile(file, part)
 
 
 def accelerator_for(config: Config) -> Accelerator:

@@ -235,6 +235,17 @@ def save(path: Path, base: Baselines) -> None:
         save_file({"features": base.features.astype(np.float16), "targets": base.targets}, part)
 
 
+def pretrained_features(spec: backbones.Spec, files: list[Path]) -> np.ndarray:
+    """Features of images by a backbone's pretrained weights: float32 (len(files), width), NaN where one is broken."""
+    from . import model as models
+
+    model = models.build(spec)
+    backbones.load_pretrained(model.backbone, spec)
+    device = process_state().device
+    model.to(device).eval()
+    return evaluate.extract(model.features, ImageRows(files, spec.image_size), BATCH, device)
+
+
 def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], targets: np.ndarray) -> float:
     """Score of the kNN baseline of a checkpoint folder on other images.
 
@@ -247,14 +258,8 @@ def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], tar
     """
     from safetensors.numpy import load_file
 
-    from . import model as models
-
     stored = load_file(folder / "baselines.safetensors")
-    model = models.build(spec)
-    backbones.load_pretrained(model.backbone, spec)
-    device = process_state().device
-    model.to(device).eval()
-    found = evaluate.extract(model.features, ImageRows(files, spec.image_size), 32, device)
+    found = pretrained_features(spec, files)
     readable = np.isfinite(found[:, 0])
     predicted = evaluate.nearest_mean(found[readable], stored["features"].astype(np.float32), stored["targets"], k)
     return evaluate.mean_cosine(predicted, targets[readable])

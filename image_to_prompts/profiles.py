@@ -37,6 +37,7 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "image_size": 512,
             "epochs": 25,
             "cycles": 2,
+            "micro_batch": 4,
             "learning_rate": 5e-5,
             "cache_features": False,
         },
@@ -50,11 +51,16 @@ KERNEL_LIMITS = {"max_hours": 11.0, "max_gb": 19.0}
 
 def place_defaults(stage: str, run: Run) -> dict[str, Any]:
     """What depends on the place: paths in the run's folder, such that each stage reads what its predecessor wrote."""
+    limits = KERNEL_LIMITS if on_kaggle() else {}
     return {
         "generate": {"out": run.prompts},
         "dedupe": {"prompts": (run.prompts,), "out": run.metadata},
-        "render": {"metadata": run.metadata, "out": run.images, **(KERNEL_LIMITS if on_kaggle() else {})},
-        "finetune": {"images": run.rendered(run.images), "out": run.checkpoint},
+        "render": {"metadata": run.metadata, "out": run.images, **limits},
+        "finetune": {
+            "images": run.rendered(run.images),
+            "out": run.checkpoint,
+            **{name: hours for name, hours in limits.items() if name == "max_hours"},
+        },
         "infer": {"images": run.images, "out": run.submission},
     }[stage]
 

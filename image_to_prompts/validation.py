@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate, metadata, report
+from . import evaluate, images, metadata, report
+from . import model as models
 from .dataset import Rows
 from .errors import UserError
 from .files import atomic_path
-from .frozen import Baselines
+from .frozen import Baselines, pretrained_features
 
 
 def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
@@ -93,6 +94,33 @@ def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -
 def _ridge(features: np.ndarray, targets: np.ndarray, train: np.ndarray, valid: np.ndarray) -> np.ndarray:
     weight, bias = evaluate.ridge(features[train], targets[train])
     return features[valid] @ weight + bias
+
+
+def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path]) -> tuple[float, pd.DataFrame]:
+    """How far the images that a checkpoint validated on are from other images, by the frozen backbone's features.
+
+    Args:
+        folder: The checkpoint.
+        image_folders: Where its training images lie.
+        targets: The images that matter in the end, for example the competition's.
+
+    Returns:
+        See `evaluate.domain_gap`; and image_name, source, likeness of the validating images.
+
+    Raises:
+        UserError: If the checkpoint has no validation, or its images are not there.
+    """
+    frame, _, _ = read(folder)
+    found = {path.stem: path for one in image_folders for path in images.find(one)}
+    own = [found.get(Path(name).stem) for name in frame["image_name"]]
+    if None in own:
+        name = frame["image_name"][own.index(None)]
+        raise UserError(f"{folder}: no image of {name} in {', '.join(map(str, image_folders))}; give its image folders")
+    spec = models.load(folder).spec
+    features = [pretrained_features(spec, files) for files in (own, targets)]
+    readable = [np.isfinite(part[:, 0]) for part in features]
+    area, likeness = evaluate.domain_gap(*(part[good] for part, good in zip(features, readable, strict=True)))
+    return area, frame.loc[readable[0], ["image_name", "source"]].assign(likeness=likeness)
 
 
 def gallery(folder: Path, rows: Rows, count: int = 6) -> None:

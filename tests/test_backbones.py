@@ -124,3 +124,32 @@ def test_trained_tail_over_cached_activations_equals_the_whole(name, tiny_open_c
         expected = whole.features(images)
         torch.testing.assert_close(tail(taken[0]), expected, rtol=1e-4, atol=1e-4)
     assert not any(not p.requires_grad for p in tail.parameters())
+
+
+def test_frozen_matrices_in_half_precision_change_nothing_under_autocast(tiny_open_clip):
+    net = model.build(backbones.describe(f"open_clip:{tiny_open_clip}", 64)).eval()
+    backbones.unfreeze_last_quarter(net.backbone)
+    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+
+    def predicted():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return net(images)
+
+    before, size = predicted(), sum(p.nbytes for p in net.parameters())
+    backbones.half_frozen(net, torch.bfloat16)
+    assert torch.equal(predicted(), before)
+    assert sum(p.nbytes for p in net.parameters()) < size
+    assert all(p.dtype == torch.float32 for p in net.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite2", "open_clip:tiny"])
+def test_the_faster_copy_computes_the_same_and_shares_its_parameters(name, tiny_open_clip):
+    net = model.build(
+        backbones.describe(f"open_clip:{tiny_open_clip}" if name == "open_clip:tiny" else name, 64)
+    ).eval()
+    backbones.unfreeze_last_quarter(net.backbone)
+    fast = backbones.for_training(net)
+    images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)
+    assert {id(p) for p in fast.parameters()} == {id(p) for p in net.parameters()}

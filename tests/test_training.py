@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from image_to_prompts import backbones, finetune, metadata, model, profiles, progress, training
+from image_to_prompts import backbones, finetune, metadata, model, profiles, progress, training, workspace
 from image_to_prompts.errors import UserError
 
 
@@ -129,6 +129,24 @@ def test_a_time_budget_stops_and_the_same_command_goes_on(small_run, tiny_open_c
         assert "stopped by --max-hours 1" in caplog.text and len(history) < 3
     pd.testing.assert_frame_equal(history, whole)
     assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
+    assert not list((tmp_path / "b").glob("unfinished-*"))
+
+
+def test_the_next_kernel_goes_on_from_what_the_last_one_left(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    settings = config(small_run, tmp_path / "first", tiny_open_clip, epochs=2, max_hours=1)
+    finetune.run(replace(settings, out=tmp_path / "whole", max_hours=0))
+    calls = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Deadline, "passed", lambda self: next(calls) == 1)
+        finetune.run(settings)
+    assert list((tmp_path / "first").glob("unfinished-*.pt"))
+    (tmp_path / "input").mkdir()
+    (tmp_path / "first").rename(tmp_path / "input" / "kernel-output")
+    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path / "input")
+    finetune.run(replace(settings, out=tmp_path / "second"))
+    assert "going on at epoch 1, step 2" in caplog.text
+    assert difference(weights_of(tmp_path / "second"), weights_of(tmp_path / "whole")) == 0
 
 
 def test_deadline_counts_the_longest_piece(monkeypatch):

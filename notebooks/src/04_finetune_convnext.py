@@ -13,12 +13,11 @@ profile = None
 epochs = None  # None: the profile's
 
 # %%
-import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import backbones, dataset, evaluate, finetune, images, model, profiles, report, workspace
+from image_to_prompts import backbones, finetune, images, plan, profiles, validation, workspace
 
 run, profile = workspace.start(run_folder, profile)
 
@@ -37,15 +36,24 @@ share = sum(p.numel() for p in tower.parameters() if p.requires_grad) / sum(p.nu
 print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} of the numbers; first: {trained[0]}")
 
 # %% [markdown]
-# ## Train
+# ## What it will take
 #
-# One fold of groups validates, in eval mode. A validation prompt within cosine 0.8 of a training prompt would be left
-# out. The head starts as a ridge regression on the frozen features; AdamW and a cosine schedule do the rest. Stop and
-# run again: it goes on at the last finished epoch.
+# Counted on the model, measured on one step; nothing is trained yet. `micro_batch` lowers the memory, `cache_features`
+# keeps what the frozen three quarters put out on the disk, so that an epoch runs the trained quarter alone.
 
 # %%
 overrides = {"epochs": epochs} if epochs else {}
 config = profiles.default_config("finetune", run, profile, images=run.rendered(run.train_images), **overrides)
+print(plan.make(config))
+
+# %% [markdown]
+# ## Train
+#
+# One fold of groups validates, in eval mode. A validation prompt within cosine 0.8 of a training prompt would be left
+# out. The head starts as a ridge regression on the frozen features; AdamW and a cosine schedule do the rest. Stop and
+# run again: it goes on at the step where its state was last saved, and ends with the same weights.
+
+# %%
 history = finetune.run(config)
 history
 
@@ -53,32 +61,33 @@ history
 Image(filename=str(config.out / "history.png"))
 
 # %% [markdown]
-# ## Against what needs no training
+# ## How well, and on what
 #
-# `constant` answers every picture with the mean embedding. `knn` averages the prompts of the nearest training pictures
-# in the frozen backbone's features.
+# `cosine` is the mean over the validating fold, `low` and `high` its 95 % interval by bootstrap. `constant` answers
+# every picture with the mean embedding. `knn` averages the prompts of the nearest training pictures in the frozen
+# backbone's features, `ridge` is the head on those features, `left_out` the same head fitted without that source: what
+# to expect on prompts of a kind that was not trained on.
 
 # %%
-checkpoint = model.load(config.out)
-metrics = checkpoint.config["metrics"]
-pd.Series(metrics).round(4)
+pd.read_csv(config.out / "sources.csv").round(4)
 
 # %% [markdown]
 # ## The best and the worst
 
 # %%
-rows = dataset.load_rows(config.metadata, config.images, config.fold)
-valid = rows.valid
-files = [rows.paths[i] for i in valid]
-predicted = evaluate.extract(
-    checkpoint.model, images.ImageRows(files, checkpoint.spec.image_size), 32, torch.device("cpu")
-)
-cosines = (evaluate.unit(predicted) * rows.targets[valid]).sum(1)
-order = np.argsort(-cosines)
-ends = [*order[:6], *order[-6:]]
-tiles = [report.tile(files[i], f"{cosines[i]:.2f} · {rows.frame['prompt'].iloc[valid[i]]}") for i in ends]
-report.save(report.grid(tiles, 6).quantize(96), run.report / "best_and_worst.png")
-Image(filename=str(run.report / "best_and_worst.png"))
+Image(filename=str(config.out / "best_and_worst.png"))
+
+# %% [markdown]
+# ## How far is this from the pictures that matter?
+#
+# A classifier that tries to tell the validating pictures from the target pictures, by the frozen backbone's features:
+# .5 means that it cannot, 1 that it always can, and then the score above says little about theirs.
+
+# %%
+target = run.test_images if run.test_metadata.is_file() else workspace.competition_images()
+gap, likeness = validation.domain_gap(config.out, config.images, images.find(target)[:2000])
+print(f"area under the ROC curve {gap:.3f}")
+likeness.sort_values("likeness", ascending=False).head(5).round(3)
 
 # %% [markdown]
 # Next: `07_infer_submission` predicts pictures that nobody has trained on.

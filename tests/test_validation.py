@@ -1,0 +1,83 @@
+"""Honest evaluation: by source, with intervals, against what other sources teach, and how far it carries."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from image_to_prompts import dataset, evaluate, images, metadata, model, validation
+from image_to_prompts.errors import UserError
+from image_to_prompts.frozen import Baselines
+
+
+def test_a_checkpoint_says_how_well_it_does_on_what(small_run, small_checkpoint):
+    frame, predicted, targets = validation.read(small_checkpoint)
+    cosines = (evaluate.unit(predicted) * targets).sum(1)
+    np.testing.assert_allclose(frame["cosine"].astype(float), cosines, atol=1e-4)
+    metrics = model.load(small_checkpoint).config["metrics"]
+    assert cosines.mean() == pytest.approx(metrics["validation_cosine"], abs=1e-4)
+    table = pd.read_csv(small_checkpoint / "sources.csv").set_index("source")
+    assert table.loc["all", "rows"] == len(frame)
+    assert table.loc["all", "cosine"] == pytest.approx(cosines.mean(), abs=1e-3)
+    assert table.loc["all", "constant"] == pytest.approx(metrics["constant"], abs=1e-3)
+    assert table.loc["all", "knn"] == pytest.approx(metrics["knn"], abs=1e-3)
+    assert table.loc["all", "low"] < table.loc["all", "cosine"] < table.loc["all", "high"]
+    with Image.open(small_checkpoint / "best_and_worst.png") as picture:
+        assert picture.width > 1000
+    said = (small_checkpoint / "README.md").read_text()
+    assert "tf_efficientnet_lite2 at 64 px" in said and f"{metrics['validation_cosine']:.4g}" in said
+
+
+def test_a_source_unlike_the_others_scores_less_when_left_out(tmp_path):
+    """Two sources whose features mean opposite things: each fits itself, neither teaches the other."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(400, 8)).astype(np.float32)
+    features[:, 0] = np.repeat([-3.0, 3.0], 200)  # tells the sources apart
+    targets = evaluate.unit(features[:, 1:] @ rng.normal(size=(7, 16)))
+    targets[200:] *= -1
+    names = [f"{i}.png" for i in range(400)]
+    frame = pd.DataFrame({"image_name": names, "prompt": names, "source": ["a"] * 200 + ["b"] * 200})
+    split = np.arange(400) % 4 == 0
+    valid, train = np.flatnonzero(split), np.flatnonzero(~split)
+    rows = dataset.Rows(frame, [], targets, train, valid, 0, np.ones(400, np.float32))
+    base = Baselines(features[train], targets[train], evaluate.unit(targets[train].mean(0)), 5, {})
+    validation.write(tmp_path, rows, targets[valid])
+    table = validation.by_source(tmp_path, rows, features, base).set_index("source")
+    assert table.loc["all", "cosine"] == pytest.approx(1, abs=1e-5)
+    assert (table.loc[["a", "b"], "left_out"] < -0.5).all()
+    assert (table.loc[["a", "b"], "left_out"] < table.loc[["a", "b"], "ridge"] - 0.3).all()
+
+
+@given(st.integers(0, 10**6), st.integers(30, 200))
+def test_the_interval_holds_the_mean_and_narrows(seed, count):
+    values = np.random.default_rng(seed).uniform(0, 1, count)
+    low, high = evaluate.bootstrap(values, 300)
+    assert low <= values.mean() <= high
+    wide = evaluate.bootstrap(np.tile(values, 9), 300)
+    assert wide[1] - wide[0] < high - low
+
+
+def test_domain_gap_tells_far_from_near():
+    rng = np.random.default_rng(0)
+    one, same, far = rng.normal(size=(80, 5)), rng.normal(size=(80, 5)), rng.normal(size=(80, 5)) + 2
+    assert evaluate.domain_gap(one, far)[0] > 0.95
+    near, likeness = evaluate.domain_gap(one, same)
+    assert 0.3 < near < 0.7 and likeness.shape == (80,)
+
+
+def test_domain_gap_of_a_checkpoint(small_run, small_checkpoint, tmp_path):
+    same = images.find(small_run.images)
+    near, frame = validation.domain_gap(small_checkpoint, (small_run.images,), same)
+    noise = tmp_path / "noise"
+    noise.mkdir()
+    for i in range(12):
+        values = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(values).save(noise / f"{i}.png")
+    far, _ = validation.domain_gap(small_checkpoint, (small_run.images,), images.find(noise))
+    assert far > 0.95 > near and list(frame) == ["image_name", "source", "likeness"]
+    with pytest.raises(UserError, match="no image of"):
+        validation.domain_gap(small_checkpoint, (noise,), same)
+    names = set(metadata.read(small_run.metadata)["image_name"])
+    assert set(frame["image_name"]) <= names
