@@ -27,7 +27,7 @@ from .files import Stamp, atomic_path, sha256
 from .images import ImageRows
 from .profiles import StageConfig
 from .text_encoder import DIMENSION
-from .workspace import MANIFEST, kaggle_inputs
+from .workspace import LAST, MANIFEST, kaggle_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
 OUTPUTS = (
     *("model.safetensors", "config.json", "README.md", "baselines.safetensors", "history.csv", "history.png"),
-    *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png", "last/model.safetensors"),
+    *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png", f"{LAST}/model.safetensors"),
 )
 
 
@@ -287,7 +287,7 @@ def run(config: Config) -> pd.DataFrame:
     frame = pd.DataFrame(trainer.standing.history)
     if accelerator.is_main_process:
         with trainer.averaged():
-            save(config.out / "last", int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
+            save(config.out / LAST, int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
         frozen.save(config.out / "baselines.safetensors", base)
         metadata.write_table(history_path, frame)
         plot_history(frame, base.scores, config.out / "history.png")

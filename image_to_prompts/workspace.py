@@ -13,6 +13,7 @@ from .files import make_folder, write_json
 KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/input"))
 KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
 MANIFEST = "manifest.csv"  # what a folder of rendered images contains
+LAST = "last"  # folder of the last epoch's weights, in that of the best epoch's
 PROFILES = ("embedded", "kaggle")
 
 
@@ -98,6 +99,7 @@ class Run:
         found = [path.parent for path in self.checkpoints.glob("*/config.json")]
         found += [path.parent for path in kaggle_inputs("config.json")]
         found = [folder for folder in found if (folder / "model.safetensors").is_file() and is_checkpoint(folder)]
+        found = [folder for folder in found if folder.name != LAST]  # the epoch beside it was better
         if not found:
             raise UserError(f"no checkpoint under {self.checkpoints}; run finetune first or give --checkpoint DIR")
         return max(found, key=lambda folder: (folder / "model.safetensors").stat().st_mtime)

@@ -1,5 +1,6 @@
 """Inference over any folder: complete, valid, independent of batches, scored against a key."""
 
+import os
 import shutil
 
 import numpy as np
@@ -21,6 +22,7 @@ from image_to_prompts import (
     profiles,
     submission,
     validation,
+    workspace,
 )
 
 
@@ -78,6 +80,13 @@ def test_newest_checkpoint_is_the_default(small_run, small_checkpoint, tmp_path,
     code, _, err = command("infer", "--run", tmp_path / "run", "--images", small_run.images, "--out", out)
     assert code == 0, err
     assert submission.check(out, small_run.images) > 0
+
+
+def test_the_best_epoch_is_the_default_not_the_last(small_checkpoint, tmp_path, monkeypatch):
+    shutil.copytree(small_checkpoint, tmp_path / "input" / "kernel" / "convnext")
+    os.utime(tmp_path / "input" / "kernel" / "convnext" / "last" / "model.safetensors")
+    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path / "input")
+    assert workspace.Run(tmp_path / "run").newest_checkpoint() == tmp_path / "input" / "kernel" / "convnext"
 
 
 def test_what_cannot_be_used_is_refused(folder, small_run, small_checkpoint, tmp_path, refused):
