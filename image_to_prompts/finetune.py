@@ -298,8 +298,9 @@ def run(config: Config) -> pd.DataFrame:
         stamp.write([config.out / name for name in OUTPUTS])
         stamp.clear("finetune")
         state.unlink(missing_ok=True)
-    if images.broken:
-        log.warning("%d images could not be read and were left out", len(images.broken))
+    broken = images.broken.keys() | (training_images.broken.keys() if config.augment else set())
+    if broken:
+        log.warning("%d images could not be read and were left out", len(broken))
     return frame
 
 

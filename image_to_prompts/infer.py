@@ -39,9 +39,9 @@ class Config(StageConfig):
     """Folder of images, sub-folders too."""
     checkpoint: tuple[Path, ...] = ()
     """Checkpoint folders, blended; left out: the newest of this run or of the attached Kaggle inputs."""
-    weights: tuple[float, ...] = ()
+    blend: tuple[float, ...] = ()
     """Weights of the checkpoints in the blend; left out: all the same."""
-    fit_weights: bool = False
+    fit_blend: bool = False
     """Fit the weights on the images that every checkpoint kept for validation."""
     views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole",)
     """What is shown of each image; the predictions of several are averaged."""
@@ -119,24 +119,24 @@ def blend_weights(folders: list[Path], config: Config) -> list[float]:
         UserError: If their number is not that of the checkpoints, one is negative, all are 0, or there are no
             validation images to fit on that all checkpoints have in common.
     """
-    if config.fit_weights and len(folders) > 1:
+    if config.fit_blend and len(folders) > 1:
         kept = [validation.read(folder) for folder in folders]
         names = sorted(set.intersection(*(set(frame["image_name"]) for frame, _, _ in kept)))
         if len(names) < LEAST_TO_FIT:
             raise UserError(
-                f"--fit-weights: {len(names)} images validated in all checkpoints, {LEAST_TO_FIT} are needed; "
-                f"train them with the same --fold, or give --weights"
+                f"--fit-blend: {len(names)} images validated in all checkpoints, {LEAST_TO_FIT} are needed; "
+                f"train them with the same --fold, or give --blend"
             )
         order = [pd.Index(frame["image_name"]).get_indexer(names) for frame, _, _ in kept]
         predictions = [predicted[rows] for (_, predicted, _), rows in zip(kept, order, strict=True)]
         fitted = evaluate.fit_weights(predictions, kept[0][2][order[0]])
         log.info("weights fitted on %d images: %s", len(names), ", ".join(f"{weight:.3f}" for weight in fitted))
         return fitted.tolist()
-    weights = list(config.weights or [1 / len(folders)] * len(folders))
+    weights = list(config.blend or [1 / len(folders)] * len(folders))
     if len(weights) != len(folders):
-        raise UserError(f"--weights has {len(weights)} numbers for {len(folders)} checkpoints; give one each")
+        raise UserError(f"--blend has {len(weights)} numbers for {len(folders)} checkpoints; give one each")
     if min(weights) < 0 or not sum(weights) > 0:
-        raise UserError(f"--weights {' '.join(map(str, weights))}: must not be negative, nor all 0")
+        raise UserError(f"--blend {' '.join(map(str, weights))}: must not be negative, nor all 0")
     return weights
 
 

@@ -49,7 +49,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     from safetensors.numpy import load_file
 
     if not (folder / "validation.safetensors").is_file():
-        raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --weights")
+        raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
     stored = load_file(folder / "validation.safetensors")
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
 

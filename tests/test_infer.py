@@ -133,7 +133,7 @@ def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint
     one, two = vectors("1.csv", small_checkpoint), vectors("2.csv", second_checkpoint)
     assert (one * two).sum(1).max() < 0.9999
     for weights in ((), (1.0, 3.0)):
-        blend = vectors("b.csv", small_checkpoint, second_checkpoint, weights=weights)
+        blend = vectors("b.csv", small_checkpoint, second_checkpoint, blend=weights)
         w = weights or (0.5, 0.5)
         np.testing.assert_allclose(blend, evaluate.unit(w[0] * one + w[1] * two), atol=1e-6)
 
@@ -144,7 +144,7 @@ def test_weights_are_fitted_on_the_common_validation(
     monkeypatch.setattr(infer, "LEAST_TO_FIT", 10)
     caplog.set_level("INFO")
     folders = (small_checkpoint, second_checkpoint)
-    settings_ = infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / "s.csv", fit_weights=True)
+    settings_ = infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / "s.csv", fit_blend=True)
     weights = infer.blend_weights(list(folders), settings_)
     assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and "weights fitted on" in caplog.text
     (_, one, targets), (_, two, _) = (validation.read(folder) for folder in folders)
@@ -188,12 +188,12 @@ def test_half_precision_predicts_what_float32_does(folder, small_checkpoint, tmp
 
 def test_wrong_blends_are_refused(folder, small_checkpoint, second_checkpoint, tmp_path, refused):
     words = ["infer", "--images", folder, "--out", tmp_path / "s.csv", "--checkpoint", small_checkpoint]
-    refused([*words, "--weights", "1", "2"], "--weights has 2 numbers for 1 checkpoints")
-    refused([*words, second_checkpoint, "--weights", "1", "-2"], "must not be negative")
+    refused([*words, "--blend", "1", "2"], "--blend has 2 numbers for 1 checkpoints")
+    refused([*words, second_checkpoint, "--blend", "1", "-2"], "must not be negative")
     bare = tmp_path / "bare"
     shutil.copytree(second_checkpoint, bare)
     (bare / "validation.safetensors").unlink()
-    refused([*words, bare, "--fit-weights"], bare, "no validation.safetensors")
+    refused([*words, bare, "--fit-blend"], bare, "no validation.safetensors")
 
 
 @pytest.mark.parametrize("prefix", ["", "module.model."])
