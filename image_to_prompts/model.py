@@ -141,19 +141,20 @@ def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarra
 
 def card(config: dict[str, Any]) -> str:
     """The model card: what a checkpoint is, what it was trained on, how well it does, how to load it."""
+    settings = {name: value for name, value in config.get("settings", {}).items() if value != ""}
     spec, rows, revision = config["backbone"], config.get("rows", {}), config.get("revision") or "unknown"
     lines = [
         f"# {spec['name']} at {spec['image_size']} px, prompt embeddings from images",
         "",
         "Maps an image of Stable Diffusion to the 384-number all-MiniLM-L6-v2 embedding of its prompt. Written by",
-        f"[image-to-prompts](https://pypi.org/project/image-to-prompts), revision {revision}.",
+        f"image-to-prompts, revision {revision}.",
         "",
         "| | |",
         "| --- | --- |",
         f"| profile | {config.get('profile', 'unknown')} |",
         *(f"| rows, {side.replace('_', ' ')} | {count} |" for side, count in rows.items()),
         *(f"| data, SHA-256 of {Path(csv).name} | `{digest[:16]}` |" for csv, digest in config.get("data", {}).items()),
-        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in config.get("settings", {}).items()),
+        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in settings.items()),
         *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in config.get("metrics", {}).items()),
         "",
         "`validation cosine` is the mean cosine on a fold of prompts that did not train, in eval mode; `constant`",
