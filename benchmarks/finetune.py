@@ -83,7 +83,6 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     import torch
 
     from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
-    from image_to_prompts.devices import autocast
 
     progress.set_quiet(True)
     count = batch * accumulated
@@ -100,12 +99,8 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     images, targets = data(count, size)
     trained = backbones.for_training(model)
     if cached:
-        _, first = backbones.trained_tail(model.backbone)
-        model.eval()
-        with torch.no_grad(), autocast(accelerator.device), frozen.entering(first) as taken:
-            for part in images.split(batch):
-                model.features(part)
-        images, trained = torch.cat(taken).float(), frozen.over_cache(model)
+        images = torch.cat([frozen.activations(model, part) for part in images.split(batch)]).float()
+        trained = frozen.over_cache(model)
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     every = np.arange(count)
     rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))

@@ -6,8 +6,8 @@ notebooks and a `Config` dataclass plus `run(config)` for the command line.
 
 import os
 
-# PyTorch then asks Linux for large memory pages; without them a third of a large model's training step on a CPU goes
-# into page faults (docs/log.md). It has no effect on GPUs.
+# PyTorch then asks Linux for large memory pages, which spares a large model on a CPU page faults (docs/log.md). It has
+# no effect on GPUs.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"

@@ -67,14 +67,19 @@ def mixed_precision(device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and has_bf16 else "no"
 
 
+def type_of(precision: str) -> torch.dtype:
+    """The type of the matrices in a precision of `mixed_precision`."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}[precision]
+
+
 def autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Autocast in the precision of `mixed_precision`."""
     import torch
 
     precision = mixed_precision(device)
-    if precision == "no":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return contextlib.nullcontext() if precision == "no" else torch.autocast(device.type, type_of(precision))
 
 
 def gather(share: list[T], total: int) -> list[T]:

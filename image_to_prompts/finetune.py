@@ -21,7 +21,7 @@ import pandas as pd
 
 from . import backbones, dataset, evaluate, frozen, metadata, training, validation
 from . import model as models
-from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes
+from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from .errors import UserError
 from .files import Stamp, atomic_path, sha256
 from .images import ImageRows
@@ -209,7 +209,7 @@ def run(config: Config) -> pd.DataFrame:
     tables = dataset.tables(config.metadata, config.images)
     manifests = [folder / MANIFEST for folder in config.images]
     settings = config.settings(*LOOSE) | {"images": [str(f.parent) for f in manifests if not f.is_file()]}
-    stamp = Stamp(config.out / ".finetune.done", settings, [*tables, *manifests])
+    stamp = Stamp(config.out / ".finetune.done", settings, dict.fromkeys([*tables, *manifests]))
     history_path = config.out / "history.csv"
     if stamp.is_current():
         log.info("%s is up to date", config.out)
@@ -350,8 +350,7 @@ def build_model(
     elif pretrained:
         models.initialise(model, spec, config.init)
     names = backbones.unfreeze_last_quarter(model.backbone)
-    if accelerator.mixed_precision != "no":
-        backbones.half_frozen(model, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float16)
+    backbones.half_frozen(model, type_of(accelerator.mixed_precision))
     if config.grad_checkpointing:
         model.backbone.set_grad_checkpointing(True)
     return model.to(accelerator.device), names

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import backbones, evaluate
 from .dataset import Rows
-from .devices import autocast, local_rank_and_processes, mixed_precision, process_state
+from .devices import autocast, local_rank_and_processes, mixed_precision, process_state, type_of
 from .errors import UserError
 from .files import atomic_path
 from .images import ImageRows
@@ -138,21 +138,17 @@ def _run_block(
         found = evaluate.extract(model.features, images, BATCH, device, config.loader_workers, block, mixed)[block]
     stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
     if config.cache_features:
-        stored["activations"] = (
-            torch.cat([part.to(_stored_type(device, mixed)) for part in taken]) if taken else torch.empty(0)
-        )
+        type_ = _stored_type(config, device)
+        stored["activations"] = torch.cat([part.to(type_) for part in taken]) if taken else torch.empty(0)
         if taken:
             _compare(tail, stored["activations"], found, device)
     with atomic_path(file) as part:
         save_file({name: tensor.contiguous() for name, tensor in stored.items()}, part)
 
 
-def _stored_type(device: torch.device, mixed: bool) -> torch.dtype:
+def _stored_type(config: Config, device: torch.device) -> torch.dtype:
     """The type in which cached activations are kept: that of mixed precision, half the size of float32."""
-    import torch
-
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
-    return types[mixed_precision(device) if mixed else "no"]
+    return type_of(mixed_precision(device) if config.precision == "auto" else "no")
 
 
 def _announce(model: nn.Module, count: int, device: torch.device, config: Config, work: Path) -> None:
@@ -163,11 +159,9 @@ def _announce(model: nn.Module, count: int, device: torch.device, config: Config
     """
     import torch
 
-    _, first = backbones.trained_tail(model.backbone)
     side = config.image_size
-    with torch.inference_mode(), autocast(device), entering(first) as taken:
-        model.features(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
-    size = taken[0].numel() * _stored_type(device, config.precision == "auto").itemsize * count
+    one = activations(model, torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+    size = one.numel() * _stored_type(config, device).itemsize * count
     there = sum(file.stat().st_size for file in work.glob("features-*.safetensors"))
     free = shutil.disk_usage(work).free + there
     log.info("cached features of %d images: %.2f GB in %s (%.0f GB free)", count, size / 1e9, work, free / 1e9)
@@ -182,6 +176,17 @@ def over_cache(model: nn.Module) -> nn.Module:
     from torch import nn
 
     return nn.Sequential(backbones.trained_tail(model.backbone)[0], model.head)
+
+
+def activations(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What enters the trained part of a model from `model.build` for uint8 images (n, 3, s, s), on the CPU."""
+    import torch
+
+    model.eval()
+    _, first = backbones.trained_tail(model.backbone)
+    with torch.no_grad(), autocast(images.device), entering(first) as taken:
+        model.features(images)
+    return taken[0]
 
 
 @contextlib.contextmanager

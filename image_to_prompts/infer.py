@@ -20,7 +20,7 @@ import pandas as pd
 
 from . import backbones, evaluate, images, metadata, submission, tars, text_encoder, validation
 from . import model as models
-from .devices import mixed_precision, process_state
+from .devices import mixed_precision, process_state, type_of
 from .errors import UserError
 from .files import Stamp, make_folder, write_array, write_json
 from .profiles import StageConfig
@@ -90,13 +90,9 @@ def predict(checkpoint: models.Checkpoint, files: list[Path], config: Config, wo
     Returns:
         float32 (n, 384) of unit vectors; NaN in the rows of images that cannot be read.
     """
-    import torch
-
     device = process_state().device
     model = checkpoint.model.requires_grad_(False).to(device).eval()
-    precision = mixed_precision(device)
-    if precision != "no":
-        backbones.half_frozen(model, torch.bfloat16 if precision == "bf16" else torch.float16)
+    backbones.half_frozen(model, type_of(mixed_precision(device)))
     vectors = np.zeros((len(files), text_encoder.DIMENSION), np.float32)
     for start in range(0, len(files), BLOCK):
         block = work / f"vectors-{start:09d}.npy" if work else None

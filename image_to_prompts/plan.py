@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from . import backbones, dataset, evaluate, finetune, frozen, metadata, training
-from .devices import autocast, rank_and_processes
+from .devices import rank_and_processes
 from .progress import short
 from .text_encoder import DIMENSION
 
@@ -138,11 +138,7 @@ def make(config: finetune.Config) -> Plan:
     images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
     trained = backbones.for_training(model)
     if config.cache_features:
-        _, first = backbones.trained_tail(model.backbone)
-        model.eval()
-        with torch.no_grad(), autocast(accelerator.device), frozen.entering(first) as taken:
-            model.features(images.to(accelerator.device))
-        trained, images = frozen.over_cache(model), taken[0].float()
+        trained, images = frozen.over_cache(model), frozen.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
     trainer = training.Trainer(accelerator, model, trained, None, _random_rows(len(images)), config, Path())
     backbones.set_training(trained, True)

@@ -159,11 +159,9 @@ class Trainer:
             for (images, rows), batch in zip(loader, planned[standing.step :], strict=True):
                 loss = self.step(images, rows, len(batch), standing.step / len(planned))
                 loss, seen, over = self._summed(loss, len(rows), self.deadline.passed())
-                standing.step, standing.loss, standing.rows = (
-                    standing.step + 1,
-                    standing.loss + loss,
-                    standing.rows + seen,
-                )
+                standing.step += 1
+                standing.loss += loss
+                standing.rows += seen
                 advance(1)
                 if over or time.monotonic() - self.saved > self.config.save_minutes * 60:
                     self.save()
