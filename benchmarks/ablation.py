@@ -14,7 +14,6 @@ import functools
 import json
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, profiles, progress, text_encoder
+from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, profiles, progress, render, text_encoder
 from image_to_prompts import model as models
 from image_to_prompts.files import make_folder, write_json
 from image_to_prompts.images import ImageRows
@@ -42,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "augmentation": {"augment": True, "cache_features": False},
     "augmentation, 8 epochs, EMA .99": {"augment": True, "cache_features": False, "epochs": 8, "ema": 0.99},
     "288 px": {"image_size": 288},
+    "two images a prompt": {"rendered": "both"},
+    "two stages": {"first": {"rendered": "second"}},
 }
 
 
@@ -53,33 +54,57 @@ def _encoded(prompts: tuple[str, ...]) -> np.ndarray:
 _encode, text_encoder.encode = text_encoder.encode, lambda prompts, work=None: _encoded(tuple(prompts))
 
 
-def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> dict[str, float]:
-    """Trains once and scores on the run's held-out scenes."""
+def pictures(run: Run, which: str, folder: Path) -> dict[str, Any]:
+    """Settings that train on the run's pictures, on each prompt's second picture, or on both."""
+    if which == "own":
+        return {"images": (run.train_images,)}
+    out = make_folder(folder / "two")
+    manifest = render.run(
+        profiles.default_config("render", run, "embedded", metadata=run.train_metadata, out=out, seeds=2)
+    )
+    if which == "second":
+        manifest = manifest[manifest["image_name"].str.contains("-1.", regex=False)]
+    metadata.write_table(folder / f"{which}.csv", manifest)
+    return {"images": (out,), "metadata": (folder / f"{which}.csv",)}
+
+
+def train(run: Run, seed: int, overrides: dict[str, Any], features: Path, out: Path) -> float:
+    """Trains into `out`, with frozen features shared in `features`; returns the best validation score."""
+    which = overrides.pop("rendered", "own")
     original = frozen.features
 
     def shared(model, images, only, device, config, work):
-        name = f"train-{config.image_size}-{config.cache_features}"
+        name = f"{which}-{config.image_size}-{config.cache_features}-{config.init is None}"
         return original(model, images, only, device, config, make_folder(features / name))
 
     frozen.features = shared
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            values = {"images": (run.train_images,), "out": Path(folder) / "c", "seed": seed, **overrides}
-            config = profiles.default_config("finetune", run, "embedded", **values)
-            start = time.perf_counter()
-            history = finetune.run(config)
-            found = {"validation": float(history["cosine"].max()), "seconds": time.perf_counter() - start}
-            checkpoint = models.load(config.out)
+        values = {"out": out, "seed": seed, **pictures(run, which, features), **overrides}
+        return float(finetune.run(profiles.default_config("finetune", run, "embedded", **values))["cosine"].max())
     finally:
         frozen.features = original
+
+
+def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> dict[str, float]:
+    """Trains once, in one stage or two, and scores on the run's held-out scenes."""
+    overrides = dict(overrides)
+    with tempfile.TemporaryDirectory() as name:
+        folder, start = Path(name), time.perf_counter()
+        if first := overrides.pop("first", None):
+            train(run, seed, dict(first), features, folder / "first")
+            overrides["init"] = folder / "first"
+        found = {"validation": train(run, seed, overrides, features, folder / "c")}
+        found["seconds"] = time.perf_counter() - start
+        checkpoint = models.load(folder / "c")
     model, device = checkpoint.model, torch.device("cpu")
     backbones.unfreeze_last_quarter(model.backbone)
+    config = finetune.Config(image_size=checkpoint.spec.image_size)
     for name in ("test", "test-openmoji"):
         manifest = metadata.read_table(run.test_images.with_name(name) / "manifest.csv", ("file", "prompt"))
         images = ImageRows([run.test_images.with_name(name) / file for file in manifest["file"]], config.image_size)
         work = make_folder(features / f"{name}-{config.image_size}")
         every = np.arange(len(images))
-        _, cached = frozen.features(model, images, every, device, replace(config, cache_features=True), work)
+        _, cached = frozen.features(model, images, every, device, config, work)
         predicted = evaluate.extract(frozen.over_cache(model), cached, 32, device)
         found[name] = evaluate.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
     return found

@@ -242,7 +242,7 @@ class Trainer:
             group["lr"] = config.learning_rate * factor * group["scale"]
         seed = np.random.SeedSequence((config.seed, standing.epoch, standing.step, self.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
-        loss = self._within_memory(images, rows, planned) if len(rows) else 0.0
+        loss = self._within_memory(images, rows, planned) if len(rows) else self._nothing()
         norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
         if norm is not None and not self.accelerator.scaler and not torch.isfinite(norm):
             self._stop(rows, f"the gradients' norm is {norm.item()}")
@@ -273,6 +273,15 @@ class Trainer:
             log.warning("out of memory with %d images at once; going on with %d", largest, self.micro)
             self.optimizer.zero_grad(set_to_none=True)
             clear_device_cache(garbage_collection=True)
+
+    def _nothing(self) -> float:
+        """A gradient of 0 for a share none of whose images can be read: other processes wait for one."""
+        import torch
+
+        side = self.config.image_size
+        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.accelerator.device)
+        self.accelerator.backward(0 * self.wrapped(blank).float().sum())
+        return 0.0
 
     def _gradients(self, images: torch.Tensor, rows: torch.Tensor, planned: int, last: bool) -> float:
         """Adds a piece's part of the gradient of the batch's mean loss; processes meet at the last piece."""

@@ -1,0 +1,83 @@
+"""Convolutions whose training is faster on CPUs than PyTorch's own: same parameters, same sums in another order."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, linear
+
+
+class Patches(nn.Module):
+    """A convolution of patches that do not overlap, 1x1 ones included, as a matrix product."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        high, wide = self.convolution.kernel_size
+        rows, columns = x.shape[2] // high, x.shape[3] // wide
+        x = x[:, :, : rows * high, : columns * wide].permute(0, 2, 3, 1)
+        x = x.unflatten(2, (columns, wide)).unflatten(1, (rows, high)).transpose(2, 3).flatten(3)
+        weight = self.convolution.weight.permute(0, 2, 3, 1).flatten(1)
+        return linear(x, weight, self.convolution.bias).permute(0, 3, 1, 2)
+
+
+class DepthwiseFunction(torch.autograd.Function):
+    """A depthwise convolution with stride 1 and an output as large as its input.
+
+    The gradient of its weight is a depthwise convolution too, of the images with the gradients that come in; PyTorch's
+    own takes four to seven times as long (docs/log.md).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        padding: tuple[int, int],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.padding = padding
+        return conv2d(x, weight, bias, 1, padding, 1, len(weight))
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, None]:
+        x, weight, bias = ctx.saved_tensors
+        n, channels, *size = x.shape
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = conv2d(gradient, weight.flip(2, 3), None, 1, ctx.padding, 1, channels)
+        images, kernels = x.reshape(1, n * channels, *size), gradient.reshape(n * channels, 1, *size)
+        of_weight = conv2d(images, kernels, None, 1, ctx.padding, 1, n * channels).view(n, *weight.shape)
+        of_bias = None if bias is None else gradient.sum((0, 2, 3))
+        return of_x, of_weight.float().sum(0).to(weight.dtype), of_bias, None
+
+
+class Depthwise(nn.Module):
+    """A convolution that `DepthwiseFunction` can compute, with it on CPUs."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        convolution = self.convolution
+        if x.device.type != "cpu":
+            return convolution(x)
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        bias = None if convolution.bias is None else convolution.bias.to(kind)
+        return DepthwiseFunction.apply(x.to(kind), convolution.weight.to(kind), bias, convolution.padding)
+
+
+def faster(layer: nn.Conv2d) -> nn.Module:
+    """The faster way to train a convolution, sharing its parameters; the layer itself where there is none."""
+    if type(layer) is not nn.Conv2d or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+        return layer  # a subclass, such as timm's Conv2dSame, computes something else
+    if layer.kernel_size == layer.stride and layer.groups == 1 and layer.padding == (0, 0):
+        return Patches(layer)
+    same = layer.stride == (1, 1) and layer.padding == tuple((side - 1) / 2 for side in layer.kernel_size)
+    return Depthwise(layer) if same and layer.groups == layer.in_channels == layer.out_channels else layer

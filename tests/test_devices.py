@@ -1,0 +1,28 @@
+"""Devices, precision, memory."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide by themselves")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    program = """
+import resource, torch
+from image_to_prompts import devices
+devices.keep_memory()
+faults = []
+for _ in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
+"""
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    faults = [int(word) for word in run.stdout.split()]
+    assert faults[0] > 10_000  # 200 MB in pages of 4 KB are 48,828
+    assert max(faults[-4:]) < 1_000  # once the first blocks lie where they can be used again

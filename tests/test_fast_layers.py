@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+from image_to_prompts.fast_layers import Depthwise, Patches, faster
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "size"),
+    [
+        (nn.Conv2d(6, 6, 7, padding=3, groups=6), Depthwise, (11, 9)),
+        (nn.Conv2d(6, 6, (3, 5), padding=(1, 2), groups=6, bias=False), Depthwise, (8, 8)),
+        (nn.Conv2d(6, 10, 2, 2), Patches, (9, 8)),
+        (nn.Conv2d(6, 10, (3, 1), (3, 1), bias=False), Patches, (9, 8)),
+        (nn.Conv2d(6, 10, 1), Patches, (5, 5)),
+    ],
+)
+@pytest.mark.parametrize("into", [True, False])
+def test_outputs_and_gradients_are_those_of_the_convolution(layer, kind, size, into):
+    fast = faster(layer)
+    assert isinstance(fast, kind)
+    x = torch.randn(3, 6, *size).to(memory_format=torch.channels_last).requires_grad_(into)
+    inputs = [*([x] if into else []), *layer.parameters()]
+    expected, found = layer(x), fast(x)
+    torch.testing.assert_close(found, expected)
+    gradient = torch.randn_like(expected)
+    of_layer, of_fast = (torch.autograd.grad(y, inputs, gradient) for y in (expected, found))
+    torch.testing.assert_close(of_fast, of_layer, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_under_autocast_are_as_exact_as_autocast_own():
+    layer = nn.Conv2d(16, 16, 7, padding=3, groups=16)
+    x, gradient = torch.randn(2, 16, 32, 32), torch.randn(2, 16, 32, 32)
+
+    def gradients(module):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x)
+        assert y.dtype == torch.bfloat16
+        return torch.autograd.grad(y, [layer.weight, layer.bias], gradient.bfloat16())
+
+    exact = torch.autograd.grad(layer(x), [layer.weight, layer.bias], gradient)
+    for truth, plain, fast in zip(exact, gradients(layer), gradients(faster(layer)), strict=True):
+        assert fast.dtype == torch.float32
+        assert (fast - truth).norm() < 1.5 * (plain - truth).norm()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 6, 3, 2, 1, groups=6),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Conv2d(6, 6, 4, padding=2, groups=6),
+        nn.Conv2d(6, 12, 3, padding=1, groups=6),
+        nn.Conv2d(6, 6, 3, padding="same", groups=6),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, padding_mode="reflect"),
+        nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=6),
+        nn.Conv2d(6, 6, 3, padding=1),
+        nn.Conv2d(6, 6, 2, 2, groups=2),
+        type("Conv2dSame", (nn.Conv2d,), {})(6, 6, 1),
+    ],
+)
+def test_others_stay(layer):
+    assert faster(layer) is layer
