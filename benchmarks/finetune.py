@@ -83,6 +83,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     import torch
 
     from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
+    from image_to_prompts.fast_layers import faster
 
     progress.set_quiet(True)
     count = batch * accumulated
@@ -97,7 +98,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     accelerator = finetune.accelerator_for(config)
     model, _ = finetune.build_model(backbones.describe(backbone, size), config, accelerator, pretrained=False)
     images, targets = data(count, size)
-    trained = backbones.for_training(model)
+    trained = faster(model)
     if cached:
         images = torch.cat([frozen.activations(model, part) for part in images.split(batch)]).float()
         trained = frozen.over_cache(model)
@@ -188,6 +189,7 @@ class InMemory:
 def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an epoch of the embedded model over scenes, in three ways."""
     from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
+    from image_to_prompts.fast_layers import faster
     from image_to_prompts.images import ImageRows
 
     progress.set_quiet(True)
@@ -204,7 +206,7 @@ def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
             config = finetune.Config(epochs=1000, cache_features=way == "cached features")
             accelerator = finetune.accelerator_for(config)
             model, _ = finetune.build_model(backbones.describe(config.backbone, 224), config, accelerator)
-            trained, source = backbones.for_training(model), rows_images
+            trained, source = faster(model), rows_images
             if way == "cached features":
                 _, source = frozen.features(model, rows_images, every, accelerator.device, config, folder)
                 trained = frozen.over_cache(model)

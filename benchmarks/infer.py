@@ -69,7 +69,7 @@ def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
 
     progress.set_quiet(True)
     loaded = checkpoint(backbone, size)
-    return lambda: infer.predict(loaded, files, infer.Config(batch_size=batch))
+    return lambda: infer.predict(loaded, files, infer.Config(batch_size=batch, views=("whole",)))
 
 
 def main() -> None:

@@ -1,10 +1,14 @@
-"""Convolutions whose training is faster on CPUs than PyTorch's own: same parameters, same sums in another order."""
+"""Layers that compute faster on CPUs than PyTorch's and timm's own: same parameters, same sums in another order."""
 
 from __future__ import annotations
 
+import copy
+
+import timm.layers
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, layer_norm, linear
 
 
 class Patches(nn.Module):
@@ -73,11 +77,67 @@ class Depthwise(nn.Module):
         return DepthwiseFunction.apply(x.to(kind), convolution.weight.to(kind), bias, convolution.padding)
 
 
-def faster(layer: nn.Conv2d) -> nn.Module:
-    """The faster way to train a convolution, sharing its parameters; the layer itself where there is none."""
-    if type(layer) is not nn.Conv2d or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
-        return layer  # a subclass, such as timm's Conv2dSame, computes something else
+class FrozenBlock(nn.Module):
+    """A frozen ConvNeXt block in bf16 on CPUs, with bias and GELU inside oneDNN's matrix products.
+
+    torch.compile puts them there too, by the same operator, but needs a C++ compiler and minutes.
+    """
+
+    def __init__(self, block: ConvNeXtBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        block, mlp = self.block, self.block.mlp
+        mixed = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        if x.device.type != "cpu" or not mixed or mlp.fc1.weight.dtype != torch.bfloat16:
+            return block(x)
+        product = torch.ops.mkldnn._linear_pointwise
+        with torch.autocast("cpu", enabled=False):
+            y = block.conv_dw(x.bfloat16()).permute(0, 2, 3, 1)
+            y = layer_norm(y, y.shape[-1:], block.norm.weight, block.norm.bias, block.norm.eps)
+            y = product(y, mlp.fc1.weight, mlp.fc1.bias, "gelu", [], "none")
+            y = product(y, mlp.fc2.weight, mlp.fc2.bias, "none", [], "")
+            return torch.addcmul(x, y.permute(0, 3, 1, 2), block.gamma.view(1, -1, 1, 1))
+
+
+def faster(module: nn.Module) -> nn.Module:
+    """A network that computes the same faster on CPUs, with the same parameters; on GPUs it is as fast as before.
+
+    Args:
+        module: The network. What is frozen by now must stay so.
+
+    Returns:
+        A shallow copy, or the module itself where nothing in it can be faster.
+    """
+    new = _replacement(module)
+    if new is not None:
+        return new
+    children = {name: child and faster(child) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    new = copy.copy(module)
+    new._modules = children
+    return new
+
+
+def _replacement(layer: nn.Module) -> nn.Module | None:
+    """The faster way to compute a layer, None if there is none."""
+    trains = any(parameter.requires_grad for parameter in layer.parameters())
+    if isinstance(layer, ConvNeXtBlock) and not trains:
+        return FrozenBlock(layer) if _is_plain(layer) and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
+    # A subclass, such as timm's Conv2dSame, computes something else.
+    if type(layer) is not nn.Conv2d or not trains or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+        return None
     if layer.kernel_size == layer.stride and layer.groups == 1 and layer.padding == (0, 0):
         return Patches(layer)
     same = layer.stride == (1, 1) and layer.padding == tuple((side - 1) / 2 for side in layer.kernel_size)
-    return Depthwise(layer) if same and layer.groups == layer.in_channels == layer.out_channels else layer
+    return Depthwise(layer) if same and layer.groups == layer.in_channels == layer.out_channels else None
+
+
+def _is_plain(block: ConvNeXtBlock) -> bool:
+    """Whether a block is that of the first ConvNeXt with matrix products, as open_clip's are."""
+    layers = (block.norm, block.mlp, block.shortcut)
+    kinds = (timm.layers.LayerNorm, timm.layers.Mlp, nn.Identity)
+    plain = all(type(layer) is kind for layer, kind in zip(layers, kinds, strict=True))
+    return plain and not block.use_conv_mlp and block.gamma is not None and type(block.mlp.act) is timm.layers.GELU

@@ -70,12 +70,6 @@ class Config(StageConfig):
     """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
     learning_rate: float = 5e-4
     """Peak learning rate of AdamW."""
-    layer_decay: float = 1.0
-    """Factor on the learning rate from a layer group to the one before it."""
-    ema: float = 0.0
-    """Decay of a moving average of the weights, which is then what validates and is kept; 0: none."""
-    head: Literal["linear", "mlp", "random"] = "linear"
-    """linear: fitted to the frozen features; mlp: with a hidden layer beside it; random: linear, not fitted."""
     augment: bool = False
     """Weak augmentation: crops of 85 to 100 % of a side, brightness and contrast within 10 %."""
     init: Path | None = None
@@ -159,10 +153,6 @@ def _check(config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     if not config.learning_rate > 0:
         raise UserError(f"--learning-rate {config.learning_rate}: must be above 0")
-    if not 0 < config.layer_decay <= 1:
-        raise UserError(f"--layer-decay {config.layer_decay}: must be above 0 and at most 1")
-    if not 0 <= config.ema < 1:
-        raise UserError(f"--ema {config.ema}: must be at least 0 and below 1")
     if config.augment and config.cache_features:
         raise UserError("--augment changes the images, cached features cannot; add --no-cache-features")
     _, processes = rank_and_processes()
@@ -205,6 +195,8 @@ def run(config: Config) -> pd.DataFrame:
         planned = plan.make(config)
         log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
         return pd.DataFrame(columns=COLUMNS)
+    from .fast_layers import faster
+
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
     manifests = [folder / MANIFEST for folder in config.images]
@@ -228,7 +220,7 @@ def run(config: Config) -> pd.DataFrame:
     wanted = np.concatenate([sample, rows.valid])
     features, cached = frozen.features(model, images, wanted, device, config, work)
     base = frozen.baselines(features, rows)
-    if config.init is None and config.head != "random":
+    if config.init is None:
         models.fit_head(model, base.features, base.targets)
     source: ImageRows | frozen.CachedRows = images
     if cached:
@@ -236,7 +228,7 @@ def run(config: Config) -> pd.DataFrame:
         trained: nn.Module = frozen.over_cache(model)
         rows.train, rows.valid = (side[cached.position[side] >= 0] for side in (rows.train, rows.valid))
     else:
-        trained = backbones.for_training(model)
+        trained = faster(model)
     training_images = source
     if config.augment:
         training_images = ImageRows(rows.paths, config.image_size, augment_seed=config.seed)
@@ -247,7 +239,6 @@ def run(config: Config) -> pd.DataFrame:
     trainer = training.Trainer(accelerator, model, trained, training_images, rows, config, state)
     description = {
         "backbone": spec.to_dict(),
-        "mlp": config.head == "mlp",
         "trained_tensors": len(trained_names) + 2,
         "data": {str(csv): sha256(csv) for csv in tables},
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
@@ -263,17 +254,16 @@ def run(config: Config) -> pd.DataFrame:
     def finish_epoch(epoch: int, loss: float) -> None:
         """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
         history = trainer.standing.history
-        with trainer.averaged():
-            predicted = validate(trained, source, rows, device, mixed)
-            readable = np.isfinite(predicted[:, 0])
-            cosine = evaluate.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
-            best = cosine >= max((entry["cosine"] for entry in history), default=-1)
-            if accelerator.is_main_process:
-                how = f"loss {loss:.4f}" if epoch else "before the first step"
-                log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
-                if best:
-                    validation.write(config.out, rows, predicted)
-                    save(config.out, epoch, cosine)
+        predicted = validate(trained, source, rows, device, mixed)
+        readable = np.isfinite(predicted[:, 0])
+        cosine = evaluate.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
+        best = cosine >= max((entry["cosine"] for entry in history), default=-1)
+        if accelerator.is_main_process:
+            how = f"loss {loss:.4f}" if epoch else "before the first step"
+            log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
+            if best:
+                validation.write(config.out, rows, predicted)
+                save(config.out, epoch, cosine)
         trainer.finish_epoch({"epoch": epoch, "loss": loss, "cosine": cosine})
 
     if not trainer.standing.history:
@@ -286,8 +276,7 @@ def run(config: Config) -> pd.DataFrame:
         finish_epoch(trainer.standing.epoch, loss)
     frame = pd.DataFrame(trainer.standing.history)
     if accelerator.is_main_process:
-        with trainer.averaged():
-            save(config.out / LAST, int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
+        save(config.out / LAST, int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
         frozen.save(config.out / "baselines.safetensors", base)
         metadata.write_table(history_path, frame)
         plot_history(frame, base.scores, config.out / "history.png")
@@ -331,7 +320,7 @@ def build_model(
 
     Args:
         spec: Its backbone.
-        config: Head, weights or checkpoint to start from, gradient checkpointing.
+        config: Weights or checkpoint to start from, gradient checkpointing.
         accelerator: Device and precision.
         pretrained: Whether to load weights.
 
@@ -344,7 +333,7 @@ def build_model(
     import torch
 
     torch.manual_seed(config.seed)
-    model = models.build(spec, config.head == "mlp")
+    model = models.build(spec)
     if pretrained and config.init is None:
         backbones.load_pretrained(model.backbone, spec, config.weights)
     elif pretrained:

@@ -43,8 +43,8 @@ class Config(StageConfig):
     """Weights of the checkpoints in the blend; left out: all the same."""
     fit_blend: bool = False
     """Fit the weights on the images that every checkpoint kept for validation."""
-    views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole",)
-    """What is shown of each image; the predictions of several are averaged."""
+    views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole", "centre", "mirror")
+    """What is shown of each image; the predictions of several are averaged, which takes as many times as long."""
     out: Path = Path("submission/submission.csv")
     """Submission CSV to write."""
     key: Path | None = None
@@ -90,9 +90,12 @@ def predict(checkpoint: models.Checkpoint, files: list[Path], config: Config, wo
     Returns:
         float32 (n, 384) of unit vectors; NaN in the rows of images that cannot be read.
     """
+    from .fast_layers import faster
+
     device = process_state().device
     model = checkpoint.model.requires_grad_(False).to(device).eval()
     backbones.half_frozen(model, type_of(mixed_precision(device)))
+    model = faster(model)
     vectors = np.zeros((len(files), text_encoder.DIMENSION), np.float32)
     for start in range(0, len(files), BLOCK):
         block = work / f"vectors-{start:09d}.npy" if work else None

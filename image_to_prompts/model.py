@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-MLP_WIDTH = 4096
-
 
 @dataclass
 class Checkpoint:
@@ -38,25 +36,13 @@ class Checkpoint:
     mean: np.ndarray
 
 
-def build(spec: backbones.Spec, mlp: bool = False) -> nn.Module:
-    """Builds the model: normalisation, backbone, linear head to 384, with `mlp` a hidden layer beside it.
+def build(spec: backbones.Spec) -> nn.Module:
+    """Builds the model: normalisation, backbone, linear head to 384.
 
     It maps uint8 images (n, 3, s, s) to float32 (n, 384), not normalised; `features(images)` gives the head's input.
     """
     import torch
     from torch import nn
-
-    class WideHead(nn.Linear):
-        """A linear layer and a hidden layer beside it that begins with zeros, so that the sum can be fitted as one."""
-
-        def __init__(self, width: int, out: int) -> None:
-            super().__init__(width, out)
-            self.mlp = nn.Sequential(nn.Linear(width, MLP_WIDTH), nn.BatchNorm1d(MLP_WIDTH), nn.ReLU())
-            self.out = nn.Linear(MLP_WIDTH, out, bias=False)
-            nn.init.zeros_(self.out.weight)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + self.out(self.mlp(x))
 
     class PromptModel(nn.Module):
         def __init__(self) -> None:
@@ -66,7 +52,7 @@ def build(spec: backbones.Spec, mlp: bool = False) -> nn.Module:
                 self.backbone.eval()
                 width = self.backbone(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[-1]
             self.width = width
-            self.head = (WideHead if mlp else nn.Linear)(width, DIMENSION)
+            self.head = nn.Linear(width, DIMENSION)
             self.to(memory_format=torch.channels_last)
             self.register_buffer("pixel_mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
             self.register_buffer("pixel_std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
@@ -107,7 +93,7 @@ def initialise(model: nn.Module, spec: backbones.Spec, folder: Path) -> None:
     """Puts a checkpoint's weights into a model from `build`.
 
     Raises:
-        UserError: If the folder holds no checkpoint, or one of another backbone, image size or head.
+        UserError: If the folder holds no checkpoint, or one of another backbone or image size.
     """
     found = load(folder)
     if found.spec.name != spec.name:
@@ -116,7 +102,7 @@ def initialise(model: nn.Module, spec: backbones.Spec, folder: Path) -> None:
         model.load_state_dict(found.model.state_dict())
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
-        raise UserError(f"{folder}: weights of another shape: {detail}; correct --init or --head") from error
+        raise UserError(f"{folder}: weights of another shape: {detail}; correct --init or --image-size") from error
 
 
 def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarray) -> None:
@@ -240,7 +226,7 @@ def load(folder: Path) -> Checkpoint:
         mean = state.pop("mean_target").numpy()
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a checkpoint of this project: {error!r}; run finetune again") from error
-    model = build(spec, config.get("mlp", False))
+    model = build(spec)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -36,7 +36,7 @@ class Plan:
         trained_tensors: How many of them train.
         parameters: Numbers in them.
         trained_parameters: How many of them train.
-        weights: Bytes of the parameters, frozen ones in half precision, and of their moving average.
+        weights: Bytes of the parameters, frozen ones in half precision.
         activations: Bytes that a step keeps for the way back, with `micro` images at once.
         micro: Images at once.
         free: Bytes free on the device before the model was there.
@@ -127,6 +127,8 @@ def make(config: finetune.Config) -> Plan:
     """
     import torch
 
+    from .fast_layers import faster
+
     rows = train_rows(config)
     _, processes = rank_and_processes()
     size = config.image_size
@@ -136,7 +138,7 @@ def make(config: finetune.Config) -> Plan:
     model, trained_names = finetune.build_model(backbones.describe(config.backbone, size), config, accelerator, False)
     groups = backbones.layer_groups(model.backbone)
     images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
-    trained = backbones.for_training(model)
+    trained = faster(model)
     if config.cache_features:
         trained, images = frozen.over_cache(model), frozen.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
@@ -157,7 +159,7 @@ def make(config: finetune.Config) -> Plan:
         trained_tensors=len(own),
         parameters=sum(p.numel() for p in tensors),
         trained_parameters=sum(p.numel() for p in own),
-        weights=sum(p.nbytes for p in tensors) + sum(p.nbytes for p in trainer.average),
+        weights=sum(p.nbytes for p in tensors),
         activations=round(few + (micro - PROBE) * an_image),
         micro=micro,
         free=free,

@@ -41,6 +41,7 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 5e-5,
             "cache_features": False,
         },
+        "infer": {"views": ("whole",)},
     },
 }
 

@@ -10,10 +10,9 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -69,37 +68,6 @@ def batches(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[np
     return np.array_split(order, -(-len(order) // batch_size))
 
 
-def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """The trained parameters as optimizer groups; `scale` multiplies their learning rate.
-
-    The scale is 1 for the head and falls by `decay` with each layer group towards the input (ULMFiT, Howard & Ruder
-    2018; BEiT, Bao et al. 2021).
-
-    Args:
-        model: From `model.build`, partly frozen.
-        decay: Factor a layer group.
-    """
-    groups = backbones.layer_groups(model.backbone)
-    depth = {f"backbone.{name}": len(groups) - i for i, group in enumerate(groups) for name in group}
-    found: dict[float, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            found.setdefault(decay ** depth.get(name, 0), []).append(parameter)
-    return [{"params": parameters, "scale": scale} for scale, parameters in found.items()]
-
-
-def adamw(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """The reference's optimizer; PyTorch's fused kernel takes a quarter of the time where there is one."""
-    import torch
-
-    return torch.optim.AdamW(
-        parameter_groups(model, config.layer_decay),
-        config.learning_rate,
-        weight_decay=WEIGHT_DECAY,
-        fused=device.type in ("cpu", "cuda"),
-    )
-
-
 class Trainer:
     """Trains a model step by step."""
 
@@ -131,8 +99,13 @@ class Trainer:
         self.rank, self.processes = rank_and_processes()
         self.targets, self.weights = torch.from_numpy(rows.targets), torch.from_numpy(rows.weights)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
-        self.wrapped, self.optimizer = accelerator.prepare(trained, adamw(model, config, accelerator.device))
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            config.learning_rate,
+            weight_decay=WEIGHT_DECAY,
+            fused=accelerator.device.type in ("cpu", "cuda"),  # a quarter of the time (docs/log.md)
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(trained, optimizer)
         self.standing = Standing()
         self.micro = config.micro_batch or config.batch_size
         self.deadline = Deadline(config.max_hours)
@@ -177,15 +150,6 @@ class Trainer:
         self.standing = Standing(epoch=int(entry["epoch"]) + 1, history=history)
         self.save()
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Puts the moving averages in the place of the trained parameters, if they are kept."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
     def save(self) -> None:
         """Writes the state, in the main process."""
         import torch
@@ -198,7 +162,6 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             "model": {name: tensor for name, tensor in self.model.state_dict().items() if name in kept},
-            "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "standing": asdict(self.standing),
@@ -215,8 +178,6 @@ class Trainer:
         state = torch.load(self.state, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        for mine, theirs in zip(self.average, state["average"], strict=True):
-            mine.copy_(theirs)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.standing, self.micro = Standing(**state["standing"]), state["micro"]
@@ -239,7 +200,7 @@ class Trainer:
         standing, config = self.standing, self.config
         factor = learning_rate_factor((standing.epoch - 1 + done) / config.epochs, config.cycles)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor * group["scale"]
+            group["lr"] = config.learning_rate * factor
         seed = np.random.SeedSequence((config.seed, standing.epoch, standing.step, self.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
         loss = self._within_memory(images, rows, planned) if len(rows) else self._nothing()
@@ -248,7 +209,6 @@ class Trainer:
             self._stop(rows, f"the gradients' norm is {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._move_average()
         return loss
 
     def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> float:
@@ -306,19 +266,6 @@ class Trainer:
             f"epoch {self.standing.epoch}, step {self.standing.step + 1}: {what} (images {', '.join(names[:NAMED])}"
             f"{more}); lower --learning-rate; the best checkpoint so far is kept in {self.config.out}"
         )
-
-    def _move_average(self) -> None:
-        if not self.average:
-            return
-        from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-        steps = next(iter(self.optimizer.state.values()))["step"].item()
-        decay = min(self.config.ema, (1 + steps) / (10 + steps))  # a short memory first, as TensorFlow's averages have
-        get_ema_multi_avg_fn(decay)(self.average, [p.detach() for p in self.parameters], None)
-
-    def _swap(self) -> None:
-        for i, parameter in enumerate(self.parameters[: len(self.average)]):
-            parameter.data, self.average[i] = self.average[i], parameter.data
 
     def _summed(self, loss: float, rows: int, over: bool) -> tuple[float, int, bool]:
         """A step's loss and rows over all processes, and whether any of them is over its time."""

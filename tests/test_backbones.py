@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from image_to_prompts import backbones, model, weights
+from image_to_prompts import backbones, fast_layers, model, weights
 from image_to_prompts.errors import UserError
 
 
@@ -148,7 +148,7 @@ def test_the_faster_copy_computes_the_same_and_shares_its_parameters(name, tiny_
         backbones.describe(f"open_clip:{tiny_open_clip}" if name == "open_clip:tiny" else name, 64)
     ).eval()
     backbones.unfreeze_last_quarter(net.backbone)
-    fast = backbones.for_training(net)
+    fast = fast_layers.faster(net)
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from image_to_prompts import backbones, finetune, metadata, model, profiles, progress, training, workspace
+from image_to_prompts import finetune, metadata, model, profiles, progress, training, workspace
 from image_to_prompts.errors import UserError
 
 
@@ -86,37 +86,6 @@ def test_gradient_checkpointing_changes_nothing(small_run, tiny_open_clip, tmp_p
     for name, on in (("a", False), ("b", True)):
         finetune.run(config(small_run, tmp_path / name, tiny_open_clip, grad_checkpointing=on))
     assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-4
-
-
-def test_layer_decay_scales_the_groups(tiny_open_clip):
-    built = model.build(backbones.describe(f"open_clip:{tiny_open_clip}", 64))
-    backbones.unfreeze_last_quarter(built.backbone)
-    groups = training.parameter_groups(built, 0.5)
-    scale = {id(p): group["scale"] for group in groups for p in group["params"]}
-    trained = [(name, p) for name, p in built.named_parameters() if p.requires_grad]
-    assert len(scale) == len(trained)
-    last = {f"backbone.{name}" for name in backbones.layer_groups(built.backbone)[-1]}
-    for name, p in trained:
-        if name.startswith("head."):
-            assert scale[id(p)] == 1
-        if name in last:
-            assert scale[id(p)] == 0.5
-    assert [group["scale"] for group in training.parameter_groups(built, 1.0)] == [1.0]
-
-
-def test_the_average_follows_the_weights(small_run, tiny_open_clip, tmp_path):
-    """With one step and a decay of (1 + 1) / (10 + 1) at most, the average is 2/11 of the old and 9/11 of the new."""
-    options = {"batch_size": 1000, "head": "random"}
-    finetune.run(config(small_run, tmp_path / "plain", tiny_open_clip, **options))
-    finetune.run(config(small_run, tmp_path / "ema", tiny_open_clip, ema=0.9999, **options))
-    before = config(small_run, tmp_path, tiny_open_clip, **options)
-    accelerator = finetune.accelerator_for(before)
-    built, _ = finetune.build_model(backbones.describe(before.backbone, 64), before, accelerator)
-    new, average = weights_of(tmp_path / "plain"), weights_of(tmp_path / "ema")
-    del new["mean_target"]
-    for name, old in built.state_dict().items():
-        torch.testing.assert_close(average[name], old * 2 / 11 + new[name] * 9 / 11, rtol=1e-4, atol=1e-6)
-    assert difference(new, dict(built.state_dict())) > 1e-4
 
 
 def test_a_time_budget_stops_and_the_same_command_goes_on(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
@@ -229,15 +198,15 @@ def _train(settings, kill_at, before_saving):
     """Trains in a process of its own, with one thread; kills itself at a step."""
     torch.set_num_threads(1)
     steps = 0
-    name = "save" if before_saving else "_move_average"
+    name = "save" if before_saving else "_summed"
     plain = getattr(training.Trainer, name)
 
-    def counted(self):
+    def counted(self, *values):
         nonlocal steps
         steps += 1
         if steps == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self)
+        return plain(self, *values)
 
     setattr(training.Trainer, name, counted)
     finetune.run(settings)
@@ -248,7 +217,7 @@ def test_killed_at_random_steps_ends_with_the_same_weights(small_run, tiny_open_
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "timm", "open_clip", "sentence_transformers", "faiss", "accelerate"])
     settings = config(
-        small_run, tmp_path / "whole", tiny_open_clip, epochs=4, batch_size=4, save_minutes=0, ema=0.9, augment=True
+        small_run, tmp_path / "whole", tiny_open_clip, epochs=4, batch_size=4, save_minutes=0, augment=True
     )
 
     def train(values, kill_at=0, before_saving=False):
