@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import json
 from dataclasses import asdict, dataclass
@@ -244,21 +243,16 @@ def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
     """
     from torch import nn
 
-    from .fast_layers import faster
+    from .fast_layers import faster, rebuilt
 
     firsts: list[nn.Module] = []
 
-    def without_frozen(module: nn.Module) -> nn.Module:
-        new = copy.copy(module)
-        new._modules = dict(module._modules)
-        for name, child in module._modules.items():
-            trainable = [parameter.requires_grad for parameter in child.parameters()]
-            if trainable and not any(trainable):
-                new._modules[name] = nn.Identity()
-                continue
-            if trainable and all(trainable):
-                firsts.append(child)
-            new._modules[name] = without_frozen(child)
-        return new
+    def without_frozen(child: nn.Module) -> nn.Module | None:
+        trainable = [parameter.requires_grad for parameter in child.parameters()]
+        if trainable and not any(trainable):
+            return nn.Identity()
+        if trainable and all(trainable):
+            firsts.append(child)
+        return None
 
-    return faster(without_frozen(backbone)), firsts[0]
+    return faster(rebuilt(backbone, without_frozen)), firsts[0]

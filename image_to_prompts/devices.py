@@ -64,9 +64,9 @@ def process_state() -> PartialState:
 def keep_memory() -> None:
     """Lets a process keep the memory of freed tensors for the next ones.
 
-    By default glibc maps every large tensor anew, and Linux then fills it with zeros page by page: a fifth of a
-    training step of ConvNeXt-XXLarge on two cores (docs/log.md). No effect with other C libraries and allocators.
-    See mallopt(3); the constants are those of malloc.h.
+    By default glibc maps every large tensor anew, and Linux then fills it with zeros page by page: a tenth or more of a
+    training step of ConvNeXt-XXLarge on two cores (docs/log.md). No effect with other C libraries and allocators. See
+    mallopt(3); the constants are those of malloc.h.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

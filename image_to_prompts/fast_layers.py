@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import timm.layers
 import torch
@@ -101,6 +102,27 @@ class FrozenBlock(nn.Module):
             return torch.addcmul(x, y.permute(0, 3, 1, 2), block.gamma.view(1, -1, 1, 1))
 
 
+def rebuilt(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A network with other layers in some places; whatever is not replaced is shared.
+
+    Args:
+        module: The network.
+        replace: Says what stands in for a layer below it; None: look inside that layer.
+
+    Returns:
+        A shallow copy, or the module itself where nothing in it was replaced.
+    """
+    children = {}
+    for name, child in module.named_children():
+        new = replace(child)
+        children[name] = rebuilt(child, replace) if new is None else new
+    if all(module._modules[name] is child for name, child in children.items()):
+        return module
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **children}
+    return copied
+
+
 def faster(module: nn.Module) -> nn.Module:
     """A network that computes the same faster on CPUs, with the same parameters; on GPUs it is as fast as before.
 
@@ -111,14 +133,7 @@ def faster(module: nn.Module) -> nn.Module:
         A shallow copy, or the module itself where nothing in it can be faster.
     """
     new = _replacement(module)
-    if new is not None:
-        return new
-    children = {name: child and faster(child) for name, child in module._modules.items()}
-    if all(children[name] is child for name, child in module._modules.items()):
-        return module
-    new = copy.copy(module)
-    new._modules = children
-    return new
+    return rebuilt(module, _replacement) if new is None else new
 
 
 def _replacement(layer: nn.Module) -> nn.Module | None:
