@@ -22,6 +22,7 @@ from .stages import STAGES
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
     "import-checkpoint": "converts a .pt file of the reference's network: import-checkpoint FILE --out DIR",
+    "kaggle": "kernels on Kaggle: kaggle push STAGE|--all, kaggle status, kaggle output, kaggle submit",
     "check-submission": "validates a submission file: check-submission FILE [--images DIR]",
 }
 EXIT_BAD_INPUT = 2
@@ -90,6 +91,8 @@ def _dispatch(words: list[str]) -> None:
         config = _parse(chain.Config, words[1:], "run", chain.Config())
         _set_up(config.quiet)
         sys.stdout.write(chain.run(config) + "\n")
+    elif words[0] == "kaggle":
+        _run_kaggle(words[1:])
     elif words[0] == "check-submission":
         from . import submission
 
@@ -118,6 +121,16 @@ def _run_stage(name: str, words: list[str]) -> None:
     stage = sys.modules[type(config).__module__]
     workspace.open_run(folder, profile)
     stage.run(config)
+
+
+def _run_kaggle(words: list[str]) -> None:
+    from .kaggle.commands import ACTIONS
+
+    if not words or words[0] not in ACTIONS:
+        raise UserError(f"kaggle: give one of {', '.join(ACTIONS)}")
+    config = _parse(ACTIONS[words[0]], words[1:], f"kaggle {words[0]}")
+    _set_up(quiet=False)
+    sys.stdout.write(config.run() + "\n")
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:

@@ -4,6 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+COMPETITION = "stable-diffusion-image-to-prompts"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a stage's Kaggle kernel asks for.
+
+    Attributes:
+        gpu: Whether it needs one.
+        internet: Whether weights may come from the hub.
+        after: Stages whose kernels' output it reads.
+        models: Kaggle models, `owner/model/framework/variation/version`.
+        competition: Whether it reads the competition's files and submits.
+    """
+
+    gpu: bool
+    internet: bool = True
+    after: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    competition: bool = False
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -16,6 +37,7 @@ class Stage:
         does: What it does, in a few words.
         reads: What it reads, relative to the run's folder.
         writes: What it writes, relative to the run's folder.
+        kernel: What its Kaggle kernel asks for.
     """
 
     number: int
@@ -24,11 +46,18 @@ class Stage:
     does: str
     reads: str
     writes: str
+    kernel: Kernel
 
 
 STAGES = (
     Stage(
-        1, "generate", "01_generate_prompts", "writes new prompts with MagicPrompt", "a language model", "prompts/*.csv"
+        1,
+        "generate",
+        "01_generate_prompts",
+        "writes new prompts with MagicPrompt",
+        "a language model",
+        "prompts/*.csv",
+        Kernel(gpu=True),
     ),
     Stage(
         2,
@@ -37,6 +66,7 @@ STAGES = (
         "drops every prompt within cosine 0.8 of one that is kept (FAISS)",
         "prompts/*.csv, other metadata CSVs",
         "data_meta/<name>.csv, <name>.removed.csv",
+        Kernel(gpu=False, after=("generate",)),
     ),
     Stage(
         3,
@@ -45,6 +75,7 @@ STAGES = (
         "Stable Diffusion 2 at 768 px, downsized to 512",
         "data_meta/<name>.csv",
         "images/<name>/*.png or *.tar, manifest.csv",
+        Kernel(gpu=True, after=("dedupe",), models=("stabilityai/stable-diffusion-v2/pytorch/1/1",)),
     ),
     Stage(
         4,
@@ -53,6 +84,7 @@ STAGES = (
         "ConvNeXt-XXLarge, last quarter of its layers unfrozen, linear head to 384",
         "images/<name>",
         "checkpoints/convnext/",
+        Kernel(gpu=True, after=("render",)),
     ),
     Stage(
         7,
@@ -61,6 +93,7 @@ STAGES = (
         "predicts 384 numbers an image and the nearest known prompt",
         "any image folder, checkpoints/convnext/",
         "submission/submission.csv, submission.prompts.csv",
+        Kernel(gpu=True, internet=False, after=("finetune",), competition=True),
     ),
 )
 """Numbers 5 (`embed`) and 6 (`ensemble`) belong to the second system and are not built yet."""

@@ -56,22 +56,10 @@ def test_committed_notebooks_are_executed_small_and_up_to_date(stage):
 
 
 def test_kernels_are_built_from_the_sources():
-    for name in build.KERNELS:
-        stage = next(s for s in STAGES if s.name == name)
+    for stage in STAGES:
         folder = ROOT / "kernels" / stage.notebook.replace("_", "-")
         for file, text in build.kernel_files(stage).items():
             assert (folder / file).read_text(encoding="utf-8") == text, f"{file}: run make kernels"
-
-
-def test_the_kernel_can_be_pushed():
-    folder = ROOT / "kernels" / "07-infer-submission"
-    metadata = json.loads((folder / "kernel-metadata.json").read_text())
-    assert metadata["enable_gpu"] is True and metadata["enable_internet"] is False
-    assert metadata["id"].split("/")[1] == metadata["title"].replace(" ", "-").lower() == folder.name
-    assert 5 <= len(metadata["title"]) <= 50 and (folder / metadata["code_file"]).is_file()
-    notebook = json.loads((folder / metadata["code_file"]).read_text())
-    assert not any(cell.get("outputs") for cell in notebook["cells"])
-    assert metadata["competition_sources"] == [build.COMPETITION]
 
 
 def test_readme_shows_the_stage_table():

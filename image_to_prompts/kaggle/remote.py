@@ -1,0 +1,257 @@
+"""The real `kaggle` package, and what its commands do not say by their exit code.
+
+A refused source, a kernel that lands under another name and a file that failed to upload all end well there. Here each
+is an error, and every request has a time limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import UserError
+from ..files import atomic_path
+from .kernels import PLACEHOLDER, Kernel
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+TIMEOUT = 120.0  # seconds without an answer
+REASONS = {
+    401: "Kaggle refuses the credentials; make a new token at kaggle.com/settings",
+    403: "not allowed, or no such thing under this name; check owner and slug",
+    404: "no such thing; check owner and slug",
+    429: "too many requests; wait a few minutes",
+}
+REFUSED = ("tags", "dataset_sources", "competition_sources", "kernel_sources", "model_sources")
+
+
+def credentials() -> str:
+    """Checks the credentials that the `kaggle` package would use, in its own order, without showing them.
+
+    Returns:
+        Where they come from.
+
+    Raises:
+        UserError: If there are none, or if the file is broken, which the package passes over in silence.
+    """
+    home = Path.home() / ".kaggle"
+    if os.environ.get("KAGGLE_API_TOKEN"):
+        return "KAGGLE_API_TOKEN"
+    if (home / "access_token").is_file():
+        return str(home / "access_token")
+    if os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"):
+        return "KAGGLE_USERNAME and KAGGLE_KEY"
+    folders = [os.environ.get("KAGGLE_CONFIG_DIR"), home, Path.home() / ".config" / "kaggle"]
+    files = [Path(folder) / "kaggle.json" for folder in folders if folder]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(f"no Kaggle credentials; save kaggle.json from kaggle.com/settings as {home / 'kaggle.json'}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        names = {name: found[name] for name in ("username", "key")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a credentials file; kaggle.json.example shows its shape") from error
+    if PLACEHOLDER in names.values():
+        raise UserError(f"{file}: still has the placeholders of kaggle.json.example; put your name and key into it")
+    if os.name == "posix" and file.stat().st_mode & 0o077:
+        log.warning("%s can be read by others; chmod 600 %s", file, file)
+    return str(file)
+
+
+def connect(timeout: float = TIMEOUT) -> Any:
+    """The `kaggle` package's interface, signed in.
+
+    Raises:
+        UserError: If the package is missing or there are no credentials.
+    """
+    source = credentials()
+    try:
+        from kaggle.api.kaggle_api_extended import KaggleApi, ResumableUploadResult
+    except ImportError as error:
+        raise UserError(f"{error}; python -m pip install kaggle six") from error
+
+    class Api(KaggleApi):
+        """Fails where a file fails to upload; the package goes on without it."""
+
+        def upload_complete(self, path: str, url: str, quiet: bool, resume: bool = False) -> Any:
+            result = super().upload_complete(path, url, quiet, resume)
+            if result != ResumableUploadResult.COMPLETE:
+                raise UserError(f"{path}: the upload failed; run the same command again")
+            return result
+
+    api = Api()
+    call("signing in", api.authenticate, timeout=timeout)
+    log.info("Kaggle credentials: %s", source)
+    return api
+
+
+def call(what: str, function: Callable[..., T], *arguments: Any, timeout: float = TIMEOUT, **named: Any) -> T:
+    """Calls the package, what it prints logged, what it raises turned into one line.
+
+    Raises:
+        UserError: With what was being done, and why it failed.
+    """
+    import requests
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), _time_limit(timeout):
+            return function(*arguments, **named)
+    except requests.HTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        reason = REASONS.get(status, "Kaggle's server failed; try again later" if status >= 500 else "")
+        raise UserError(f"{what}: {' '.join(str(error).split())} ({status}){reason and f'; {reason}'}") from error
+    except requests.Timeout as error:
+        raise UserError(f"{what}: no answer from Kaggle within {timeout:g} s; try again") from error
+    except requests.ConnectionError as error:
+        raise UserError(f"{what}: Kaggle cannot be reached; check the internet connection") from error
+    except (ValueError, OSError, SystemExit) as error:
+        detail = said.getvalue().strip() if isinstance(error, SystemExit) else error
+        raise UserError(f"{what}: {' '.join(str(detail).split())}") from error
+    finally:
+        for line in said.getvalue().splitlines():
+            log.debug("kaggle: %s", line)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Gives every request a time limit; the package sets none, and would wait for ever."""
+    import requests
+
+    plain = requests.Session.send
+
+    def send(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        options["timeout"] = options.get("timeout") or seconds
+        return plain(session, request, **options)
+
+    requests.Session.send = send
+    try:
+        yield
+    finally:
+        requests.Session.send = plain
+
+
+def push(api: Any, kernel: Kernel, timeout: float = TIMEOUT) -> int:
+    """Pushes a kernel, which also runs it.
+
+    Returns:
+        Its version.
+
+    Raises:
+        UserError: If it was refused, or if anything that it asks for was.
+    """
+    what = f"pushing {kernel.id}"
+    found = call(what, api.kernels_push, str(kernel.folder), timeout=timeout)
+    if found is None or found.error:
+        raise UserError(f"{what}: {found.error if found is not None else 'no answer'}")
+    refused = {name: getattr(found, f"invalid_{name}") for name in REFUSED}
+    refused = {name: values for name, values in refused.items() if values}
+    if refused:
+        listed = "; ".join(f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in refused.items())
+        raise UserError(f"{what}: Kaggle took it without its {listed}; publish or correct these and push again")
+    if not found.version_number:
+        raise UserError(f"{what}: Kaggle answered without a version number, so nothing was pushed; try again")
+    return found.version_number
+
+
+def status(api: Any, kernel: str, timeout: float = TIMEOUT) -> tuple[str, str]:
+    """State of a kernel's last run in small letters (queued, running, complete, error, ...), and its message."""
+    found = call(f"status of {kernel}", api.kernels_status, kernel, timeout=timeout)
+    name = getattr(found.status, "name", str(found.status))
+    return name.lower(), found.failure_message or ""
+
+
+def output(api: Any, kernel: str, folder: Path, timeout: float = TIMEOUT) -> list[Path]:
+    """Downloads what a kernel's last run wrote, and its log, each file whole or not at all.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: If a file cannot be had, or its name leads out of the folder.
+    """
+    import requests
+    from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
+
+    owner, _, slug = kernel.partition("/")
+
+    def page(token: str) -> Any:
+        request = ApiListKernelSessionOutputRequest()
+        request.user_name, request.kernel_slug, request.page_token = owner, slug, token
+        with api.build_kaggle_client() as client:
+            return client.kernels.kernels_api_client.list_kernel_session_output(request)
+
+    def fetch(url: str, path: Path) -> None:
+        with requests.get(url, stream=True) as reply:
+            reply.raise_for_status()
+            with atomic_path(path) as part, part.open("wb") as file:
+                for piece in reply.iter_content(1 << 20):
+                    file.write(piece)
+
+    written, token = [], ""
+    while True:
+        found = call(f"output of {kernel}", page, token, timeout=timeout)
+        for item in found.files or []:
+            path = folder / item.file_name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"output of {kernel}: the name {item.file_name!r} leads out of {folder}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            call(f"downloading {item.file_name}", fetch, item.url, path, timeout=timeout)
+            written.append(path)
+        if found.log and not token:
+            with atomic_path(folder / f"{slug}.log") as part:
+                part.write_text(found.log, encoding="utf-8")
+            written.append(folder / f"{slug}.log")
+        token = found.next_page_token
+        if not token:
+            return written
+
+
+def submit(api: Any, kernel: str, version: int, competition: str, message: str, timeout: float = TIMEOUT) -> str:
+    """Submits the `submission.csv` of a version of a kernel to a code competition; returns Kaggle's message."""
+    what = f"submitting {kernel} version {version}"
+    submitted = api.competition_submit_code
+    found = call(what, submitted, "submission.csv", message, competition, kernel, version, True, timeout=timeout)
+    return found.message
+
+
+def publish(api: Any, folder: Path, notes: str, timeout: float = TIMEOUT) -> str:
+    """Makes a dataset of a folder with a dataset-metadata.json, or a new version of it.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: If it was refused, or if a file could not be uploaded.
+    """
+    reference = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+    what = f"publishing {reference}"
+    if exists(api, reference, timeout):
+        found = call(what, api.dataset_create_version, str(folder), notes, True, timeout=timeout)
+    else:
+        found = call(what, api.dataset_create_new, str(folder), False, True, timeout=timeout)
+    if found.error or found.status.lower() not in ("ok", ""):
+        raise UserError(f"{what}: {found.error or found.status}")
+    return found.url
+
+
+def exists(api: Any, dataset: str, timeout: float = TIMEOUT) -> bool:
+    """Whether there is a dataset `owner/slug` that these credentials may read."""
+    import requests
+
+    def asked() -> bool:
+        try:
+            api.dataset_status(dataset)
+        except requests.HTTPError as error:
+            if error.response is not None and error.response.status_code in (403, 404):
+                return False
+            raise
+        return True
+
+    return call(f"looking for {dataset}", asked, timeout=timeout)

@@ -1,0 +1,241 @@
+"""Kernels on Kaggle: what is checked before anything is sent, and the real `kaggle` package against a stub server."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kaggle_stub import Stub, assert_redirected, environment, serving
+
+from image_to_prompts.errors import UserError
+from image_to_prompts.kaggle import kernels, remote
+from image_to_prompts.stages import COMPETITION, STAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+ME = "ada"
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """The committed kernels, with an owner."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", folder)
+    for path in folder.glob(f"*/{kernels.FILE}"):
+        path.write_text(path.read_text().replace(kernels.PLACEHOLDER, ME))
+    return folder
+
+
+def change(folder, name, **fields):
+    path = folder / name / kernels.FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_every_stage_has_a_kernel_that_reads_its_predecessor(chain):
+    found = kernels.find(chain)
+    assert [kernel.folder.name for kernel in found] == [stage.notebook.replace("_", "-") for stage in STAGES]
+    reads = [kernel.metadata["kernel_sources"] for kernel in found]
+    assert reads == [[], *([kernel.id] for kernel in found[:-1])]
+    assert [kernel.submits for kernel in found] == [False] * (len(found) - 1) + [True]
+    assert not found[-1].metadata["enable_internet"]
+    for kernel in found:
+        notebook = json.loads((kernel.folder / kernel.metadata["code_file"]).read_text())
+        assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"id": "ada"}, "must be owner/slug"),
+        ({"id": "ada/abc", "title": "abc"}, "must be owner/slug"),
+        ({"id": "ada/07-infer-submission/3"}, "must be owner/slug"),
+        ({"id": f"{kernels.PLACEHOLDER}/07-infer-submission"}, "placeholder"),
+        ({"title": "7 infer"}, "makes the slug '7-infer', but the id says '07-infer-submission'"),
+        ({"title": "07 infer submission" + " x" * 20}, "5 to 50 are allowed"),
+        ({"code_file": "missing.ipynb"}, "no such file"),
+        ({"language": "julia"}, "language must be python"),
+        ({"enable_gpu": "yes"}, "write true or false"),
+        ({"enable_internet": None}, "left out, internet is on"),
+        ({"enable_internet": True}, "must run without"),
+        ({"dataset_sources": ["wheels"]}, "must be owner/slug"),
+        ({"dataset_sources": "ada/wheels"}, "must be a list"),
+        ({"kernel_sources": ["ada/05-nothing"]}, "no such kernel"),
+        ({"competition_sources": [f"competitions/{COMPETITION}"]}, "must be a bare slug"),
+        ({"model_sources": ["a/b/pytorch/1"]}, "the version a number"),
+        ({"enable_network": True}, "unknown key 'enable_network'"),
+        ({"kernel_type": ""}, "without kernel_type"),
+    ],
+)
+def test_what_kaggle_would_take_amiss_is_refused(chain, fields, said):
+    change(chain, "07-infer-submission", **fields)
+    with pytest.raises(UserError, match=said) as error:
+        kernels.find(chain)
+    assert "\n" not in str(error.value)
+
+
+def test_large_or_broken_notebooks_are_refused(chain):
+    path = chain / "07-infer-submission" / "07_infer_submission.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["cells"][-1]["outputs"] = ["x" * 2_000_000]
+    path.write_text(json.dumps(notebook))
+    kernels.find(chain)  # outputs are not sent
+    notebook["cells"][-1]["source"] = "x" * 1_000_000
+    path.write_text(json.dumps(notebook))
+    with pytest.raises(UserError, match="less than 1 MB"):
+        kernels.find(chain)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not a notebook"):
+        kernels.find(chain)
+    (chain / "07-infer-submission" / kernels.FILE).write_text("[]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        kernels.find(chain)
+
+
+def test_a_dry_run_shows_the_chain_and_asks_nothing(chain, command):
+    code, out, _ = command("kaggle", "push", "--all", "--dry-run", "--kernels", chain)
+    assert code == 0 and len(out.splitlines()) == len(STAGES) + 1
+    assert f"{ME}/07-infer-submission   NvidiaTeslaT4  off" in out
+    code, out, _ = command("kaggle", "push", "infer", "--dry-run", "-v", "--kernels", chain)
+    assert code == 0 and f'competition_sources: ["{COMPETITION}"]' in out
+    for words in (["push"], ["push", "infer", "--all"], ["push", "paint"], ["pull"], []):
+        code, _, err = command("kaggle", *words, *(["--kernels", chain] if words[1:] else []))
+        assert code == 2 and err.count("\n") == 1
+
+
+def test_the_committed_kernels_are_placeholders_that_push_refuses(command):
+    code, _, err = command("kaggle", "push", "--all", "--dry-run", "--kernels", ROOT / "kernels")
+    assert code == 2 and "put your Kaggle name into owner.json" in err
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".kaggle").mkdir()
+    return tmp_path
+
+
+def sign_in(home, text='{"username": "ada", "key": "0123456789abcdef"}'):
+    path = home / ".kaggle" / "kaggle.json"
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def test_credentials_are_checked_and_never_shown(home, caplog):
+    with pytest.raises(UserError, match="no Kaggle credentials"):
+        remote.credentials()
+    for text in ("", "{", "[]", '{"username": "ada"}', (ROOT / "kaggle.json.example").read_text()):
+        sign_in(home, text)
+        with pytest.raises(UserError, match=r"kaggle\.json") as error:
+            remote.credentials()
+        assert "\n" not in str(error.value)
+    path = sign_in(home)
+    assert remote.credentials() == str(path) and not caplog.text
+    path.chmod(0o644)
+    assert remote.credentials() == str(path)
+    assert f"chmod 600 {path}" in caplog.text and "0123456789abcdef" not in caplog.text
+
+
+@pytest.fixture
+def kaggle(home, chain):
+    """Runs `image-to-prompts kaggle ...` in a process of its own against a stub."""
+    sign_in(home)
+    stub = Stub()
+    with serving(stub) as port:
+        env = environment(port, home)
+        assert_redirected(env)
+
+        def run(*words):
+            argv = [sys.executable, "-m", "image_to_prompts", "kaggle", *map(str, words)]
+            argv += ["--kernels", str(chain)]
+            result = subprocess.run(argv, env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
+            assert "0123456789abcdef" not in result.stdout + result.stderr
+            assert "Traceback" not in result.stderr, result.stderr
+            return result.returncode, result.stdout, result.stderr
+
+        run.stub, run.chain, run.home = stub, chain, home
+        yield run
+
+
+def test_push_all_sends_what_the_folders_say(kaggle):
+    code, out, err = kaggle("push", "--all")
+    assert code == 0, err
+    assert out.count("version 3 pushed") == len(STAGES)
+    sent = kaggle.stub.asked("SaveKernel")
+    for kernel, request in zip(kernels.find(kaggle.chain), sent, strict=True):
+        said = kernel.metadata
+        assert request["slug"] == said["id"] and request["newTitle"] == said["title"]
+        assert request.get("enableInternet", False) == said["enable_internet"]
+        assert request.get("enableGpu", False) == said["enable_gpu"]
+        assert request.get("kernelDataSources", []) == said["kernel_sources"]
+        assert request.get("datasetDataSources", []) == said["dataset_sources"]
+        assert request.get("competitionDataSources", []) == said["competition_sources"]
+        assert request.get("modelDataSources", []) == said["model_sources"]
+        code_file = json.loads((kernel.folder / said["code_file"]).read_text())
+        assert len(json.loads(request["text"])["cells"]) == len(code_file["cells"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ({"error": "Your GPU quota is used up"}, "GPU quota"),
+        ({"versionNumber": 1, "invalidDatasetSources": ["ada/image-to-prompts-wheels"]}, "dataset sources ada/image"),
+        ({"versionNumber": 1, "invalidModelSources": ["a/b/c/d/1"]}, "model sources a/b/c/d/1"),
+        ({"versionNumber": 1, "invalidKernelSources": ["ada/04-finetune-convnext"]}, "kernel sources"),
+        ({"url": "u"}, "without a version number"),
+        ((401, {"code": 401, "message": "Unauthenticated"}), "refuses the credentials"),
+        ((429, {"code": 429, "message": "Too many requests"}), "wait a few minutes"),
+        ((500, {"code": 500, "message": "Internal error"}), "try again later"),
+    ],
+)
+def test_refusals_end_with_one_line_and_exit_code_2(kaggle, reply, said):
+    kaggle.stub.replies["SaveKernel"] = reply
+    code, out, err = kaggle("push", "infer")
+    assert code == 2 and said in err.splitlines()[-1] and "pushed" not in out
+    assert len(kaggle.stub.asked("SaveKernel")) >= 1
+
+
+def test_no_answer_ends_within_the_time_limit(kaggle):
+    kaggle.stub.delays["SaveKernel"] = 30
+    code, _, err = kaggle("push", "infer", "--timeout", 1)
+    assert code == 2 and "no answer from Kaggle within 1 s" in err
+
+
+def test_status_output_and_submission(kaggle, tmp_path):
+    code, out, _ = kaggle("status", "infer")
+    assert (code, out) == (0, "ada/07-infer-submission: complete\n")
+    stub, content = kaggle.stub, b"imgId_eId,val\n" * 1000
+    stub.files["/files/submission.csv"] = content
+    stub.replies["ListKernelSessionOutput"] = {
+        "files": [{"url": stub.url("submission.csv"), "fileName": "submission.csv"}],
+        "log": "all well",
+    }
+    code, out, err = kaggle("output", "infer", "--out", tmp_path / "got")
+    assert code == 0, err
+    assert (tmp_path / "got" / "submission.csv").read_bytes() == content
+    assert (tmp_path / "got" / "07-infer-submission.log").read_text() == "all well"
+
+    code, _, err = kaggle("submit")
+    assert code == 2 and "was not pushed from here" in err
+    assert kaggle("push", "infer")[0] == 0
+    code, out, err = kaggle("submit", "--message", "first")
+    assert (code, out) == (0, "Successfully submitted\n"), err
+    (sent,) = stub.asked("CreateCodeSubmission")
+    assert sent["competitionName"] == COMPETITION and sent["kernelVersion"] == 3
+    assert sent["fileName"] == "submission.csv" and sent["kernelSlug"] == "07-infer-submission"
+
+    stub.replies["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "out of memory"}
+    code, _, err = kaggle("submit")
+    assert code == 2 and "is error, out of memory" in err
+
+
+@pytest.mark.parametrize("name", ["missing.csv", "../escape.csv"])
+def test_an_output_that_cannot_be_had_is_an_error(kaggle, tmp_path, name):
+    stub = kaggle.stub
+    stub.replies["ListKernelSessionOutput"] = {"files": [{"url": stub.url("missing.csv"), "fileName": name}]}
+    code, _, err = kaggle("output", "infer", "--out", tmp_path / "got")
+    assert code == 2 and name in err
+    assert not (tmp_path / "got" / name).exists()
