@@ -55,8 +55,8 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
     limits = KERNEL_LIMITS if on_kaggle() else {}
     return {
         "generate": {"out": run.prompts},
-        "dedupe": {"prompts": (run.prompts,), "out": run.metadata},
-        "render": {"metadata": run.metadata, "out": run.images, **limits},
+        "dedupe": {"prompts": (run.have(run.prompts),), "out": run.metadata},
+        "render": {"metadata": run.have(run.metadata), "out": run.images, **limits},
         "finetune": {
             "images": run.rendered(run.images),
             "out": run.checkpoint,

@@ -42,6 +42,11 @@ class Run:
 
     folder: Path
 
+    def have(self, path: Path) -> Path:
+        """`path`, or where nothing is there what an attached Kaggle kernel left in the same place of its run."""
+        attached = [] if path.exists() else kaggle_inputs(path.relative_to(self.folder).as_posix())
+        return max(attached, key=lambda found: found.stat().st_mtime, default=path)
+
     @property
     def prompts(self) -> Path:
         return self.folder / "prompts" / "generated.csv"

@@ -21,7 +21,7 @@ import numpy as np
 from image_to_prompts import dedupe, metadata, profiles, text_encoder, workspace
 
 run, profile = workspace.start(run_folder, profile)
-frame = metadata.read(run.prompts)
+frame = metadata.read(run.have(run.prompts))
 
 # %% [markdown]
 # ## The idea in fifteen lines

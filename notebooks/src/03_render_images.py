@@ -26,7 +26,10 @@ from image_to_prompts import profiles, render, report, workspace
 run, profile = workspace.start(run_folder, profile)
 configs = [
     profiles.default_config("render", run, profile, metadata=csv, out=folder, fast=fast, seeds=seeds)
-    for csv, folder in ((run.train_metadata, run.train_images), (run.test_metadata, run.test_images))
+    for csv, folder in (
+        (run.have(run.train_metadata), run.train_images),
+        (run.have(run.test_metadata), run.test_images),
+    )
     if csv.is_file()
 ]
 
