@@ -4,7 +4,7 @@ VENV := .venv
 COMMAND := $(VENV)/bin/image-to-prompts
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ test: install ## all tests that this machine can run (python -m pytest alone: th
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done
 
+bench-table: ## put the figures of the benchmark kernel (benchmarks/gpu.json) into the README
+	$(PYTHON) benchmarks/table.py
+
 notebooks: install ## build and execute the notebooks on the embedded profile
 	$(VENV)/bin/python notebooks/build.py notebooks
 
@@ -34,4 +37,4 @@ kernels: install ## build the Kaggle kernels from the notebooks' sources
 fix: install ## format and lint
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-.PHONY: help install run quick test bench notebooks kernels fix
+.PHONY: help install run quick test bench bench-table notebooks kernels fix

@@ -111,13 +111,17 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
 
 
 def prepare_reference(backbone: str, size: int, batch: int, steps: int) -> Prepared:
-    step = reference_loop(build(backbone, size))
-    images, targets = data(batch, size)
+    from image_to_prompts import devices
+
+    device = devices.process_state().device
+    step = reference_loop(build(backbone, size).to(device))
+    images, targets = (part.to(device) for part in data(batch, size))
     return lambda: [step(images, targets) for _ in range(steps)]
 
 
 def prepare_ours(backbone: str, size: int, batch: int, accumulated: int, cached: bool) -> Prepared:
     ours, images, rows = trainer(backbone, size, batch, accumulated, cached)
+    images = images.to(ours.accelerator.device)
     return lambda: ours.step(images, rows, len(rows), 0.0)
 
 

@@ -3,8 +3,8 @@
 python benchmarks/infer.py [--images 8] [--rounds 3]      prints a table and writes benchmarks/infer.json
 
 The reference (written anew from its description) encodes every picture as JPEG first, reads that, and runs the tower
-in float32 on contiguous memory. Ours is `infer.predict`. Both read the same PNG files, in turns, each in a process of
-its own. The cosines compare our predictions with those of the same weights in float32 on the same PNG files.
+in float32 on contiguous memory. Ours is `predictors.predict`. Both read the same PNG files, in turns, each in a process
+of its own. The cosines compare our predictions with those of the same weights in float32 on the same PNG files.
 """
 
 from __future__ import annotations
@@ -54,22 +54,27 @@ def read(files: list[Path], size: int, as_jpeg: bool) -> Any:
 def reference(backbone: str, size: int, batch: int, files: list[Path], as_jpeg: bool = True) -> Prepared:
     import torch
 
-    model = checkpoint(backbone, size).model.to(memory_format=torch.contiguous_format)
+    from image_to_prompts import devices
+
+    device = devices.process_state().device
+    model = checkpoint(backbone, size).model.to(device, memory_format=torch.contiguous_format)
 
     def predict() -> np.ndarray:
         with torch.no_grad():
             parts = [files[start : start + batch] for start in range(0, len(files), batch)]
-            return torch.cat([model(read(part, size, as_jpeg)) for part in parts]).numpy()
+            return torch.cat([model(read(part, size, as_jpeg).to(device)).cpu() for part in parts]).numpy()
 
     return predict
 
 
 def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
-    from image_to_prompts import infer, progress
+    from image_to_prompts import infer, predictors, progress
 
     progress.set_quiet(True)
     loaded = checkpoint(backbone, size)
-    return lambda: infer.predict(loaded, files, infer.Config(batch_size=batch, views=("whole",)))
+    predictor = predictors.Predictor(loaded.mean, loaded.model, size)
+    config = infer.Config(batch_size=batch, views=("whole",))
+    return lambda: predictors.predict(predictor, files, config)[0]
 
 
 def main() -> None:

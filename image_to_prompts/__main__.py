@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import re
 import sys
@@ -21,8 +20,9 @@ from .stages import STAGES
 
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
+    "embed": "features of images by pretrained backbones, and of their prompts: what kNN predicts from",
     "import-checkpoint": "converts a .pt file of the reference's network: import-checkpoint FILE --out DIR",
-    "kaggle": "kernels on Kaggle: kaggle push STAGE|--all, kaggle status, kaggle output, kaggle submit",
+    "kaggle": "kernels: kaggle push|status|output|submit; datasets: kaggle wheels|weights|metadata|embeddings",
     "check-submission": "validates a submission file: check-submission FILE [--images DIR]",
 }
 EXIT_BAD_INPUT = 2
@@ -83,7 +83,7 @@ def _dispatch(words: list[str]) -> None:
         sys.stdout.write(usage() + "\n")
     elif words[0] == "--version":
         sys.stdout.write(f"{__version__}\n")
-    elif words[0] in {s.name for s in STAGES}:
+    elif words[0] in {"embed", *(s.name for s in STAGES)}:
         _run_stage(words[0], words[1:])
     elif words[0] == "run":
         from . import chain
@@ -167,12 +167,7 @@ def _parse(config: type, words: list[str], command: str, default: Any = None) ->
 
 def _set_up(quiet: bool) -> None:
     progress.set_quiet(quiet)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("image_to_prompts")
-    logger.handlers = [handler]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    logger.propagate = False
+    progress.show_log(quiet)
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -85,14 +85,7 @@ def load_rows(
     Raises:
         UserError: If a row has no image, a side of the split is empty, or a source does not occur.
     """
-    csvs = tables(csvs, folders)
-    if not csvs or len(folders) not in (1, len(csvs)):
-        raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
-    frames = [
-        _with_images(csv, folder)
-        for csv, folder in zip(csvs, folders * len(csvs) if len(folders) == 1 else folders, strict=True)
-    ]
-    frame = pd.concat(frames, ignore_index=True).drop_duplicates("image_name", ignore_index=True)
+    frame = with_images(tables(csvs, folders), folders)
     paths = frame.pop("path").tolist()
     targets = text_encoder.encode(frame["prompt"].tolist(), work)
     if "fold" not in frame or frame["fold"].isna().any():
@@ -112,6 +105,19 @@ def load_rows(
     rows.valid, rows.left_out = valid[~too_near], int(too_near.sum())
     rows.weights = sources.map(weights).fillna(1.0).to_numpy(np.float32)
     return rows
+
+
+def with_images(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> pd.DataFrame:
+    """Metadata CSVs, one after the other, with the `path` of every row's image; see `load_rows`.
+
+    Raises:
+        UserError: If there is none, or a row has no image.
+    """
+    if not csvs or len(folders) not in (1, len(csvs)):
+        raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
+    folders = folders * len(csvs) if len(folders) == 1 else folders
+    frames = [_with_images(csv, folder) for csv, folder in zip(csvs, folders, strict=True)]
+    return pd.concat(frames, ignore_index=True).drop_duplicates("image_name", ignore_index=True)
 
 
 def _with_images(csv: Path, folder: Path) -> pd.DataFrame:

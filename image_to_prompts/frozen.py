@@ -132,9 +132,9 @@ def _run_block(
     import torch
     from safetensors.torch import save_file
 
-    tail, first = backbones.trained_tail(model.backbone)
+    tail, first = backbones.trained_tail(model.backbone) if config.cache_features else (None, None)
     mixed = config.precision == "auto"
-    with entering(first) if config.cache_features else contextlib.nullcontext([]) as taken:
+    with entering(first) if first is not None else contextlib.nullcontext([]) as taken:
         found = evaluate.extract(model.features, images, BATCH, device, config.loader_workers, block, mixed)[block]
     stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
     if config.cache_features:

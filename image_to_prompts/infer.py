@@ -2,9 +2,10 @@
 
     image-to-prompts infer --images DIR --out submission.csv [--checkpoint DIR ...] [--key prompts.csv] [--bank CSV]
 
-Several checkpoints are blended. An image that cannot be read gets the mean prediction, so that the submission stays
-complete. With a key the predictions are scored; with a bank of prompts the nearest one of each image is written beside
-the submission.
+Several checkpoints are blended. An image that cannot be read, or is not reached in time, gets the mean prediction, so
+that the submission stays complete. With --fallback something always predicts: where no checkpoint works, kNN over
+embeddings or the mean prompt embedding. With a key the predictions are scored; with a bank of prompts the nearest one
+of each image is written beside the submission.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import backbones, evaluate, images, metadata, submission, tars, text_encoder, validation
-from . import model as models
-from .devices import mixed_precision, process_state, type_of
+from . import evaluate, images, metadata, predictors, submission, tars, text_encoder, validation
 from .errors import UserError
-from .files import Stamp, make_folder, write_array, write_json
+from .files import Stamp, make_folder, write_json
+from .predictors import Rung
 from .profiles import StageConfig
 from .workspace import Run
 
 log = logging.getLogger(__name__)
-BLOCK = 512
 LEAST_TO_FIT = 20  # images on which weights are fitted
 
 
@@ -51,6 +50,10 @@ class Config(StageConfig):
     """CSV with the images' true prompts (image_name or image, prompt), to score against."""
     bank: Path | None = None
     """CSV of prompts; the nearest one to each image goes to <out>.prompts.csv."""
+    fallback: bool = False
+    """Where no checkpoint is found or none works: kNN over attached embeddings, else the mean prompt embedding."""
+    max_hours: float = 0.0
+    """Give the images that are left the mean prediction before the process is this old; 0: never."""
     batch_size: int = 32
     """Images at once."""
     loader_workers: int = 0
@@ -65,6 +68,8 @@ class Prediction:
         files: Image files, sorted by path.
         vectors: float32 (n, 384), unit length, same order.
         broken: Files that could not be read and got the mean prediction.
+        unreached: Number of files that were not reached within --max-hours and got it too.
+        how: What predicted.
         score: Mean cosine against the key; None without one.
         constant: Score of the constant mean prediction on the same images; None without a key.
         prompts: `image,prompt,cosine` of the nearest prompts; None without a bank.
@@ -73,42 +78,11 @@ class Prediction:
     files: list[Path]
     vectors: np.ndarray
     broken: list[Path]
+    unreached: int = 0
+    how: str = ""
     score: float | None = None
     constant: float | None = None
     prompts: pd.DataFrame | None = None
-
-
-def predict(checkpoint: models.Checkpoint, files: list[Path], config: Config, work: Path | None = None) -> np.ndarray:
-    """Predicts unit vectors for image files with one checkpoint, in the hardware's half precision.
-
-    Args:
-        checkpoint: From `model.load`; its matrices are kept in half precision from here on.
-        files: Image files.
-        config: Batch size, loader threads, views.
-        work: Folder in which finished blocks of 512 images are kept for a resumed run.
-
-    Returns:
-        float32 (n, 384) of unit vectors; NaN in the rows of images that cannot be read.
-    """
-    from .fast_layers import faster
-
-    device = process_state().device
-    model = checkpoint.model.requires_grad_(False).to(device).eval()
-    backbones.half_frozen(model, type_of(mixed_precision(device)))
-    model = faster(model)
-    vectors = np.zeros((len(files), text_encoder.DIMENSION), np.float32)
-    for start in range(0, len(files), BLOCK):
-        block = work / f"vectors-{start:09d}.npy" if work else None
-        if block and block.is_file():
-            part = np.load(block)
-        else:
-            rows = [images.ImageRows(files[start : start + BLOCK], checkpoint.spec.image_size, v) for v in config.views]
-            seen = [evaluate.extract(model, view, config.batch_size, device, config.loader_workers) for view in rows]
-            part = evaluate.blend(seen, [1 / len(seen)] * len(seen))
-            if block:
-                write_array(block, part)
-        vectors[start : start + BLOCK] = part
-    return vectors
 
 
 def blend_weights(folders: list[Path], config: Config) -> list[float]:
@@ -191,14 +165,22 @@ def run(config: Config) -> Prediction:
     stems = submission.check_stems(files)
     truth = read_key(config.key, files) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
-    folders = list(config.checkpoint) or [Run(config.run).newest_checkpoint()]
-    weights = blend_weights(folders, config)
+    run_ = Run(config.run)
+    folders = list(config.checkpoint) or newest(run_, config.fallback)
+    weights = blend_weights(folders, config) if folders else []
+    rungs = predictors.ladder(run_) if config.fallback else []
+    if folders:
+        loads = [lambda folder=folder: predictors.checkpoint(folder) for folder in folders]
+        rungs.insert(0, Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights))
     make_folder(config.out.parent)
     listing = [(str(file.relative_to(config.images)), *tars.stat(file)) for file in files]
     inputs = [*(folder / "model.safetensors" for folder in folders), *filter(None, (config.key, config.bank))]
     stamp = Stamp(
         config.out.with_name(f".{config.out.stem}.done"),
-        {"images": listing, "key": bool(truth), "bank": bool(bank), "weights": weights, "views": config.views},
+        {
+            **{"images": listing, "key": bool(truth), "bank": bool(bank), "weights": weights, "views": config.views},
+            "rungs": [rung.what for rung in rungs],
+        },
         inputs,
     )
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
@@ -208,19 +190,14 @@ def run(config: Config) -> Prediction:
         broken = [Path(name) for name in scores["broken"]]
         nearest = pd.read_csv(nearest_path) if bank else None
         vectors = submission.read(config.out, stems)
-        return Prediction(files, vectors, broken, scores["score"], scores["constant"], nearest)
+        return Prediction(files, vectors, broken, 0, scores["how"], scores["score"], scores["constant"], nearest)
     work = stamp.work_folder("infer")
-    predictions, means = [], []
-    for number, folder in enumerate(folders):
-        checkpoint = models.load(folder)
-        predictions.append(predict(checkpoint, files, config, make_folder(work / str(number))))
-        means.append(checkpoint.mean[None])
-    vectors, mean = evaluate.blend(predictions, weights), evaluate.blend(means, weights)[0]
+    rung, vectors, mean, reached = predictors.climb(rungs, files, config, work)
     unreadable = ~np.isfinite(vectors[:, 0])
     vectors[unreadable] = mean
-    broken = [file for file, bad in zip(files, unreadable, strict=True) if bad]
+    broken = [file for file, bad in zip(files[:reached], unreadable, strict=False) if bad]
     submission.write(config.out, stems, vectors)
-    result = Prediction(files, vectors, broken)
+    result = Prediction(files, vectors, broken, len(files) - reached, rung.what)
     if bank:
         nearest = nearest_prompts(vectors, bank, text_encoder.encode(bank))
         names = [file.relative_to(config.images).as_posix() for file in files]
@@ -232,10 +209,29 @@ def run(config: Config) -> Prediction:
         result.constant = evaluate.constant_score(mean, targets)
         log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
     names = [str(file) for file in broken]
-    write_json(scores_path, {"score": result.score, "constant": result.constant, "broken": names})
-    stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
-    stamp.clear("infer")
+    scores = {"score": result.score, "constant": result.constant, "how": result.how, "broken": names}
+    write_json(scores_path, scores)
+    if rung is rungs[0] and not result.unreached:
+        stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
+        stamp.clear("infer")
     for file in broken:
         log.warning("%s could not be read and got the mean prediction", file)
-    log.info("%s: %d images, checkpoint %s", config.out, len(files), ", ".join(map(str, folders)))
+    if result.unreached:
+        log.warning("%d of %d images not reached in time: they got the mean prediction", result.unreached, len(files))
+    log.info("%s: %d images, predicted by %s", config.out, len(files), result.how)
     return result
+
+
+def newest(run: Run, may_miss: bool) -> list[Path]:
+    """The newest checkpoint of the run or of the attached Kaggle inputs, as a list; empty where there may be none.
+
+    Raises:
+        UserError: If there is none and there must be one.
+    """
+    try:
+        return [run.newest_checkpoint()]
+    except UserError as error:
+        if not may_miss:
+            raise
+        log.warning("%s", error)
+        return []

@@ -41,13 +41,15 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 5e-5,
             "cache_features": False,
         },
-        "infer": {"views": ("whole",)},
+        "embed": {"backbone": ("open_clip:ViT-L-14",)},
+        "infer": {"views": ("whole",), "fallback": True},
     },
 }
 
 
 # A kernel may run 12 hours and leave 20 GB, of which 19.5 in practice.
 KERNEL_LIMITS = {"max_hours": 11.0, "max_gb": 19.0}
+SUBMISSION_HOURS = 8.5  # of the 9 that the competition's own runs have
 
 
 def place_defaults(stage: str, run: Run) -> dict[str, Any]:
@@ -62,7 +64,12 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
             "out": run.checkpoint,
             **{name: hours for name, hours in limits.items() if name == "max_hours"},
         },
-        "infer": {"images": run.images, "out": run.submission},
+        "embed": {"images": run.rendered(run.images), "out": run.embeddings},
+        "infer": {
+            "images": run.images,
+            "out": run.submission,
+            **({"max_hours": SUBMISSION_HOURS} if on_kaggle() else {}),
+        },
     }[stage]
 
 

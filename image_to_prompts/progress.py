@@ -1,8 +1,9 @@
-"""How far a stage is: one progress bar for all of them, and an estimate before a long one starts."""
+"""How far a stage is: one log and one progress bar for all of them, and an estimate before a long one starts."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,16 @@ def set_quiet(quiet: bool) -> None:
     """Silences every later bar (`--quiet`)."""
     global _quiet
     _quiet = quiet
+
+
+def show_log(quiet: bool = False) -> None:
+    """Sends the package's log to standard error, warnings alone if quiet."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("image_to_prompts")
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
 
 
 def _watched() -> bool:

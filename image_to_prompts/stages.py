@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPETITION = "stable-diffusion-image-to-prompts"
+DIFFUSION = ("stabilityai/stable-diffusion-v2/pytorch/1/1",)
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Kernel:
         gpu: Whether it needs one.
         internet: Whether weights may come from the hub.
         after: Stages whose kernels' output it reads.
+        datasets: Ours that it reads if they are there: `weights`, `metadata`, `embeddings`.
         models: Kaggle models, `owner/model/framework/variation/version`.
         competition: Whether it reads the competition's files and submits.
     """
@@ -22,6 +24,7 @@ class Kernel:
     gpu: bool
     internet: bool = True
     after: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     competition: bool = False
 
@@ -75,7 +78,7 @@ STAGES = (
         "Stable Diffusion 2 at 768 px, downsized to 512",
         "data_meta/<name>.csv",
         "images/<name>/*.png or *.tar, manifest.csv",
-        Kernel(gpu=True, after=("dedupe",), models=("stabilityai/stable-diffusion-v2/pytorch/1/1",)),
+        Kernel(gpu=True, after=("dedupe",), models=DIFFUSION),
     ),
     Stage(
         4,
@@ -93,10 +96,17 @@ STAGES = (
         "predicts 384 numbers an image and the nearest known prompt",
         "any image folder, checkpoints/convnext/",
         "submission/submission.csv, submission.prompts.csv",
-        Kernel(gpu=True, internet=False, after=("finetune",), competition=True),
+        Kernel(
+            gpu=True,
+            internet=False,
+            after=("finetune",),
+            datasets=("weights", "metadata", "embeddings"),
+            competition=True,
+        ),
     ),
 )
 """Numbers 5 (`embed`) and 6 (`ensemble`) belong to the second system and are not built yet."""
+BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/gpu.py
 
 
 def stage(name: str) -> Stage:

@@ -162,19 +162,22 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
         UserError: If no place has them, listing the places, or if a file's SHA-256 is not the known one.
     """
     repositories, file_name = other_hub
-    weights = WEIGHTS.get(name) or Weights(file_name, hub=repositories, patterns=(file_name,), single_file=True)
+    weights = WEIGHTS.get(name) or Weights(
+        file_name,
+        kaggle=f"a dataset with {file_name} in a folder named after the model",
+        kaggle_hints=(name.partition(":")[2].lower(),),
+        hub=repositories,
+        patterns=(file_name,),
+        single_file=True,
+    )
     if explicit is not None:
         if not explicit.exists():
             raise UserError(f"{explicit}: no such file or folder; give the weights of {name} or leave the flag out")
         return _verified(weights, explicit)
 
     looked = []
-    for marker in workspace.kaggle_inputs(weights.marker):
-        if any(hint in str(marker).lower() for hint in weights.kaggle_hints):
-            return _verified(weights, marker if weights.single_file else marker.parent)
-    for name_ in weights.other_markers:
-        for file in workspace.kaggle_inputs(name_):
-            return _verified(weights, file)
+    for found in _attached(weights):
+        return _verified(weights, found)
     if weights.kaggle:
         looked.append(f"{workspace.KAGGLE_INPUT} (attach {weights.kaggle})")
     if weights.package:
@@ -189,6 +192,20 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
             return _verified(weights, found)
         looked.append(f"hub {repository}")
     raise UserError(f"weights of {name} not found; looked in {'; '.join(looked)}; or give --weights PATH")
+
+
+def attached(name: str) -> list[Path]:
+    """Where the weights called `name`, a key of `WEIGHTS`, lie below the attached Kaggle inputs."""
+    return _attached(WEIGHTS[name])
+
+
+def _attached(weights: Weights) -> list[Path]:
+    found = []
+    for marker in workspace.kaggle_inputs(weights.marker):
+        named = any(hint in str(marker).lower() for hint in weights.kaggle_hints)
+        if named and not workspace.is_checkpoint(marker.parent):
+            found.append(marker if weights.single_file else marker.parent)
+    return found + [file for name in weights.other_markers for file in workspace.kaggle_inputs(name)]
 
 
 def _from_hub(repository: str, weights: Weights) -> Path | None:

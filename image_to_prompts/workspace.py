@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import progress
 from .errors import UserError
 from .files import make_folder, write_json
 
+log = logging.getLogger(__name__)
 KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/input"))
 KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
 MANIFEST = "manifest.csv"  # what a folder of rendered images contains
@@ -78,6 +81,10 @@ class Run:
     @property
     def test_images(self) -> Path:
         return self.images.with_name("test")
+
+    @property
+    def embeddings(self) -> Path:
+        return self.folder / "embeddings"
 
     @property
     def checkpoints(self) -> Path:
@@ -157,11 +164,16 @@ def attached_images(name: str) -> list[Path]:
 
 
 def start(folder: str | Path | None = None, profile: str | None = None) -> tuple[Run, str]:
-    """Opens a run for a notebook: `folder` or the default one, `profile` or the run's own.
+    """Opens a run for a notebook: `folder` or the default one, `profile` or the run's own. On Kaggle it logs `mounts`.
 
     Returns:
         The run and its profile.
     """
+    from . import mounts
+
+    progress.show_log()
+    if on_kaggle():
+        log.info("%s", mounts.table())
     folder = Path(folder) if folder else default_run()
     profile = profile_of(folder, profile)
     return open_run(folder, profile), profile

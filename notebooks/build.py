@@ -96,21 +96,47 @@ def build_notebooks() -> None:
 
 def kernel_files(stage: Any) -> dict[str, str]:
     """Name and text of each file of a stage's kernel folder."""
+    from image_to_prompts.stages import stage as stage_called
+
+    before = [stage_called(name).notebook.replace("_", "-") for name in stage.kernel.after]
+    return _kernel(stage.notebook.replace("_", "-"), read_source(stage.notebook), stage.kernel, before)
+
+
+def benchmark_files() -> dict[str, str]:
+    """The same of the kernel that runs benchmarks/gpu.py, whose modules it carries along."""
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+    from image_to_prompts.stages import BENCHMARK
+
+    said = """# Benchmark
+
+Run once on a GPU. Download `gpu.json` (`image-to-prompts kaggle output benchmark --out benchmarks`), then
+`make bench-table` puts it into the README."""
+    cells = [new_markdown_cell(said, id="b-00")]
+    for number, name in enumerate(("turns", "finetune", "infer", "gpu"), start=1):
+        text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
+        cells.append(new_code_cell(f"%%writefile {name}.py\n{text}", id=f"b-{number:02d}"))
+    cells.append(new_code_cell("!{sys.executable} gpu.py --out gpu.json", id="b-05"))
+    notebook = new_notebook(cells=cells)
+    notebook.metadata = read_source(next(SOURCES.glob("*.py")).stem).metadata
+    nbformat.validate(notebook)
+    return _kernel("image-to-prompts-benchmark", notebook, BENCHMARK, [])
+
+
+def _kernel(slug: str, notebook: Any, asks: Any, before: list[str]) -> dict[str, str]:
+    """A kernel folder's files: the notebook with the set-up cell after its title, and the metadata."""
     import nbformat
 
     from image_to_prompts.stages import COMPETITION
-    from image_to_prompts.stages import stage as stage_called
 
     owner = json.loads((ROOT / "kernels" / "owner.json").read_text())
-    slug, asks = stage.notebook.replace("_", "-"), stage.kernel
-    before = [stage_called(name).notebook.replace("_", "-") for name in asks.after]
-    notebook = read_source(stage.notebook)
-    setup = nbformat.v4.new_code_cell(SETUP, id=f"{stage.notebook[:2]}-setup")
-    notebook.cells.insert(1, setup)
+    file = f"{slug.replace('-', '_')}.ipynb"
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(SETUP, id=f"{slug[:2]}-setup"))
     metadata = {
         "id": f"{owner['owner']}/{slug}",
         "title": slug.replace("-", " "),
-        "code_file": f"{stage.notebook}.ipynb",
+        "code_file": file,
         "language": "python",
         "kernel_type": "notebook",
         "is_private": True,
@@ -119,24 +145,27 @@ def kernel_files(stage: Any) -> dict[str, str]:
         "enable_internet": asks.internet,
         **({"machine_shape": "NvidiaTeslaT4"} if asks.gpu else {}),
         "competition_sources": [COMPETITION] if asks.competition else [],
-        "dataset_sources": [f"{owner['owner']}/{owner['wheels']}"],
+        "dataset_sources": [f"{owner['owner']}/{owner[name]}" for name in ("wheels", *asks.datasets)],
         "kernel_sources": [f"{owner['owner']}/{name}" for name in before],
         "model_sources": list(asks.models),
     }
-    return {
-        f"{stage.notebook}.ipynb": nbformat.writes(notebook) + "\n",
-        "kernel-metadata.json": json.dumps(metadata, indent=2) + "\n",
-    }
+    return {file: nbformat.writes(notebook) + "\n", "kernel-metadata.json": json.dumps(metadata, indent=2) + "\n"}
+
+
+def kernels() -> dict[str, dict[str, str]]:
+    """Files of every kernel, by folder."""
+    from image_to_prompts.stages import STAGES
+
+    built = {stage.notebook.replace("_", "-"): kernel_files(stage) for stage in STAGES}
+    return {**built, "benchmark": benchmark_files()}
 
 
 def build_kernels() -> None:
     """Writes every kernel folder."""
-    from image_to_prompts.stages import STAGES
-
-    for stage in STAGES:
-        folder = ROOT / "kernels" / stage.notebook.replace("_", "-")
+    for name, files in kernels().items():
+        folder = ROOT / "kernels" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for file, text in kernel_files(stage).items():
+        for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
         print(folder.relative_to(ROOT))
 

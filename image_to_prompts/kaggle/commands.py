@@ -1,19 +1,24 @@
-"""`image-to-prompts kaggle push|status|output|submit`."""
+"""`image-to-prompts kaggle ...`: push, status, output, submit for kernels; wheels, weights, metadata, embeddings."""
 
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from ..errors import UserError
 from ..files import write_json
 from ..stages import COMPETITION, STAGES
-from . import kernels, remote
+from . import folders, kernels, remote
 
+log = logging.getLogger(__name__)
+ASK_EVERY = 30.0  # seconds between two looks at a kernel that runs
 PUSHED = ".pushed.json"  # versions of the last push, by kernel, in the folder of kernels
 
 
@@ -32,30 +37,61 @@ class Push(Command):
     """Sends kernels to Kaggle, which runs them."""
 
     stage: Positional[str] = ""
-    """Stage whose kernel to push."""
+    """Stage whose kernel to push, or benchmark."""
     all: bool = False
-    """Push all of them, in order."""
+    """Push all stages, in order."""
     dry_run: bool = False
     """Only show what would be sent, and send nothing."""
     verbose: Annotated[bool, arg(aliases=["-v"])] = False
     """With --dry-run: every field."""
+    wait: bool = False
+    """Wait until each kernel has run before the next, which reads its output, is pushed."""
 
     def run(self) -> str:
         """Pushes.
 
         Returns:
             A line a kernel, or the table.
+
+        Raises:
+            UserError: If a kernel or one of its sources is refused, or if one that was waited for fails.
         """
         chosen = _chosen(self.kernels, self.stage, self.all)
         if self.dry_run:
             return kernels.table(chosen, self.verbose)
         api = remote.connect(self.timeout)
         lines = []
-        for kernel in chosen:
-            version = remote.push(api, kernel, self.timeout)
+        for number, kernel in enumerate(chosen):
+            version = self._push(api, kernel)
             write_json(self.kernels / PUSHED, {**_pushed(self.kernels), kernel.id: version})
             lines.append(f"{kernel.id}: version {version} pushed, it runs now; https://www.kaggle.com/code/{kernel.id}")
+            log.info("%s", lines[-1])
+            if self.wait and number + 1 < len(chosen):
+                self._wait(api, kernel)
         return "\n".join(lines)
+
+    def _push(self, api: Any, kernel: kernels.Kernel) -> int:
+        """Pushes one, without those sources that are not there and that it can do without; returns its version."""
+        missing = remote.missing(api, kernel, self.timeout)
+        for source in missing:
+            if source not in kernel.optional:
+                made = (
+                    "push the kernel before it first" if source in kernel.metadata["kernel_sources"] else "publish it"
+                )
+                raise UserError(f"{kernel.id}: its source {source} is not on Kaggle; {made}")
+            log.warning("%s: goes without %s, which is not on Kaggle", kernel.id, source)
+        with tempfile.TemporaryDirectory() as folder:
+            return remote.push(api, kernels.without(kernel, missing, Path(folder) / "kernel"), self.timeout)
+
+    def _wait(self, api: Any, kernel: kernels.Kernel) -> None:
+        state = ""
+        while state != "complete":
+            time.sleep(ASK_EVERY if state else 0)
+            state, message = remote.status(api, kernel.id, self.timeout)
+            if state not in ("queued", "running", "complete"):
+                raise UserError(
+                    f"{kernel.id}: {state}{message and f', {message}'}; the kernels after it were not pushed"
+                )
 
 
 @dataclass
@@ -113,7 +149,84 @@ class Submit(Command):
         return remote.submit(api, kernel.id, version, COMPETITION, self.message, self.timeout)
 
 
-ACTIONS: dict[str, type[Command]] = {"push": Push, "status": Status, "output": Output, "submit": Submit}
+@dataclass
+class Dataset(Command):
+    """What every command that makes a dataset has."""
+
+    out: Path | None = None
+    """Folder to write; left out: kaggle_datasets/<which>."""
+    publish: bool = False
+    """Upload it as a private dataset, or as a new version of it."""
+    notes: str = "image-to-prompts"
+    """Notes on the version."""
+
+    def _finish(self, folder: Path) -> str:
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        said = f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+        if not self.publish:
+            return f"{said}; look at it, then run the same command with --publish"
+        address = remote.publish(remote.connect(self.timeout), folder, self.notes, self.timeout)
+        return f"{said}; published as {address}"
+
+
+@dataclass
+class Wheels(Dataset):
+    """Collects our own wheel and what else Kaggle's image lacks, for kernels without internet."""
+
+    source: Path = Path()
+    """Clone to build our own wheel from."""
+    python: tuple[str, ...] = folders.PYTHONS
+    """Versions of Python to collect for."""
+
+    def run(self) -> str:
+        """Makes the dataset; returns a line about it."""
+        out, owner = self.out or Path("kaggle_datasets/wheels"), folders.read_owner(self.kernels / "owner.json")
+        return self._finish(folders.wheels(out, self.source, owner, self.python))
+
+
+@dataclass
+class Weights(Dataset):
+    """Copies checkpoints and encoder weights into one dataset, with their hashes."""
+
+    what: Positional[tuple[str, ...]] = ("runs/default/checkpoints/convnext", "all-MiniLM-L6-v2")
+    """Folders, files, or names of weights such as all-MiniLM-L6-v2 and open_clip:convnext_xxlarge."""
+
+    def run(self) -> str:
+        """Makes the dataset; returns a line about it."""
+        out = self.out or Path("kaggle_datasets/weights")
+        return self._finish(folders.weights(out, self.what, folders.read_owner(self.kernels / "owner.json")))
+
+
+@dataclass
+class Metadata(Dataset):
+    """Makes a dataset of metadata CSVs with every column described."""
+
+    data: Path = Path("data_meta")
+    """Folder of CSVs; its columns.csv (column, type, description) describes their columns."""
+
+    def run(self) -> str:
+        """Makes the dataset; returns a line about it."""
+        out = self.out or Path("kaggle_datasets/metadata")
+        return self._finish(folders.tables(out, self.data, folders.read_owner(self.kernels / "owner.json")))
+
+
+@dataclass
+class Embeddings(Dataset):
+    """Makes a dataset of the arrays and names that `embed` wrote."""
+
+    data: Path = Path("runs/default/embeddings")
+    """What embed wrote."""
+
+    def run(self) -> str:
+        """Makes the dataset; returns a line about it."""
+        out = self.out or Path("kaggle_datasets/embeddings")
+        return self._finish(folders.embeddings(out, self.data, folders.read_owner(self.kernels / "owner.json")))
+
+
+ACTIONS: dict[str, type[Command]] = {
+    **{"push": Push, "status": Status, "output": Output, "submit": Submit},
+    **{"wheels": Wheels, "weights": Weights, "metadata": Metadata, "embeddings": Embeddings},
+}
 
 
 def _chosen(folder: Path, stage: str, every: bool) -> list[kernels.Kernel]:
@@ -121,12 +234,13 @@ def _chosen(folder: Path, stage: str, every: bool) -> list[kernels.Kernel]:
     found = kernels.find(folder)
     if bool(stage) == every:
         raise UserError("name a stage or give --all")
+    names = {each.name: each.notebook.replace("_", "-") for each in STAGES}
     if every:
-        return found
-    notebooks = {each.name: each.notebook for each in STAGES}
-    if stage not in notebooks:
-        raise UserError(f"unknown stage {stage!r}; choose one of {', '.join(notebooks)}")
-    chosen = [kernel for kernel in found if kernel.folder.name == notebooks[stage].replace("_", "-")]
+        return [kernel for kernel in found if kernel.folder.name in names.values()]
+    names["benchmark"] = "benchmark"
+    if stage not in names:
+        raise UserError(f"unknown stage {stage!r}; choose one of {', '.join(names)}")
+    chosen = [kernel for kernel in found if kernel.folder.name == names[stage]]
     if not chosen:
         raise UserError(f"{folder}: no kernel of {stage}; run make kernels")
     return chosen

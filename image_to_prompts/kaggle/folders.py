@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -14,8 +15,9 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from .. import weights as located
 from ..errors import UserError
-from ..files import make_folder, write_json
+from ..files import atomic_path, make_folder, sha256, write_json, write_text
 from .kernels import PLACEHOLDER
 
 NAME = "image-to-prompts"
@@ -59,16 +61,17 @@ def needed(roots: Iterable[str], without: Iterable[str] = ()) -> set[str]:
     return found - set(without)
 
 
-def wheels(out: Path, source: Path, pythons: tuple[str, ...] = PYTHONS) -> list[Path]:
+def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, ...] = PYTHONS) -> Path:
     """Collects our own wheel and those that it needs beyond Kaggle's image, in the versions installed here.
 
     Args:
         out: Folder to fill.
         source: A clone of this project, to build our own wheel from.
+        owner: From `read_owner`.
         pythons: Versions of Python that the image may run.
 
     Returns:
-        The wheels.
+        The folder.
 
     Raises:
         UserError: If a wheel cannot be built or downloaded.
@@ -82,7 +85,9 @@ def wheels(out: Path, source: Path, pythons: tuple[str, ...] = PYTHONS) -> list[
     for python in pythons:
         where = ("--only-binary", ":all:", "--python-version", python, *platforms)
         _pip("download", "--no-deps", *where, "--dest", out, *pins)
-    return sorted(out.glob("*.whl"))
+    files = {path.name: f"Wheel of {path.name.split('-')[0]}" for path in sorted(out.glob("*.whl"))}
+    subtitle = "Wheels for image-to-prompts kernels without internet"
+    return describe(out, owner, "wheels", "Image to prompts wheels", subtitle, files)
 
 
 def _pip(*words: Any) -> None:
@@ -93,20 +98,104 @@ def _pip(*words: Any) -> None:
         raise UserError(f"pip {words[0]}: {lines[0] if lines else 'failed'}; is there an internet connection?")
 
 
-def describe(folder: Path, owner: str, slug: str, title: str, subtitle: str, files: dict[str, Any]) -> None:
+def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
+    """Copies weights into a folder each, with SHA256SUMS (`sha256sum -c SHA256SUMS`), and describes them as a dataset.
+
+    Args:
+        out: Folder to fill.
+        what: Checkpoint folders, model folders, files, or names that `weights.locate` knows.
+        owner: From `read_owner`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If something is nowhere.
+    """
+    sums = []
+    for name in what:
+        path = Path(name) if Path(name).exists() else located.locate(name)
+        target = make_folder(out / re.sub(r"[^\w.-]+", "-", path.name if Path(name).exists() else name))
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            inner = target / (file.relative_to(path) if path.is_dir() else file.name)
+            if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path.parent).parts):
+                continue
+            with atomic_path(inner) as part:
+                shutil.copyfile(file, part)
+            sums.append(f"{sha256(inner)}  {inner.relative_to(out).as_posix()}")
+    write_text(out / "SHA256SUMS", "\n".join(sums) + "\n")
+    files = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
+    subtitle = "Checkpoints and encoder weights of image-to-prompts"
+    return describe(out, owner, "weights", "Image to prompts weights", subtitle, files)
+
+
+def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
+    """Copies metadata CSVs and describes every column.
+
+    Args:
+        out: Folder to fill.
+        data: Folder of CSVs, with columns.csv (column, type, description).
+        owner: From `read_owner`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: If there is no CSV, or a column is not described.
+    """
+    from ..metadata import read_table
+
+    known = read_table(data / "columns.csv", ("column", "type", "description")).set_index("column")
+    files: dict[str, Any] = {}
+    for csv in sorted(data.glob("*.csv")):
+        columns = {}
+        for name in read_table(csv, ()).columns:
+            if name not in known.index:
+                raise UserError(f"{csv}: column {name!r} is not in {data / 'columns.csv'}; describe it there")
+            columns[name] = (known["type"][name], known["description"][name])
+        files[csv.name] = (f"{csv.stem}: one row {'a column' if csv.stem == 'columns' else 'an image'}", columns)
+        with atomic_path(out / csv.name) as part:
+            shutil.copyfile(csv, part)
+    subtitle = "Prompts with the names of their images, deduplicated"
+    return describe(out, owner, "metadata", "Image to prompts metadata", subtitle, files)
+
+
+def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
+    """Copies arrays of `embed` with their names; see `embed.read` for what it raises."""
+    from .. import embed
+
+    names = [*embed.arrays(data), embed.PROMPTS]
+    files: dict[str, Any] = {}
+    for name in names:
+        vectors, table, about = embed.read(data, name)
+        made = about.get("encoder") or about["backbone"]["name"]
+        embed.write(out, name, vectors, table, about)
+        files[f"{name}.npy"] = f"float32 {vectors.shape}, by {made}; rows named in {name}.names.csv"
+        said = {"image_name": ("string", "file name of the row's image"), "prompt": ("string", "its prompt")}
+        files[f"{name}.names.csv"] = (f"names of the rows of {name}.npy", {column: said[column] for column in table})
+        files[f"{name}.json"] = f"how {name}.npy was made"
+    subtitle = "Embeddings of images and of their prompts, for kNN"
+    return describe(out, owner, "embeddings", "Image to prompts embeddings", subtitle, files)
+
+
+def describe(folder: Path, names: dict[str, str], which: str, title: str, subtitle: str, files: dict[str, Any]) -> Path:
     """Writes the folder's dataset-metadata.json.
 
     Args:
         folder: The folder.
-        owner: Kaggle name.
-        slug: 6 to 50 characters.
+        names: From `read_owner`.
+        which: Which of its slugs, 6 to 50 characters.
         title: 6 to 50 characters.
         subtitle: 20 to 80 characters.
         files: For each file name its description, or (description, {column: (type, description)}), in order.
 
+    Returns:
+        The folder.
+
     Raises:
         UserError: If one of them is not what Kaggle accepts.
     """
+    owner, slug = names["owner"], names.get(which, "")
     if owner == PLACEHOLDER:
         raise UserError(f"{PLACEHOLDER!r} is a placeholder; put your Kaggle name into kernels/owner.json")
     for name, text, least, most in (("slug", slug, 6, 50), ("title", title, 6, 50), ("subtitle", subtitle, 20, 80)):
@@ -124,6 +213,7 @@ def describe(folder: Path, owner: str, slug: str, title: str, subtitle: str, fil
         resources.append({"path": path, "description": said, **schema})
     description = {"id": f"{owner}/{slug}", "title": title, "subtitle": subtitle, "licenses": [{"name": LICENSE}]}
     write_json(folder / "dataset-metadata.json", {**description, "resources": resources})
+    return folder
 
 
 def read_owner(path: Path) -> dict[str, str]:

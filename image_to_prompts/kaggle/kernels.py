@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import write_json
 
 PLACEHOLDER = "your-kaggle-name"
 FILE = "kernel-metadata.json"
@@ -50,6 +52,11 @@ class Kernel:
     def submits(self) -> bool:
         """Whether its output is a submission to the competition."""
         return bool(self.metadata["competition_sources"])
+
+    @property
+    def optional(self) -> list[str]:
+        """Sources that it does without where they are not there: a kernel that submits needs only its first dataset."""
+        return [*self.metadata["dataset_sources"][1:], *self.metadata["kernel_sources"]] if self.submits else []
 
 
 def slug_of(title: str) -> str:
@@ -158,6 +165,14 @@ def _code_problems(path: Path) -> list[str]:
     return []
 
 
+def without(kernel: Kernel, sources: list[str], folder: Path) -> Kernel:
+    """A copy of a kernel, written to `folder`, that does not ask for some of its sources."""
+    kept = {name: [source for source in kernel.metadata[name] if source not in sources] for name in LISTS}
+    shutil.copytree(kernel.folder, folder)
+    write_json(folder / FILE, {**kernel.metadata, **kept})
+    return Kernel(folder, {**kernel.metadata, **kept})
+
+
 def table(kernels: list[Kernel], every_field: bool = False) -> str:
     """The chain as text: one row a kernel, or all that would be sent."""
     if every_field:
@@ -170,7 +185,8 @@ def table(kernels: list[Kernel], every_field: bool = False) -> str:
     for kernel in kernels:
         said = kernel.metadata
         machine = said.get("machine_shape", "GPU") if said["enable_gpu"] else "CPU"
-        reads = ", ".join(source for name in LISTS for source in said[name])
+        sources = [source for name in LISTS for source in said[name]]
+        reads = ", ".join(f"{source} (if there)" if source in kernel.optional else source for source in sources)
         rows.append((kernel.id, machine, "on" if said["enable_internet"] else "off", reads or "nothing"))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(

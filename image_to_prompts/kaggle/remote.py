@@ -232,26 +232,33 @@ def publish(api: Any, folder: Path, notes: str, timeout: float = TIMEOUT) -> str
     """
     reference = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
     what = f"publishing {reference}"
-    if exists(api, reference, timeout):
-        found = call(what, api.dataset_create_version, str(folder), notes, True, timeout=timeout)
+    if is_there(api, reference, "dataset", timeout):
+        found = call(what, api.dataset_create_version, str(folder), notes, True, False, False, "zip", timeout=timeout)
     else:
-        found = call(what, api.dataset_create_new, str(folder), False, True, timeout=timeout)
+        found = call(what, api.dataset_create_new, str(folder), False, True, False, "zip", timeout=timeout)
     if found.error or found.status.lower() not in ("ok", ""):
         raise UserError(f"{what}: {found.error or found.status}")
     return found.url
 
 
-def exists(api: Any, dataset: str, timeout: float = TIMEOUT) -> bool:
-    """Whether there is a dataset `owner/slug` that these credentials may read."""
+def is_there(api: Any, source: str, kind: str, timeout: float = TIMEOUT) -> bool:
+    """Whether there is a `dataset` or a `kernel` called `owner/slug` that these credentials may read."""
     import requests
 
     def asked() -> bool:
         try:
-            api.dataset_status(dataset)
+            (api.dataset_status if kind == "dataset" else api.kernels_status)(source)
         except requests.HTTPError as error:
             if error.response is not None and error.response.status_code in (403, 404):
                 return False
             raise
         return True
 
-    return call(f"looking for {dataset}", asked, timeout=timeout)
+    return call(f"looking for the {kind} {source}", asked, timeout=timeout)
+
+
+def missing(api: Any, kernel: Kernel, timeout: float = TIMEOUT) -> list[str]:
+    """The datasets and kernels among a kernel's sources that are not on Kaggle."""
+    kinds = [(name.partition("_")[0], name) for name in ("dataset_sources", "kernel_sources")]
+    sources = [(kind, source) for kind, name in kinds for source in kernel.metadata[name]]
+    return [source for kind, source in sources if not is_there(api, source, kind, timeout)]

@@ -2,10 +2,12 @@
 # # 07 · Predict and submit
 #
 # Any folder of images in, `submission.csv` out: for each image, sorted by name, 384 rows `<id>_<0..383>`. A picture
-# that cannot be read gets the mean prediction, so that the file is always complete.
+# that cannot be read, or is not reached in time, gets the mean prediction, so that the file is always complete.
 #
-# On Kaggle the images are the competition's and the internet is off. Elsewhere they are the held-out pictures of
-# notebook 03, whose prompts are known, so that the prediction can be scored.
+# On Kaggle the images are the competition's and the internet is off. The best that is attached predicts: a checkpoint
+# of notebook 04; else the nearest neighbours in an embeddings dataset; else, before anybody has trained anything, the
+# mean embedding of the attached prompts. The log says which, and why not a better one. Elsewhere the images are the
+# held-out pictures of notebook 03, whose prompts are known, so that the prediction can be scored.
 #
 # Reads: images, `checkpoints/convnext/`. Writes: `submission.csv` (on Kaggle) or `submission/submission.csv`.
 
@@ -41,7 +43,8 @@ config = profiles.default_config(
 
 # %%
 result = infer.run(config)
-print(f"{len(result.files)} images, {len(result.broken)} of them unreadable")
+print(f"{len(result.files)} images, {len(result.broken)} of them unreadable, {result.unreached} not reached in time")
+print(f"predicted by {result.how}")
 print(f"{submission.check(config.out, config.images)} images in a valid submission")
 pd.read_csv(config.out, nrows=5)
 
