@@ -86,6 +86,12 @@ class Run:
     def embeddings(self) -> Path:
         return self.folder / "embeddings"
 
+    def target_images(self) -> Path | None:
+        """The images that matter in the end: those held out, else the competition's if it is attached."""
+        held_out = [folder for folder in self.rendered(self.test_images) if folder.is_dir()]
+        competition = [marker.parent / "images" for marker in kaggle_inputs("sample_submission.csv")]
+        return next((folder for folder in [*held_out, *competition] if folder.is_dir()), None)
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"

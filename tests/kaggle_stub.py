@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+NOT_FOUND = (404, {"code": 404, "message": "Not found"})
+
 
 class Stub:
     """What the server answers, and what it was asked.
@@ -25,6 +27,8 @@ class Stub:
         calls: (route, request) of every call, in order.
         uploads: Bytes by path of every PUT.
         files: Bytes by path of what GET answers.
+        datasets: Those that exist, `owner/slug`.
+        absent: Slugs of kernels that do not exist.
         delays: Seconds to wait before answering, by route.
     """
 
@@ -34,12 +38,17 @@ class Stub:
         self.files: dict[str, bytes] = {}
         self.delays: dict[str, float] = {}
         self.upload_status = 200
-        self.datasets: dict[str, list[str]] = {}
+        self.datasets: set[str] = set()
+        self.absent: set[str] = set()
         self.replies = {
             "SaveKernel": {"url": "https://www.kaggle.com/code/x", "versionNumber": 3},
-            "GetKernelSessionStatus": {"status": "COMPLETE"},
+            "GetKernelSessionStatus": lambda asked: (
+                NOT_FOUND if asked["kernelSlug"] in self.absent else {"status": "COMPLETE"}
+            ),
             "ListKernelSessionOutput": {"files": [], "log": ""},
-            "GetDatasetStatus": (404, {"code": 404, "message": "Not found"}),
+            "GetDatasetStatus": lambda asked: (
+                {"status": "ready"} if f"{asked['ownerSlug']}/{asked['datasetSlug']}" in self.datasets else NOT_FOUND
+            ),
             "StartBlobUpload": lambda asked: {"token": f"t-{asked['name']}", "createUrl": self.url(asked["name"])},
             "CreateDataset": {"url": "https://www.kaggle.com/datasets/x", "status": "ok"},
             "CreateDatasetVersion": {"url": "https://www.kaggle.com/datasets/x", "status": "ok"},

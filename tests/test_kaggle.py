@@ -1,14 +1,21 @@
 """Kernels on Kaggle: what is checked before anything is sent, and the real `kaggle` package against a stub server."""
 
+import io
 import json
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import yaml
 from kaggle_stub import Stub, assert_redirected, environment, serving
 
+from image_to_prompts import embed
 from image_to_prompts.errors import UserError
 from image_to_prompts.kaggle import kernels, remote
 from image_to_prompts.stages import COMPETITION, STAGES
@@ -22,7 +29,7 @@ def chain(tmp_path):
     """The committed kernels, with an owner."""
     folder = tmp_path / "kernels"
     shutil.copytree(ROOT / "kernels", folder)
-    for path in folder.glob(f"*/{kernels.FILE}"):
+    for path in [*folder.glob(f"*/{kernels.FILE}"), folder / "owner.json"]:
         path.write_text(path.read_text().replace(kernels.PLACEHOLDER, ME))
     return folder
 
@@ -33,7 +40,8 @@ def change(folder, name, **fields):
 
 
 def test_every_stage_has_a_kernel_that_reads_its_predecessor(chain):
-    found = kernels.find(chain)
+    *found, benchmark = kernels.find(chain)
+    assert benchmark.folder.name == "benchmark" and not benchmark.submits
     assert [kernel.folder.name for kernel in found] == [stage.notebook.replace("_", "-") for stage in STAGES]
     reads = [kernel.metadata["kernel_sources"] for kernel in found]
     assert reads == [[], *([kernel.id] for kernel in found[:-1])]
@@ -144,6 +152,8 @@ def kaggle(home, chain):
     """Runs `image-to-prompts kaggle ...` in a process of its own against a stub."""
     sign_in(home)
     stub = Stub()
+    owner = json.loads((ROOT / "kernels" / "owner.json").read_text())
+    stub.datasets = {f"{ME}/{owner[name]}" for name in ("wheels", "weights", "metadata", "embeddings")}
     with serving(stub) as port:
         env = environment(port, home)
         assert_redirected(env)
@@ -161,9 +171,11 @@ def kaggle(home, chain):
 
 
 def test_push_all_sends_what_the_folders_say(kaggle):
-    code, out, err = kaggle("push", "--all")
+    code, out, err = kaggle("push", "--all", "--wait")
     assert code == 0, err
     assert out.count("version 3 pushed") == len(STAGES)
+    code, out, err = kaggle("push", "benchmark")
+    assert code == 0, err
     sent = kaggle.stub.asked("SaveKernel")
     for kernel, request in zip(kernels.find(kaggle.chain), sent, strict=True):
         said = kernel.metadata
@@ -176,6 +188,127 @@ def test_push_all_sends_what_the_folders_say(kaggle):
         assert request.get("modelDataSources", []) == said["model_sources"]
         code_file = json.loads((kernel.folder / said["code_file"]).read_text())
         assert len(json.loads(request["text"])["cells"]) == len(code_file["cells"])
+
+
+def test_sources_that_are_not_there_are_left_out_or_refused(kaggle):
+    stub = kaggle.stub
+    stub.datasets = {f"{ME}/image-to-prompts-wheels", f"{ME}/image-to-prompts-metadata"}
+    stub.absent = {"04-finetune-convnext"}
+    code, _, err = kaggle("push", "infer")
+    assert code == 0, err
+    (sent,) = stub.asked("SaveKernel")
+    assert sent["datasetDataSources"] == [f"{ME}/image-to-prompts-wheels", f"{ME}/image-to-prompts-metadata"]
+    assert sent.get("kernelDataSources", []) == []
+    for left_out in ("image-to-prompts-weights", "image-to-prompts-embeddings", "04-finetune-convnext"):
+        assert f"goes without {ME}/{left_out}" in err
+    stub.absent = {"03-render-images"}
+    code, _, err = kaggle("push", "finetune")
+    assert code == 2 and "its source ada/03-render-images is not on Kaggle; push that kernel first" in err
+    stub.datasets = set()
+    code, _, err = kaggle("push", "infer")
+    assert code == 2 and "image-to-prompts-wheels is not on Kaggle; publish it" in err
+    assert len(stub.asked("SaveKernel")) == 1
+
+
+def test_a_kernel_that_fails_ends_a_push_that_waits(kaggle):
+    kaggle.stub.replies["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "no GPU left"}
+    code, _, err = kaggle("push", "--all", "--wait")
+    assert code == 2 and "01-generate-prompts: error, no GPU left; those after it were not pushed" in err
+    assert len(kaggle.stub.asked("SaveKernel")) == 1
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A checkpoint-like folder, metadata and embeddings, small."""
+    folder = tmp_path / "made"
+    (folder / "convnext" / "last").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "last/model.safetensors", ".finetune.done"):
+        (folder / "convnext" / name).write_bytes(name.encode() * 1000)
+    metadata = folder / "data_meta"
+    metadata.mkdir()
+    shutil.copy(ROOT / "data_meta" / "columns.csv", metadata)
+    (metadata / "prompts.csv").write_text("image_name,prompt,seed\na.png,a cat,1\nb.png,a dog,2\n")
+    names = pd.DataFrame({"image_name": ["a.png", "b.png"], "prompt": ["a cat", "a dog"]})
+    about = {"backbone": {"name": "timm:x"}}
+    embed.write(folder / "embeddings", "x", np.eye(2, 5), names[["image_name"]], about)
+    embed.write(folder / "embeddings", embed.PROMPTS, np.eye(2, 384), names, {"encoder": "all-MiniLM-L6-v2"})
+    return folder
+
+
+def uploaded(stub):
+    """Bytes of the files of the last dataset by name, those of archives too."""
+    found = {}
+    for path, content in stub.uploads.items():
+        name = path.rsplit("/", 1)[1]
+        if name.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                found |= {
+                    f"{name[:-4]}/{inner}": archive.read(inner) for inner in archive.namelist() if inner[-1] != "/"
+                }
+        else:
+            found[name] = content
+    return found
+
+
+@pytest.mark.parametrize("which", ["weights", "metadata", "embeddings"])
+def test_a_dataset_is_made_published_and_published_again(kaggle, data, tmp_path, which):
+    stub, out = kaggle.stub, tmp_path / "out"
+    words = {
+        "weights": [data / "convnext", "all-MiniLM-L6-v2"],
+        "metadata": ["--data", data / "data_meta"],
+        "embeddings": ["--data", data / "embeddings"],
+    }[which]
+    code, said, err = kaggle(which, *words, "--out", out)
+    assert code == 0 and "--publish" in said, err
+    assert not stub.calls
+    stub.datasets = set()
+    code, said, err = kaggle(which, *words, "--out", out, "--publish")
+    assert code == 0 and "published as https://" in said, err
+    written = {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file() and path.name != "dataset-metadata.json"
+    }
+    assert uploaded(stub) == written
+    (sent,) = stub.asked("CreateDataset")
+    assert sent["slug"] == f"image-to-prompts-{which}" and sent["ownerSlug"] == ME and sent["isPrivate"]
+    described = {file["token"]: file for file in sent["files"]}
+    if which == "metadata":
+        columns = described["t-prompts.csv"]["columns"]
+        assert [column["name"] for column in columns] == ["image_name", "prompt", "seed"]
+        assert all(column["description"] for column in columns)
+    if which == "weights":
+        sums = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=out, capture_output=True, text=True)
+        assert sums.returncode == 0 and "convnext/last/model.safetensors: OK" in sums.stdout
+        assert "all-MiniLM-L6-v2/model.safetensors" in written and "convnext/.finetune.done" not in written
+
+    stub.datasets, stub.uploads = {f"{ME}/image-to-prompts-{which}"}, {}
+    code, said, err = kaggle(which, *words, "--out", out, "--publish")
+    assert code == 0, err
+    assert len(stub.asked("CreateDatasetVersion")) == 1 and len(stub.asked("CreateDataset")) == 1
+    assert uploaded(stub) == written
+
+
+def test_what_goes_wrong_with_a_dataset_is_said(kaggle, data, tmp_path):
+    stub, words = kaggle.stub, ("metadata", "--data", data / "data_meta", "--out", tmp_path / "out", "--publish")
+    stub.datasets, stub.upload_status = set(), 400
+    code, _, err = kaggle(*words)
+    assert code == 2 and "the upload failed" in err
+    assert not stub.asked("CreateDataset")
+    stub.upload_status = 200
+    for reply, said in (
+        ({"status": "error", "error": "The title is taken"}, "The title is taken"),
+        ((401, {"code": 401, "message": "Unauthenticated"}), "refuses the credentials"),
+        ((500, {"code": 500, "message": "Internal error"}), "try again later"),
+    ):
+        stub.replies["CreateDataset"] = reply
+        code, _, err = kaggle(*words)
+        assert code == 2 and said in err.splitlines()[-1]
+    (data / "data_meta" / "prompts.csv").write_text("image_name,prompt,mood\na.png,a cat,calm\n")
+    code, _, err = kaggle(*words)
+    assert code == 2 and "column 'mood' is not in" in err
+    code, _, err = kaggle("weights", tmp_path / "nothing", "--out", tmp_path / "out")
+    assert code == 2 and "nothing" in err
 
 
 @pytest.mark.parametrize(
@@ -239,3 +372,33 @@ def test_an_output_that_cannot_be_had_is_an_error(kaggle, tmp_path, name):
     code, _, err = kaggle("output", "infer", "--out", tmp_path / "got")
     assert code == 2 and name in err
     assert not (tmp_path / "got" / name).exists()
+
+
+def test_the_pre_commit_check_keeps_credentials_out(tmp_path):
+    shutil.copy(ROOT / ".pre-commit-config.yaml", tmp_path)
+    git = ["git", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+
+    def refused(name, text):
+        (tmp_path / name).write_text(text)
+        subprocess.run([*git, "add", "-f", name], check=True)
+        words = [sys.executable, "-m", "pre_commit", "run", "--files", name]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True).returncode != 0
+
+    assert refused("kaggle.json", "{}")
+    assert refused("notes.md", 'my key is {"username": "ada", "key": "%s"}' % ("0123456789abcdef" * 2))
+    assert refused("run.sh", "export KAGGLE_KEY=%s" % ("0123456789abcdef" * 2))
+    assert not refused("kaggle.json.example", (ROOT / "kaggle.json.example").read_text())
+
+
+def test_no_credentials_are_committed():
+    check = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    names, keys = re.compile(check[0]["files"]), re.compile(check[1]["entry"])
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in listed.stdout.splitlines()]
+    assert files and not [file for file in files if names.search(str(file.relative_to(ROOT)))]
+    for file in files:
+        if file.suffix not in (".png", ".npy") and file.is_file():
+            assert not keys.search(file.read_text(encoding="utf-8")), file

@@ -75,10 +75,9 @@ class Push(Command):
         missing = remote.missing(api, kernel, self.timeout)
         for source in missing:
             if source not in kernel.optional:
-                made = (
-                    "push the kernel before it first" if source in kernel.metadata["kernel_sources"] else "publish it"
-                )
-                raise UserError(f"{kernel.id}: its source {source} is not on Kaggle; {made}")
+                is_kernel = source in kernel.metadata["kernel_sources"]
+                what_to_do = "push that kernel first" if is_kernel else "publish it with kaggle wheels --publish"
+                raise UserError(f"{kernel.id}: its source {source} is not on Kaggle; {what_to_do}")
             log.warning("%s: goes without %s, which is not on Kaggle", kernel.id, source)
         with tempfile.TemporaryDirectory() as folder:
             return remote.push(api, kernels.without(kernel, missing, Path(folder) / "kernel"), self.timeout)
@@ -89,9 +88,7 @@ class Push(Command):
             time.sleep(ASK_EVERY if state else 0)
             state, message = remote.status(api, kernel.id, self.timeout)
             if state not in ("queued", "running", "complete"):
-                raise UserError(
-                    f"{kernel.id}: {state}{message and f', {message}'}; the kernels after it were not pushed"
-                )
+                raise UserError(f"{kernel.id}: {state}{message and f', {message}'}; those after it were not pushed")
 
 
 @dataclass

@@ -11,7 +11,7 @@
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
 threshold = 0.8
-test_folds = [1, 2]  # held out for notebook 07; [] on Kaggle, where the competition has its own test images
+test_folds = None  # held out for notebook 07; None: [1, 2], on Kaggle [], where the competition has its own images
 
 # %%
 import faiss
@@ -21,6 +21,8 @@ import numpy as np
 from image_to_prompts import dedupe, metadata, profiles, text_encoder, workspace
 
 run, profile = workspace.start(run_folder, profile)
+if test_folds is None:
+    test_folds = [1, 2] if profile == "embedded" else []
 frame = metadata.read(run.have(run.prompts))
 
 # %% [markdown]
@@ -69,7 +71,9 @@ removed.head() if removed is not None else "nothing was removed"
 
 # %%
 unit_mean = vectors[kept].mean(0) / np.linalg.norm(vectors[kept].mean(0))
-nearest = np.sort(vectors[kept] @ vectors[kept].T, axis=1)[:, -2]
+index = faiss.IndexFlatIP(vectors.shape[1])
+index.add(vectors[kept])
+nearest = index.search(vectors[kept][:5000], 2)[0][:, 1]  # the first is the prompt itself
 
 plt.figure(figsize=(8, 3), layout="constrained")
 plt.hist(vectors[kept] @ unit_mean, np.linspace(0, 1, 51), alpha=0.6, label="to the mean prompt")

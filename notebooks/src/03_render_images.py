@@ -21,7 +21,7 @@ seeds = 1  # images a prompt
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import profiles, render, report, workspace
+from image_to_prompts import metadata, profiles, render, report, workspace
 
 run, profile = workspace.start(run_folder, profile)
 configs = [
@@ -84,7 +84,7 @@ show(report.gallery(manifests["train"], run.train_images, count=18), "gallery_tr
 # %%
 prompt = "a robot riding a horse in the desert, watercolor painting"
 csv = run.folder / "data_meta" / "seeds.csv"
-pd.DataFrame({"image_name": ["robot.png"], "prompt": prompt}).to_csv(csv, index=False)
+metadata.write_table(csv, pd.DataFrame({"image_name": ["robot.png"], "prompt": prompt}))
 out = run.images.with_name("seeds")
 four = render.run(profiles.default_config("render", run, profile, metadata=csv, out=out, fast=fast, seeds=4))
 show(report.gallery(four, out, columns=4), "gallery_seeds.png")

@@ -10,7 +10,9 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-epochs = None  # None: the profile's
+backbone = None  # None: the profile's; open_clip:<model> or timm:<model>
+image_size = None
+epochs = None
 
 # %%
 import pandas as pd
@@ -42,7 +44,8 @@ print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} o
 # keeps what the frozen three quarters put out on the disk, so that an epoch runs the trained quarter alone.
 
 # %%
-overrides = {"epochs": epochs} if epochs else {}
+overrides = {"backbone": backbone, "image_size": image_size, "epochs": epochs}
+overrides = {name: value for name, value in overrides.items() if value}
 config = profiles.default_config("finetune", run, profile, images=run.rendered(run.train_images), **overrides)
 print(plan.make(config))
 
@@ -84,10 +87,11 @@ Image(filename=str(config.out / "best_and_worst.png"))
 # .5 means that it cannot, 1 that it always can, and then the score above says little about theirs.
 
 # %%
-target = run.test_images if run.test_metadata.is_file() else workspace.competition_images()
-gap, likeness = validation.domain_gap(config.out, config.images, images.find(target)[:2000])
-print(f"area under the ROC curve {gap:.3f}")
-likeness.sort_values("likeness", ascending=False).head(5).round(3)
+target = run.target_images()
+if target:
+    gap, likeness = validation.domain_gap(config.out, config.images, images.find(target)[:2000])
+    print(f"area under the ROC curve {gap:.3f}")
+likeness.sort_values("likeness", ascending=False).head(5).round(3) if target else "attach the competition to see"
 
 # %% [markdown]
 # Next: `07_infer_submission` predicts pictures that nobody has trained on.

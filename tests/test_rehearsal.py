@@ -1,0 +1,197 @@
+"""Kaggle's runtime rehearsed: its image's packages, our wheels, read-only mounts, no network, the built kernels.
+
+A fresh virtual environment holds what Kaggle's image holds of what we need (August 2026) and gets the rest from the
+folder that `image-to-prompts kaggle wheels` makes, as the kernels' set-up cell does it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from image_to_prompts import embed, metadata, submission
+from image_to_prompts.kaggle import folders
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[1]
+IMAGE = (
+    *(
+        "torch",
+        "torchvision",
+        "timm==1.0.26",
+        "transformers>=5,<6",
+        "diffusers==0.37.*",
+        "sentence-transformers==5.4.*",
+    ),
+    *("accelerate==1.13.*", "numpy==2.0.*", "pandas==2.2.*"),
+)
+JUPYTER = ("papermill", "ipykernel")
+OFFLINE = """
+import fcntl, os, socket, struct, sys
+lo = struct.pack("16sh", b"lo", 0x41)  # up and running
+fcntl.ioctl(socket.socket(), 0x8914, lo)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def base_python() -> str:
+    """Kaggle's Python where this machine has it, else this one."""
+    found = sorted((Path.home() / ".pyenv" / "versions").glob("3.12*/bin/python"))
+    return str(found[-1]) if found else shutil.which("python3.12") or sys.executable
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    """The virtual environment's Python, and the folder of wheels."""
+    folder = tmp_path_factory.mktemp("image")
+    base = base_python()
+    version = subprocess.run(
+        [base, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
+    python = folder / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *IMAGE, *JUPYTER], check=True)
+    wheels = folders.wheels(folder / "wheels", ROOT, {"owner": "ada", "wheels": "image-to-prompts-wheels"}, (version,))
+    return python, wheels
+
+
+@pytest.fixture(scope="module")
+def competition(tmp_path_factory):
+    """The competition's files, with seven small images."""
+    folder = tmp_path_factory.mktemp("competition")
+    rng = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    names = [f"{i:08x}" for i in range(7)]
+    for name in names:
+        pixels = rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((512, 512)).save(folder / "images" / f"{name}.png")
+    prompts = [
+        "a fox",
+        "an owl on a roof",
+        "two boats",
+        "neon city at night",
+        "a robot",
+        "oil painting of bread",
+        "sea",
+    ]
+    metadata.write_table(folder / "prompts.csv", pd.DataFrame({"imgId": names, "prompt": prompts}))
+    (folder / "sample_submission.csv").write_text("imgId_eId,val\n")
+    return folder
+
+
+class Machine:
+    """A rehearsed Kaggle machine.
+
+    Attributes:
+        inputs: What is mounted at /kaggle/input.
+        working: /kaggle/working.
+    """
+
+    def __init__(self, python, folder):
+        self.python, self.inputs, self.working = python, folder / "input", folder / "working"
+        self.inputs.mkdir(parents=True)
+        self.working.mkdir()
+
+    def run(self, kernel, **parameters):
+        """Executes a built kernel without network and with the inputs read-only; returns what it printed."""
+        (notebook,) = (ROOT / "kernels" / kernel).glob("*.ipynb")
+        out = self.working / "__notebook__.ipynb"
+        words = [word for name, value in parameters.items() for word in ("-r", name, str(value))]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "KAGGLE", "VIRTUAL"))}
+        env = {
+            **kept,
+            "PIP_CONFIG_FILE": os.devnull,
+            "HF_HUB_OFFLINE": "1",
+            "PATH": f"{self.python.parent}:{os.environ['PATH']}",
+            "JUPYTER_PATH": str(self.python.parent.parent / "share" / "jupyter"),
+            "IMAGE_TO_PROMPTS_KAGGLE_INPUT": str(self.inputs),
+            "IMAGE_TO_PROMPTS_KAGGLE_WORKING": str(self.working),
+        }
+        argv = [self.python, "-m", "papermill", notebook, out, *words, "--cwd", self.working, "--no-progress-bar"]
+        script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+        argv = ["unshare", "-mn", "sh", "-c", script, self.inputs, sys.executable, "-c", OFFLINE, *argv]
+        result = subprocess.run([str(word) for word in argv], env=env, capture_output=True, text=True, timeout=1200)
+        assert result.returncode == 0, result.stderr[-6000:]
+        cells = json.loads(out.read_text())["cells"]
+        streams = [o for cell in cells for o in cell.get("outputs", []) if o["output_type"] == "stream"]
+        return "".join("".join(stream["text"]) for stream in streams)
+
+
+@pytest.fixture
+def machine(image, tmp_path):
+    """A machine with only the wheels attached."""
+    probe = subprocess.run(["unshare", "-mn", "true"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("this machine forbids network namespaces")
+    python, wheels = image
+    made = Machine(python, tmp_path)
+    shutil.copytree(wheels, made.inputs / "datasets" / "ada" / "image-to-prompts-wheels")
+    return made
+
+
+LAYOUTS = {
+    "2026": ("competitions/c", "datasets/ada/{}", "notebooks/ada/{}"),
+    "older": ("c", "{}", "{}"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_submission_kernel_scores_before_and_after_anybody_trained(
+    layout, machine, competition, small_run, small_checkpoint, tmp_path
+):
+    where, dataset, notebook = LAYOUTS[layout]
+    shutil.copytree(competition, machine.inputs / where)
+    said = machine.run("07-infer-submission")
+    assert "7 images" in said and "predicted by the mean embedding" in said and ": competition" in said
+    assert submission.check(machine.working / "submission.csv", competition / "images") == 7
+
+    if layout == "2026":
+        embeddings = machine.inputs / dataset.format("image-to-prompts-embeddings") / "embeddings"
+        embed.run(embed.Config(images=(small_run.images,), out=embeddings, image_size=64))
+        said = machine.run("07-infer-submission")
+        assert "predicted by kNN over" in said
+
+    shutil.copytree(
+        small_checkpoint, machine.inputs / notebook.format("04-finetune-convnext") / "checkpoints" / "convnext"
+    )
+    said = machine.run("07-infer-submission")
+    assert "predicted by checkpoint" in said and "checkpoint" in said
+    assert submission.check(machine.working / "submission.csv", competition / "images") == 7
+
+
+def test_the_chain_runs_kernel_by_kernel(machine, tiny_gpt2, tiny_sd2, tiny_open_clip, competition, image, tmp_path):
+    """Each kernel starts on a fresh machine that has only its sources attached."""
+    attached = {
+        "datasets/ada/magicprompt/MagicPrompt-Stable-Diffusion": tiny_gpt2,
+        "models/stabilityai/stable-diffusion-v2/pytorch/1/1": tiny_sd2,
+        "datasets/ada/tiny/tiny-convnext": tiny_open_clip,
+        "competitions/stable-diffusion-image-to-prompts": competition,
+    }
+    steps = {
+        "01-generate-prompts": {"count": 24},
+        "02-dedupe-prompts": {"threshold": 0.999},
+        "03-render-images": {"fast": True},
+        "04-finetune-convnext": {"epochs": 1, "image_size": 64},
+        "07-infer-submission": {},
+    }
+    before = None
+    for name, parameters in steps.items():
+        here = Machine(image[0], tmp_path / name)
+        shutil.copytree(image[1], here.inputs / "datasets" / "ada" / "image-to-prompts-wheels")
+        for place, source in attached.items():
+            shutil.copytree(source, here.inputs / place)
+        if before:
+            shutil.copytree(before.working, here.inputs / "notebooks" / "ada" / before.inputs.parent.name)
+        if name.startswith("04"):
+            parameters["backbone"] = f"open_clip:{here.inputs}/datasets/ada/tiny/tiny-convnext"
+        said = here.run(name, **parameters)
+        before = here
+    assert "predicted by checkpoint" in said
+    assert submission.check(before.working / "submission.csv", competition / "images") == 7
