@@ -42,7 +42,12 @@ def main() -> None:
         spec = backbones.describe("timm:tf_efficientnet_lite2", 64)
         model = models.build(spec)
         backbones.load_pretrained(model.backbone, spec)
-        models.save(folder / "checkpoint", model, {"backbone": spec.to_dict(), "profile": "kaggle"}, np.eye(384)[0])
+        models.save(
+            folder / "checkpoint",
+            model,
+            {"backbone": spec.to_dict(), "profile": "kaggle"},
+            np.eye(384, dtype=np.float32)[0],
+        )
         config = infer.Config(images=folder / "images", checkpoint=(folder / "checkpoint",), views=("whole",))
         config.out = folder / "a.csv"
         before, start = peak(), time.perf_counter()

@@ -1,0 +1,60 @@
+"""What is attached, under every layout that Kaggle mounts or mounted inputs in."""
+
+import json
+
+import pytest
+
+from image_to_prompts import mounts, workspace
+
+COMPETITION = "stable-diffusion-image-to-prompts"
+LAYOUTS = {
+    "2026": {
+        "competition": f"competitions/{COMPETITION}",
+        "dataset": "datasets/ada/{}",
+        "notebook": "notebooks/ada/{}",
+        "model": "models/stabilityai/stable-diffusion-v2/pytorch/1/1",
+    },
+    "older": {
+        "competition": COMPETITION,
+        "dataset": "{}",
+        "notebook": "{}",
+        "model": "stable-diffusion-v2/pytorch/1/1",
+    },
+}
+
+
+def put(path, text="x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_input_is_found_and_named(layout, tmp_path, monkeypatch):
+    where = {name: tmp_path / path for name, path in LAYOUTS[layout].items()}
+    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path)
+    put(where["competition"] / "sample_submission.csv")
+    put(where["competition"] / "images" / "a.png")
+    wheels, other = (type(tmp_path)(str(where["dataset"]).format(name)) for name in ("wheels", "other"))
+    put(wheels / "image_to_prompts-0.1.0-py3-none-any.whl")
+    put(other / "notes.txt")
+    trained = type(tmp_path)(str(where["notebook"]).format("04-finetune-convnext"))
+    put(trained / "checkpoints" / "convnext" / "config.json", json.dumps({"backbone": {}}))
+    put(trained / "data_meta" / "train.csv")
+    put(where["model"] / "model_index.json")
+
+    lines = dict(line.split(": ", 1) for line in mounts.table().splitlines())
+    model = where["model"] if layout == "2026" else tmp_path / "stable-diffusion-v2"
+    assert lines == {
+        str(where["competition"]): "2 files, 0.00 GB: competition",
+        str(wheels): "1 files, 0.00 GB: wheels",
+        str(other): "1 files, 0.00 GB: nothing of ours",
+        str(trained): "2 files, 0.00 GB: metadata, checkpoint",
+        str(model): "1 files, 0.00 GB: weights of stable-diffusion-2",
+    }
+    assert workspace.competition_images() == where["competition"] / "images"
+    assert workspace.Run(tmp_path / "run").target_images() == where["competition"] / "images"
+
+
+def test_nothing_attached_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path / "nowhere")
+    assert mounts.table() == f"nothing is attached under {tmp_path / 'nowhere'}"
