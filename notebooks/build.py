@@ -37,9 +37,11 @@ def is_missing(name):
 own = sorted(inputs.rglob("image_to_prompts-*.whl"))
 if own:
     wheels = own[-1].parent
-    names = sorted({path.name.partition("-")[0] for path in wheels.glob("*.whl")})
+    missing = sorted({path.name.partition("-")[0] for path in wheels.glob("*.whl")})
+    missing = [name for name in missing if is_missing(name)]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--find-links", str(wheels)]
-    subprocess.run([*pip, *filter(is_missing, names)], check=True)
+    if missing:  # not when the cell is run again
+        subprocess.run([*pip, *missing], check=True)
 elif is_missing("image-to-prompts"):
     raise SystemExit("attach the dataset of wheels that `image-to-prompts kaggle wheels` makes")"""
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata as installed
 from pathlib import Path
 
 import numpy as np
@@ -41,25 +42,31 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
-def base_python() -> str:
-    """Kaggle's Python where this machine has it, else this one."""
-    found = sorted((Path.home() / ".pyenv" / "versions").glob("3.12*/bin/python"))
-    return str(found[-1]) if found else shutil.which("python3.12") or sys.executable
-
-
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
-    """The virtual environment's Python, and the folder of wheels."""
-    folder = tmp_path_factory.mktemp("image")
-    base = base_python()
-    version = subprocess.run(
-        [base, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *IMAGE, *JUPYTER], check=True)
-    wheels = folders.wheels(folder / "wheels", ROOT, {"owner": "ada", "wheels": "image-to-prompts-wheels"}, (version,))
-    return python, wheels
+    """The virtual environment's Python, and the folder of wheels.
+
+    REHEARSAL_PYTHON is the Python to build it with (Kaggle's is 3.12; this one if left out), REHEARSAL_FOLDER a folder
+    that keeps it for the next run.
+    """
+    kept = os.environ.get("REHEARSAL_FOLDER")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("image")
+    base, python = os.environ.get("REHEARSAL_PYTHON", sys.executable), folder / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip"]
+    if python.exists():
+        names = [path.name.partition("-")[0] for path in (folder / "wheels").glob("*.whl")]
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *names], check=True)
+    else:
+        subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
+        same = [f"{name}=={installed.version(name)}" for name in ("torch", "torchvision")]
+        subprocess.run([*pip, "install", "--quiet", *same, *IMAGE, *JUPYTER], check=True)
+    names = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
+    assert "faiss" not in names and "open_clip" not in names
+    version = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
+    owner = {"owner": "ada", "wheels": "image-to-prompts-wheels"}
+    yield python, folders.wheels(folder / "wheels", ROOT, owner, (version.rpartition(".")[0],))
+    if not kept:
+        shutil.rmtree(folder)  # gigabytes
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,8 @@ def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, .
     Raises:
         UserError: If a wheel cannot be built or downloaded.
     """
-    make_folder(out)
+    for old in make_folder(out).glob("*.whl"):
+        old.unlink()
     image = needed(IMAGE)
     missing = sorted(needed([NAME], image) - {NAME})
     _pip("wheel", "--no-deps", "--wheel-dir", out, source)
@@ -101,6 +102,8 @@ def _pip(*words: Any) -> None:
 def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
     """Copies weights into a folder each, with SHA256SUMS (`sha256sum -c SHA256SUMS`), and describes them as a dataset.
 
+    What an earlier call has put there stays: a new version of a dataset holds what its folder holds.
+
     Args:
         out: Folder to fill.
         what: Checkpoint folders, model folders, files, or names that `weights.locate` knows.
@@ -112,18 +115,17 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
     Raises:
         UserError: If something is nowhere.
     """
-    sums = []
     for name in what:
         path = Path(name) if Path(name).exists() else located.locate(name)
         target = make_folder(out / re.sub(r"[^\w.-]+", "-", path.name if Path(name).exists() else name))
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            inner = target / (file.relative_to(path) if path.is_dir() else file.name)
-            if not file.is_file() or any(part.startswith(".") for part in file.relative_to(path.parent).parts):
-                continue
-            with atomic_path(inner) as part:
-                shutil.copyfile(file, part)
-            sums.append(f"{sha256(inner)}  {inner.relative_to(out).as_posix()}")
-    write_text(out / "SHA256SUMS", "\n".join(sums) + "\n")
+            hidden = any(part.startswith(".") for part in file.relative_to(path.parent).parts)
+            if file.is_file() and not hidden:
+                with atomic_path(target / (file.relative_to(path) if path.is_dir() else file.name)) as part:
+                    shutil.copyfile(file, part)
+    copied = sorted(file for file in out.rglob("*") if file.is_file() and file.parent != out)
+    sums = "\n".join(f"{sha256(file)}  {file.relative_to(out).as_posix()}" for file in copied)
+    write_text(out / "SHA256SUMS", f"{sums}\n")
     files = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
     subtitle = "Checkpoints and encoder weights of image-to-prompts"
     return describe(out, owner, "weights", "Image to prompts weights", subtitle, files)
