@@ -110,7 +110,7 @@ class Machine:
         """Executes a built kernel without network and with the inputs read-only; returns what it printed."""
         (notebook,) = (ROOT / "kernels" / kernel).glob("*.ipynb")
         out = self.working / "__notebook__.ipynb"
-        words = [word for name, value in parameters.items() for word in ("-r", name, str(value))]
+        words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON", "KAGGLE", "VIRTUAL"))}
         env = {
             **kept,
@@ -184,7 +184,7 @@ def test_the_chain_runs_kernel_by_kernel(machine, tiny_gpt2, tiny_sd2, tiny_open
     steps = {
         "01-generate-prompts": {"count": 24},
         "02-dedupe-prompts": {"threshold": 0.999},
-        "03-render-images": {"fast": True},
+        "03-render-images": {"fast": True, "steps": 2},
         "04-finetune-convnext": {"epochs": 1, "image_size": 64},
         "07-infer-submission": {},
     }

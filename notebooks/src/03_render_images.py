@@ -16,6 +16,7 @@ run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
 fast = False  # with Stable Diffusion 2: DPM-Solver++ in 20 steps instead of DDIM in 50
 seeds = 1  # images a prompt
+steps = 0  # denoising steps; 0: 50, with fast 20
 
 # %%
 import pandas as pd
@@ -25,7 +26,7 @@ from image_to_prompts import metadata, profiles, render, report, workspace
 
 run, profile = workspace.start(run_folder, profile)
 configs = [
-    profiles.default_config("render", run, profile, metadata=csv, out=folder, fast=fast, seeds=seeds)
+    profiles.default_config("render", run, profile, metadata=csv, out=folder, fast=fast, seeds=seeds, steps=steps)
     for csv, folder in (
         (run.have(run.train_metadata), run.train_images),
         (run.have(run.test_metadata), run.test_images),
@@ -86,7 +87,8 @@ prompt = "a robot riding a horse in the desert, watercolor painting"
 csv = run.folder / "data_meta" / "seeds.csv"
 metadata.write_table(csv, pd.DataFrame({"image_name": ["robot.png"], "prompt": prompt}))
 out = run.images.with_name("seeds")
-four = render.run(profiles.default_config("render", run, profile, metadata=csv, out=out, fast=fast, seeds=4))
+config = profiles.default_config("render", run, profile, metadata=csv, out=out, fast=fast, seeds=4, steps=steps)
+four = render.run(config)
 show(report.gallery(four, out, columns=4), "gallery_seeds.png")
 
 # %% [markdown]
