@@ -5,6 +5,7 @@ A submission kernel so scores on its first push, before anybody has trained anyt
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,7 +102,13 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
     Raises:
         UserError: If there is none.
     """
-    prompts = pd.concat([pd.read_csv(csv, usecols=["prompt"], dtype=str)["prompt"] for csv in csvs])
+    found = [pd.Series(dtype=str)]
+    for path in csvs:
+        try:
+            found.append(pd.read_csv(path, usecols=["prompt"], dtype=str)["prompt"])
+        except (OSError, ValueError) as error:  # other people's files; the rest serve as well
+            log.warning("%s: passed over: %s", path, error)
+    prompts = pd.concat(found)
     prompts = prompts[prompts.str.strip().fillna("") != ""].drop_duplicates()
     prompts = prompts.iloc[:: -(-len(prompts) // MOST_PROMPTS) or 1].tolist()
     if not prompts:
@@ -121,18 +128,18 @@ def ladder(run: workspace.Run) -> list[Rung]:
     for folder in stored:
         for name in embed.arrays(folder):
             rungs.append(Rung(f"kNN over {folder / name}.npy", [lambda f=folder, n=name: neighbours(f, n)], [1.0]))
-    csvs = [csv for csv in [*workspace.kaggle_inputs("*.csv"), run.metadata] if _has_prompts(csv)]
+    csvs = [path for path in [*workspace.kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {', '.join(map(str, csvs))}"
         rungs.append(Rung(what, [lambda: prompt_mean(csvs)], [1.0]))
     return rungs
 
 
-def _has_prompts(csv: Path) -> bool:
+def _has_prompts(path: Path) -> bool:
     try:
-        with csv.open(encoding="utf-8") as file:
-            return "prompt" in file.readline().rstrip("\r\n").split(",")
-    except (OSError, UnicodeDecodeError):
+        with path.open(encoding="utf-8", newline="") as file:
+            return "prompt" in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
         return False
 
 

@@ -45,6 +45,7 @@ def test_each_rung_predicts_when_the_better_ones_are_gone(
 
     prompts = mounted / "datasets" / "ada" / "prompts" / "some.csv"
     metadata.write_table(prompts, pd.DataFrame({"prompt": ["a red fox", "a red fox", "two owls at night", ""]}))
+    (prompts.parent / "torn.csv").write_bytes(b'prompt,x\n"a\xff')
     mean = infer.run(config)
     expected = evaluate.unit(text_encoder.encode(["a red fox", "two owls at night"]).mean(0))
     np.testing.assert_allclose(mean.vectors, np.broadcast_to(expected, mean.vectors.shape), atol=1e-6)
