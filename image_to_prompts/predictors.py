@@ -113,7 +113,7 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
     prompts = prompts.iloc[:: -(-len(prompts) // MOST_PROMPTS) or 1].tolist()
     if not prompts:
         raise UserError(f"no prompts in {', '.join(map(str, csvs))}; attach metadata, embeddings or a checkpoint")
-    log.info("mean embedding of %d prompts", len(prompts))
+    log.info("mean embedding of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
     return Predictor(evaluate.unit(text_encoder.encode(prompts).mean(0)))
 
 
@@ -130,7 +130,7 @@ def ladder(run: workspace.Run) -> list[Rung]:
             rungs.append(Rung(f"kNN over {folder / name}.npy", [lambda f=folder, n=name: neighbours(f, n)], [1.0]))
     csvs = [path for path in [*workspace.kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
-        what = f"the mean embedding of the prompts in {', '.join(map(str, csvs))}"
+        what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
         rungs.append(Rung(what, [lambda: prompt_mean(csvs)], [1.0]))
     return rungs
 
