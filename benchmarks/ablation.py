@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch 64": {"batch_size": 64},
     "6 epochs": {"epochs": 6},
     "augmentation": {"augment": True, "cache_features": False},
+    "256 px": {"image_size": 256},
     "288 px": {"image_size": 288},
     "two images a prompt": {"rendered": "both"},
     "two stages": {"first": {"rendered": "second"}},
