@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -163,17 +164,20 @@ def main() -> None:
     device = devices.process_state().device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({device.type})"
     result: dict[str, Any] = {"device": name, "small": options.small, "torch": torch.__version__, "parts": {}}
+    failed = []
     for part, (bench, unit) in PARTS.items():
         with tempfile.TemporaryDirectory() as folder:
             try:
                 seconds = bench(SMALL if options.small else Sizes(), Path(folder), options.weights)
             except Exception as error:  # the other parts are worth having
-                print(f"{part}: failed: {error}", flush=True)
+                print(f"{part}: failed: {error!r}", flush=True)
+                failed.append(part)
                 continue
         result["parts"][part] = {"unit": unit, "seconds": seconds}
         for way, values in seconds.items():
             print(f"{part:8} {way:12}" + "".join(f"{value:10.4f}" for value in values) + f"  {unit}", flush=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
-    text = table(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if result and result["small"]:
+        raise SystemExit(f"{path}: made with --small; these are no figures to show")
+    text = table(result)
     (ROOT / "README.md").write_text(before + BEGIN + text + END + after, encoding="utf-8")
 
 

@@ -126,6 +126,10 @@ def _run_stage(name: str, words: list[str]) -> None:
 def _run_kaggle(words: list[str]) -> None:
     from .kaggle.commands import ACTIONS
 
+    if words[:1] in (["-h"], ["--help"]):
+        lines = [f"  {name:12}{(action.__doc__ or '').splitlines()[0]}" for name, action in ACTIONS.items()]
+        sys.stdout.write("\n".join(["usage: image-to-prompts kaggle <command> [--help]", "", *lines]) + "\n")
+        return
     if not words or words[0] not in ACTIONS:
         raise UserError(f"kaggle: give one of {', '.join(ACTIONS)}")
     config = _parse(ACTIONS[words[0]], words[1:], f"kaggle {words[0]}")

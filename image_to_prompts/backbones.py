@@ -116,7 +116,7 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
     library, _, model = spec.name.partition(":")
     if path is None and (Path(model) / "open_clip_model.safetensors").is_file():
         path = Path(model) / "open_clip_model.safetensors"
-    file = weights.locate(spec.name, path, _hub(library, model))
+    file = locate(spec.name, path)
     state = read_state(file)
     if library == "open_clip":
         from open_clip.model import resize_pos_embed
@@ -130,6 +130,12 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
             state = dict(zip(own, list(state.values())[: len(own)], strict=True))
         state = {key: state[key] for key in own}
     _load(backbone, state, file)
+
+
+def locate(name: str, path: Path | None = None) -> Path:
+    """File of a backbone's weights: `path`, or where `weights.locate` finds them; it says what it raises."""
+    library, _, model = name.partition(":")
+    return weights.locate(name, path, _hub(library, model))
 
 
 def _hub(library: str, model: str) -> tuple[tuple[str, ...], str]:

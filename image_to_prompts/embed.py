@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, finetune, frozen, metadata, text_encoder
+from . import backbones, dataset, finetune, frozen, metadata, tars, text_encoder
 from . import model as models
 from .devices import process_state
 from .errors import UserError
 from .files import Stamp, make_folder, write_array, write_json
 from .images import ImageRows
 from .profiles import StageConfig
-from .workspace import MANIFEST
 
 log = logging.getLogger(__name__)
 PROMPTS = "prompt"  # name of the prompts' own embeddings
+ENDS = (".npy", ".names.csv", ".json")
 
 
 @dataclass
@@ -126,14 +126,14 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
         raise UserError("--image-size must be at least 1, --backbone must name one; correct them")
     specs = {name: backbones.describe(name, config.image_size) for name in config.backbone}
     tables = dataset.tables(config.metadata, config.images)
-    settings = config.settings("out", "images", "metadata", "loader_workers")
-    manifests = [folder / MANIFEST for folder in config.images]
-    stamp = Stamp(config.out / ".embed.done", settings, dict.fromkeys([*tables, *manifests]))
+    rows = dataset.with_images(tables, config.images)
+    listing = [(str(path), *tars.stat(path)) for path in rows["path"]]
+    settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}
+    stamp = Stamp(config.out / ".embed.done", settings, tables)
     slugs = {name: name.replace(":", "-").replace("/", "-") for name in specs}
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return {name: np.load(config.out / f"{name}.npy", mmap_mode="r").shape for name in [*slugs.values(), PROMPTS]}
-    rows = dataset.with_images(tables, config.images)
     work = stamp.work_folder("embed")
     device = process_state().device
     alone = finetune.Config(image_size=config.image_size, cache_features=False, loader_workers=config.loader_workers)
@@ -153,7 +153,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     targets = text_encoder.encode(rows["prompt"].tolist(), work)
     write(config.out, PROMPTS, targets, rows[["image_name", "prompt"]], {"encoder": "all-MiniLM-L6-v2"})
     found[PROMPTS] = targets.shape
-    stamp.write([config.out / f"{name}{end}" for name in found for end in (".npy", ".names.csv", ".json")])
+    stamp.write([config.out / f"{name}{end}" for name in found for end in ENDS])
     stamp.clear("embed")
     log.info("%s: %s", config.out, ", ".join(f"{name} {shape}" for name, shape in found.items()))
     return found

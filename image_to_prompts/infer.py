@@ -51,7 +51,7 @@ class Config(StageConfig):
     bank: Path | None = None
     """CSV of prompts; the nearest one to each image goes to <out>.prompts.csv."""
     fallback: bool = False
-    """Where no checkpoint is found or none works: kNN over attached embeddings, else the mean prompt embedding."""
+    """Where none is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
     max_hours: float = 0.0
     """Give the images that are left the mean prediction before the process is this old; 0: never."""
     batch_size: int = 32
@@ -168,13 +168,14 @@ def run(config: Config) -> Prediction:
     run_ = Run(config.run)
     folders = list(config.checkpoint) or newest(run_, config.fallback)
     weights = blend_weights(folders, config) if folders else []
-    rungs = predictors.ladder(run_) if config.fallback else []
+    rungs = predictors.ladder(run_) if config.fallback and not config.checkpoint else []
     if folders:
         loads = [lambda folder=folder: predictors.checkpoint(folder) for folder in folders]
-        rungs.insert(0, Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights))
+        files_ = [folder / "model.safetensors" for folder in folders]
+        rungs.insert(0, Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, files_))
     make_folder(config.out.parent)
     listing = [(str(file.relative_to(config.images)), *tars.stat(file)) for file in files]
-    inputs = [*(folder / "model.safetensors" for folder in folders), *filter(None, (config.key, config.bank))]
+    inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
     stamp = Stamp(
         config.out.with_name(f".{config.out.stem}.done"),
         {

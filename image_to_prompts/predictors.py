@@ -59,11 +59,13 @@ class Rung:
         what: What it is, for the log.
         load: Gives its predictors, one at a time.
         weights: Their weights in the blend.
+        inputs: Files on whose contents the predictions depend.
     """
 
     what: str
     load: list[Callable[[], Predictor]]
     weights: list[float]
+    inputs: list[Path]
 
 
 def checkpoint(folder: Path) -> Predictor:
@@ -127,11 +129,13 @@ def ladder(run: workspace.Run) -> list[Rung]:
     stored += [path.parent for path in run.folder.glob(f"*/{embed.PROMPTS}.npy")]
     for folder in stored:
         for name in embed.arrays(folder):
-            rungs.append(Rung(f"kNN over {folder / name}.npy", [lambda f=folder, n=name: neighbours(f, n)], [1.0]))
+            inputs = [folder / f"{stem}{end}" for stem in (name, embed.PROMPTS) for end in embed.ENDS]
+            load = [lambda f=folder, n=name: neighbours(f, n)]
+            rungs.append(Rung(f"kNN over {folder / name}.npy", load, [1.0], inputs))
     csvs = [path for path in [*workspace.kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
-        rungs.append(Rung(what, [lambda: prompt_mean(csvs)], [1.0]))
+        rungs.append(Rung(what, [lambda: prompt_mean(csvs)], [1.0], csvs))
     return rungs
 
 

@@ -41,7 +41,7 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 5e-5,
             "cache_features": False,
         },
-        "embed": {"backbone": ("open_clip:ViT-L-14",)},
+        "embed": {"backbone": ("open_clip:ViT-L-14-quickgelu",)},
         "infer": {"views": ("whole",), "fallback": True},
     },
 }

@@ -118,8 +118,9 @@ Run once on a GPU. Download `gpu.json` (`image-to-prompts kaggle output benchmar
     cells = [new_markdown_cell(said, id="b-00")]
     for number, name in enumerate(("turns", "finetune", "infer", "gpu"), start=1):
         text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
-        cells.append(new_code_cell(f"%%writefile {name}.py\n{text}", id=f"b-{number:02d}"))
-    cells.append(new_code_cell("!{sys.executable} gpu.py --out gpu.json", id="b-05"))
+        cells.append(new_code_cell(f"%%writefile /tmp/{name}.py\n{text}", id=f"b-{number:02d}"))
+    run = "!{sys.executable} /tmp/gpu.py --out gpu.json\nassert _exit_code == 0, 'a part failed, see above'"
+    cells.append(new_code_cell(run, id="b-05"))
     notebook = new_notebook(cells=cells)
     notebook.metadata = read_source(next(SOURCES.glob("*.py")).stem).metadata
     nbformat.validate(notebook)

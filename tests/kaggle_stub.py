@@ -16,8 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-NOT_FOUND = (404, {"code": 404, "message": "Not found"})
-
 
 class Stub:
     """What the server answers, and what it was asked.
@@ -29,6 +27,7 @@ class Stub:
         files: Bytes by path of what GET answers.
         datasets: Those that exist, `owner/slug`.
         absent: Slugs of kernels that do not exist.
+        not_found: The answer for what does not exist.
         delays: Seconds to wait before answering, by route.
     """
 
@@ -40,14 +39,17 @@ class Stub:
         self.upload_status = 200
         self.datasets: set[str] = set()
         self.absent: set[str] = set()
+        self.not_found = (404, {"code": 404, "message": "Not found"})
         self.replies = {
             "SaveKernel": {"url": "https://www.kaggle.com/code/x", "versionNumber": 3},
             "GetKernelSessionStatus": lambda asked: (
-                NOT_FOUND if asked["kernelSlug"] in self.absent else {"status": "COMPLETE"}
+                self.not_found if asked["kernelSlug"] in self.absent else {"status": "COMPLETE"}
             ),
             "ListKernelSessionOutput": {"files": [], "log": ""},
             "GetDatasetStatus": lambda asked: (
-                {"status": "ready"} if f"{asked['ownerSlug']}/{asked['datasetSlug']}" in self.datasets else NOT_FOUND
+                {"status": "ready"}
+                if f"{asked['ownerSlug']}/{asked['datasetSlug']}" in self.datasets
+                else self.not_found
             ),
             "StartBlobUpload": lambda asked: {"token": f"t-{asked['name']}", "createUrl": self.url(asked["name"])},
             "CreateDataset": {"url": "https://www.kaggle.com/datasets/x", "status": "ok"},

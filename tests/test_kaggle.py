@@ -155,7 +155,7 @@ def kaggle(home, chain):
     owner = json.loads((ROOT / "kernels" / "owner.json").read_text())
     stub.datasets = {f"{ME}/{owner[name]}" for name in ("wheels", "weights", "metadata", "embeddings")}
     with serving(stub) as port:
-        env = environment(port, home)
+        env = environment(port, home, IMAGE_TO_PROMPTS_ASK_EVERY="0")
         assert_redirected(env)
 
         def run(*words):
@@ -190,8 +190,10 @@ def test_push_all_sends_what_the_folders_say(kaggle):
         assert len(json.loads(request["text"])["cells"]) == len(code_file["cells"])
 
 
-def test_sources_that_are_not_there_are_left_out_or_refused(kaggle):
+@pytest.mark.parametrize("answer", [403, 404])
+def test_sources_that_are_not_there_are_left_out_or_refused(kaggle, answer):
     stub = kaggle.stub
+    stub.not_found = (answer, {"code": answer, "message": "Permission denied or not found"})
     stub.datasets = {f"{ME}/image-to-prompts-wheels", f"{ME}/image-to-prompts-metadata"}
     stub.absent = {"04-finetune-convnext"}
     code, _, err = kaggle("push", "infer")
@@ -210,6 +212,15 @@ def test_sources_that_are_not_there_are_left_out_or_refused(kaggle):
     assert len(stub.asked("SaveKernel")) == 1
 
 
+def test_a_push_that_waits_asks_until_the_kernel_is_complete(kaggle):
+    answers = [{"status": "QUEUED"}, (502, {"code": 502, "message": "Bad gateway"}), {"status": "RUNNING"}]
+    complete = {"status": "COMPLETE"}
+    kaggle.stub.replies["GetKernelSessionStatus"] = lambda asked: answers.pop(0) if answers else complete
+    code, _, err = kaggle("push", "--all", "--wait")
+    assert code == 0 and not answers and "asking again" in err, err
+    assert len(kaggle.stub.asked("SaveKernel")) == len(STAGES)
+
+
 def test_a_kernel_that_fails_ends_a_push_that_waits(kaggle):
     kaggle.stub.replies["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "no GPU left"}
     code, _, err = kaggle("push", "--all", "--wait")
@@ -226,7 +237,6 @@ def data(tmp_path):
         (folder / "convnext" / name).write_bytes(name.encode() * 1000)
     metadata = folder / "data_meta"
     metadata.mkdir()
-    shutil.copy(ROOT / "data_meta" / "columns.csv", metadata)
     (metadata / "prompts.csv").write_text("image_name,prompt,seed\na.png,a cat,1\nb.png,a dog,2\n")
     names = pd.DataFrame({"image_name": ["a.png", "b.png"], "prompt": ["a cat", "a dog"]})
     about = {"backbone": {"name": "timm:x"}}
@@ -309,6 +319,10 @@ def test_what_goes_wrong_with_a_dataset_is_said(kaggle, data, tmp_path):
     assert code == 2 and "column 'mood' is not in" in err
     code, _, err = kaggle("weights", tmp_path / "nothing", "--out", tmp_path / "out")
     assert code == 2 and "nothing" in err
+    twice = tmp_path / "other" / "convnext"
+    twice.mkdir(parents=True)
+    code, _, err = kaggle("weights", data / "convnext", twice, "--out", tmp_path / "out")
+    assert code == 2 and "have one name" in err
 
 
 @pytest.mark.parametrize(
@@ -338,6 +352,9 @@ def test_no_answer_ends_within_the_time_limit(kaggle):
 
 
 def test_status_output_and_submission(kaggle, tmp_path):
+    kaggle.stub.absent = {"02-dedupe-prompts"}
+    code, out, _ = kaggle("status")
+    assert code == 0 and "ada/02-dedupe-prompts: not on Kaggle\n" in out and "ada/07-infer-submission: complete" in out
     code, out, _ = kaggle("status", "infer")
     assert (code, out) == (0, "ada/07-infer-submission: complete\n")
     stub, content = kaggle.stub, b"imgId_eId,val\n" * 1000
@@ -368,9 +385,11 @@ def test_status_output_and_submission(kaggle, tmp_path):
 @pytest.mark.parametrize("name", ["missing.csv", "../escape.csv"])
 def test_an_output_that_cannot_be_had_is_an_error(kaggle, tmp_path, name):
     stub = kaggle.stub
+    if name.startswith(".."):
+        stub.files["/files/missing.csv"] = b"x"
     stub.replies["ListKernelSessionOutput"] = {"files": [{"url": stub.url("missing.csv"), "fileName": name}]}
     code, _, err = kaggle("output", "infer", "--out", tmp_path / "got")
-    assert code == 2 and name in err
+    assert code == 2 and name in err and ("leads out of" in err) == name.startswith("..")
     assert not (tmp_path / "got" / name).exists()
 
 

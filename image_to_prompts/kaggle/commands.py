@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from ..stages import COMPETITION, STAGES
 from . import folders, kernels, remote
 
 log = logging.getLogger(__name__)
-ASK_EVERY = 30.0  # seconds between two looks at a kernel that runs
+ASK_EVERY = float(os.environ.get("IMAGE_TO_PROMPTS_ASK_EVERY", 30))  # seconds between two looks at a running kernel
+MOST_FAILURES = 20  # of them in a row
 PUSHED = ".pushed.json"  # versions of the last push, by kernel, in the folder of kernels
 
 
@@ -83,10 +85,18 @@ class Push(Command):
             return remote.push(api, kernels.without(kernel, missing, Path(folder) / "kernel"), self.timeout)
 
     def _wait(self, api: Any, kernel: kernels.Kernel) -> None:
-        state = ""
+        state, failures = "queued", 0
         while state != "complete":
-            time.sleep(ASK_EVERY if state else 0)
-            state, message = remote.status(api, kernel.id, self.timeout)
+            time.sleep(ASK_EVERY)
+            try:
+                state, message = remote.status(api, kernel.id, self.timeout)
+                failures = 0
+            except UserError as error:  # Kaggle has bad minutes, a kernel runs for hours
+                failures += 1
+                if failures == MOST_FAILURES:
+                    raise
+                log.warning("%s; asking again", error)
+                continue
             if state not in ("queued", "running", "complete"):
                 raise UserError(f"{kernel.id}: {state}{message and f', {message}'}; those after it were not pushed")
 
@@ -103,6 +113,9 @@ class Status(Command):
         api = remote.connect(self.timeout)
         lines = []
         for kernel in _chosen(self.kernels, self.stage, not self.stage):
+            if not self.stage and not remote.is_there(api, kernel.id, "kernel", self.timeout):
+                lines.append(f"{kernel.id}: not on Kaggle")
+                continue
             state, message = remote.status(api, kernel.id, self.timeout)
             lines.append(f"{kernel.id}: {state}{message and f', {message}'}")
         return "\n".join(lines)

@@ -29,6 +29,7 @@ IMAGE = (
 PYTHONS = ("3.12", "3.13")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LICENSE = "apache-2.0"
+COLUMNS, DESCRIPTION = "columns.csv", "dataset-metadata.json"
 
 
 def needed(roots: Iterable[str], without: Iterable[str] = ()) -> set[str]:
@@ -76,11 +77,12 @@ def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, .
     Raises:
         UserError: If a wheel cannot be built or downloaded.
     """
-    for old in make_folder(out).glob("*.whl"):
-        old.unlink()
+    _clear(make_folder(out))
     image = needed(IMAGE)
     missing = sorted(needed([NAME], image) - {NAME})
-    _pip("wheel", "--no-deps", "--wheel-dir", out, source)
+    _pip("wheel", "--no-deps", "--wheel-dir", out, source.resolve())
+    if not list(out.glob("image_to_prompts-*.whl")):
+        raise UserError(f"{source}: not a clone of this project; give it with --source")
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     pins = [f"{name}=={installed.version(name)}" for name in missing]
     for python in pythons:
@@ -115,9 +117,12 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
     Raises:
         UserError: If something is nowhere.
     """
-    for name in what:
-        path = Path(name) if Path(name).exists() else located.locate(name)
-        target = make_folder(out / re.sub(r"[^\w.-]+", "-", path.name if Path(name).exists() else name))
+    targets = {name: out / re.sub(r"[^\w.-]+", "-", Path(name).name if Path(name).exists() else name) for name in what}
+    if len(set(targets.values())) < len(targets):
+        raise UserError(f"weights: two of {', '.join(targets)} have one name; rename a folder")
+    for name, target in targets.items():
+        path = Path(name) if Path(name).exists() else _locate(name)
+        shutil.rmtree(target, ignore_errors=True)
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             hidden = any(part.startswith(".") for part in file.relative_to(path.parent).parts)
             if file.is_file() and not hidden:
@@ -131,31 +136,44 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
     return describe(out, owner, "weights", "Image to prompts weights", subtitle, files)
 
 
+def _locate(name: str) -> Path:
+    if ":" not in name:
+        return located.locate(name)
+    from .. import backbones
+
+    return backbones.locate(name)
+
+
 def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
     """Copies metadata CSVs and describes every column.
 
     Args:
         out: Folder to fill.
-        data: Folder of CSVs, with columns.csv (column, type, description).
+        data: Folder of CSVs; its columns.csv (column, type, description), else data_meta's, describes their columns.
         owner: From `read_owner`.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: If there is no CSV, or a column is not described.
+        UserError: If there is no CSV of prompts, or a column is not described.
     """
     from ..metadata import read_table
 
-    known = read_table(data / "columns.csv", ("column", "type", "description")).set_index("column")
+    described = next((path for path in (data / COLUMNS, Path("data_meta") / COLUMNS) if path.is_file()), data / COLUMNS)
+    known = read_table(described, ("column", "type", "description")).set_index("column")
+    csvs = sorted(path for path in data.glob("*.csv") if path.name != COLUMNS)
+    if not csvs:
+        raise UserError(f"{data}: no CSVs of prompts; give a run's folder, for example --data runs/default/data_meta")
+    _clear(out)
     files: dict[str, Any] = {}
-    for csv in sorted(data.glob("*.csv")):
+    for csv in csvs:
         columns = {}
         for name in read_table(csv, ()).columns:
             if name not in known.index:
-                raise UserError(f"{csv}: column {name!r} is not in {data / 'columns.csv'}; describe it there")
+                raise UserError(f"{csv}: column {name!r} is not in {described}; describe it there")
             columns[name] = (known["type"][name], known["description"][name])
-        files[csv.name] = (f"{csv.stem}: one row {'a column' if csv.stem == 'columns' else 'an image'}", columns)
+        files[csv.name] = (f"{csv.stem}: one row a prompt", columns)
         with atomic_path(out / csv.name) as part:
             shutil.copyfile(csv, part)
     subtitle = "Prompts with the names of their images, deduplicated"
@@ -167,6 +185,7 @@ def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
     from .. import embed
 
     names = [*embed.arrays(data), embed.PROMPTS]
+    _clear(out)
     files: dict[str, Any] = {}
     for name in names:
         vectors, table, about = embed.read(data, name)
@@ -180,8 +199,15 @@ def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
     return describe(out, owner, "embeddings", "Image to prompts embeddings", subtitle, files)
 
 
+def _clear(folder: Path) -> None:
+    """Removes the files that an earlier call described, so that what is gone since is not published again."""
+    path = folder / DESCRIPTION
+    for resource in json.loads(path.read_text(encoding="utf-8"))["resources"] if path.is_file() else ():
+        (folder / resource["path"]).unlink(missing_ok=True)
+
+
 def describe(folder: Path, names: dict[str, str], which: str, title: str, subtitle: str, files: dict[str, Any]) -> Path:
-    """Writes the folder's dataset-metadata.json.
+    """Writes the folder's description.
 
     Args:
         folder: The folder.
@@ -214,7 +240,7 @@ def describe(folder: Path, names: dict[str, str], which: str, title: str, subtit
         schema = {"schema": {"fields": fields}} if fields else {}
         resources.append({"path": path, "description": said, **schema})
     description = {"id": f"{owner}/{slug}", "title": title, "subtitle": subtitle, "licenses": [{"name": LICENSE}]}
-    write_json(folder / "dataset-metadata.json", {**description, "resources": resources})
+    write_json(folder / DESCRIPTION, {**description, "resources": resources})
     return folder
 
 

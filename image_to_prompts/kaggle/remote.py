@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ..errors import UserError
 from ..files import atomic_path
+from .folders import DESCRIPTION
 from .kernels import PLACEHOLDER, Kernel
 
 log = logging.getLogger(__name__)
@@ -43,13 +44,16 @@ def credentials() -> str:
     home = Path.home() / ".kaggle"
     if os.environ.get("KAGGLE_API_TOKEN"):
         return "KAGGLE_API_TOKEN"
-    if (home / "access_token").is_file():
-        return str(home / "access_token")
+    for token in (home / "access_token", home / "access_token.txt"):
+        if token.is_file():
+            return str(token)
     if os.environ.get("KAGGLE_USERNAME") and os.environ.get("KAGGLE_KEY"):
         return "KAGGLE_USERNAME and KAGGLE_KEY"
     folders = [os.environ.get("KAGGLE_CONFIG_DIR"), home, Path.home() / ".config" / "kaggle"]
     files = [Path(folder) / "kaggle.json" for folder in folders if folder]
     file = next((file for file in files if file.is_file()), None)
+    if file is None and (home / "credentials.json").is_file():
+        return str(home / "credentials.json")  # of `kaggle auth login`
     if file is None:
         raise UserError(f"no Kaggle credentials; save kaggle.json from kaggle.com/settings as {home / 'kaggle.json'}")
     try:
@@ -71,23 +75,28 @@ def connect(timeout: float = TIMEOUT) -> Any:
         UserError: If the package is missing or there are no credentials.
     """
     source = credentials()
+    api = call("signing in", _sign_in, timeout=timeout)
+    log.info("Kaggle credentials: %s", source)
+    return api
+
+
+def _sign_in() -> Any:
     try:
-        from kaggle.api.kaggle_api_extended import KaggleApi, ResumableUploadResult
+        from kaggle.api.kaggle_api_extended import KaggleApi  # asks the server as soon as it is imported
     except ImportError as error:
         raise UserError(f"{error}; python -m pip install kaggle six") from error
 
     class Api(KaggleApi):
-        """Fails where a file fails to upload; the package goes on without it."""
+        """Fails where a file fails to upload; the package tries ten times and goes on without it."""
 
-        def upload_complete(self, path: str, url: str, quiet: bool, resume: bool = False) -> Any:
-            result = super().upload_complete(path, url, quiet, resume)
-            if result != ResumableUploadResult.COMPLETE:
-                raise UserError(f"{path}: the upload failed; run the same command again")
-            return result
+        def _upload_file(self, file_name: str, full_path: str, *more: Any, **named: Any) -> Any:
+            uploaded = super()._upload_file(file_name, full_path, *more, **named)
+            if uploaded is None:
+                raise UserError(f"{full_path}: the upload failed; run the same command again")
+            return uploaded
 
     api = Api()
-    call("signing in", api.authenticate, timeout=timeout)
-    log.info("Kaggle credentials: %s", source)
+    api.authenticate()
     return api
 
 
@@ -106,7 +115,8 @@ def call(what: str, function: Callable[..., T], *arguments: Any, timeout: float 
     except requests.HTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         reason = REASONS.get(status, "Kaggle's server failed; try again later" if status >= 500 else "")
-        raise UserError(f"{what}: {' '.join(str(error).split())} ({status}){reason and f'; {reason}'}") from error
+        said_it = " ".join(str(error).split()).partition(" for url:")[0]  # addresses may be signed
+        raise UserError(f"{what}: {said_it} ({status}){reason and f'; {reason}'}") from error
     except requests.Timeout as error:
         raise UserError(f"{what}: no answer from Kaggle within {timeout:g} s; try again") from error
     except requests.ConnectionError as error:
@@ -162,9 +172,19 @@ def push(api: Any, kernel: Kernel, timeout: float = TIMEOUT) -> int:
 
 def status(api: Any, kernel: str, timeout: float = TIMEOUT) -> tuple[str, str]:
     """State of a kernel's last run in small letters (queued, running, complete, error, ...), and its message."""
-    found = call(f"status of {kernel}", api.kernels_status, kernel, timeout=timeout)
+    found = call(f"status of {kernel}", _session, api, kernel, timeout=timeout)
     name = getattr(found.status, "name", str(found.status))
     return name.lower(), found.failure_message or ""
+
+
+def _session(api: Any, kernel: str) -> Any:
+    """The package's own kernels_status hides what the server answered."""
+    from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelSessionStatusRequest
+
+    request = ApiGetKernelSessionStatusRequest()
+    request.user_name, _, request.kernel_slug = kernel.partition("/")
+    with api.build_kaggle_client() as client:
+        return client.kernels.kernels_api_client.get_kernel_session_status(request)
 
 
 def output(api: Any, kernel: str, folder: Path, timeout: float = TIMEOUT) -> list[Path]:
@@ -230,7 +250,7 @@ def publish(api: Any, folder: Path, notes: str, timeout: float = TIMEOUT) -> str
     Raises:
         UserError: If it was refused, or if a file could not be uploaded.
     """
-    reference = json.loads((folder / "dataset-metadata.json").read_text(encoding="utf-8"))["id"]
+    reference = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["id"]
     what = f"publishing {reference}"
     if is_there(api, reference, "dataset", timeout):
         found = call(what, api.dataset_create_version, str(folder), notes, True, False, False, "zip", timeout=timeout)
@@ -247,7 +267,7 @@ def is_there(api: Any, source: str, kind: str, timeout: float = TIMEOUT) -> bool
 
     def asked() -> bool:
         try:
-            (api.dataset_status if kind == "dataset" else api.kernels_status)(source)
+            api.dataset_status(source) if kind == "dataset" else _session(api, source)
         except requests.HTTPError as error:
             if error.response is not None and error.response.status_code in (403, 404):
                 return False

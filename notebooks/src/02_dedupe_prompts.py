@@ -22,7 +22,7 @@ from image_to_prompts import dedupe, metadata, profiles, text_encoder, workspace
 
 run, profile = workspace.start(run_folder, profile)
 if test_folds is None:
-    test_folds = [1, 2] if profile == "embedded" else []
+    test_folds = [] if workspace.on_kaggle() else [1, 2]
 frame = metadata.read(run.have(run.prompts))
 
 # %% [markdown]
