@@ -23,7 +23,6 @@ from .files import make_folder, write_array
 from .progress import Deadline
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from . import infer
@@ -167,6 +166,8 @@ def predict(
         float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read or were not reached; and how
         many were reached.
     """
+    from accelerate.utils import find_executable_batch_size
+
     from .fast_layers import faster
 
     vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
@@ -177,6 +178,11 @@ def predict(
     model = predictor.forward.requires_grad_(False).to(device).eval()
     backbones.half_frozen(model, type_of(mixed_precision(device)))
     model = faster(model)
+
+    @find_executable_batch_size(starting_batch_size=config.batch_size)  # smaller whenever memory runs out
+    def extract(batch_size: int, rows: images.ImageRows) -> np.ndarray:
+        return evaluate.extract(model, rows, batch_size, device, config.loader_workers)
+
     for start in range(0, len(files), BLOCK):
         block = work / f"vectors-{start:09d}.npy" if work else None
         if block and block.is_file():
@@ -184,7 +190,7 @@ def predict(
         elif deadline and deadline.passed():
             return vectors, start
         else:
-            part = _predict_block(predictor, model, files[start : start + BLOCK], config, device)
+            part = _predict_block(predictor, extract, files[start : start + BLOCK], config.views)
             if block:
                 write_array(block, part)
         vectors[start : start + BLOCK] = part
@@ -192,17 +198,11 @@ def predict(
 
 
 def _predict_block(
-    predictor: Predictor, model: nn.Module, files: list[Path], config: infer.Config, device: torch.device
+    predictor: Predictor, extract: Callable[[images.ImageRows], np.ndarray], files: list[Path], views: tuple[str, ...]
 ) -> np.ndarray:
     """The mean over the views of unit vectors, float32 (n, 384), NaN for images that cannot be read."""
-    from accelerate.utils import find_executable_batch_size
-
-    @find_executable_batch_size(starting_batch_size=config.batch_size)
-    def extract(batch_size: int, rows: images.ImageRows) -> np.ndarray:
-        return evaluate.extract(model, rows, batch_size, device, config.loader_workers)
-
     seen = []
-    for view in config.views:
+    for view in views:
         found = extract(images.ImageRows(files, predictor.image_size, view))
         readable = np.isfinite(found[:, 0])
         vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)

@@ -19,6 +19,7 @@ from image_to_prompts import (
     infer,
     metadata,
     model,
+    predictors,
     profiles,
     submission,
     validation,
@@ -180,7 +181,7 @@ def test_views_are_averaged(folder, small_checkpoint, tmp_path):
 
 def test_half_precision_predicts_what_float32_does(folder, small_checkpoint, tmp_path, monkeypatch):
     half = infer.run(settings(folder, small_checkpoint, tmp_path / "a.csv"))
-    monkeypatch.setattr(infer, "mixed_precision", lambda device: "no")
+    monkeypatch.setattr(predictors, "mixed_precision", lambda device: "no")
     monkeypatch.setattr(devices, "mixed_precision", lambda device: "no")
     full = infer.run(settings(folder, small_checkpoint, tmp_path / "b.csv"))
     assert (half.vectors * full.vectors).sum(1).min() > 0.999

@@ -93,7 +93,7 @@ def test_images_not_reached_in_time_get_the_mean(small_run, small_checkpoint, tm
     np.testing.assert_allclose(again.vectors, whole.vectors, atol=1e-6)
 
 
-def test_a_batch_that_does_not_fit_is_halved(small_run, small_checkpoint, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_is_made_smaller_once(small_run, small_checkpoint, tmp_path, monkeypatch):
     sizes = []
     extract = evaluate.extract
 
@@ -104,8 +104,9 @@ def test_a_batch_that_does_not_fit_is_halved(small_run, small_checkpoint, tmp_pa
         return extract(model, rows, batch_size, *more, **named)
 
     monkeypatch.setattr(evaluate, "extract", short_of_memory)
-    config = infer.Config(
-        images=small_run.images, checkpoint=(small_checkpoint,), out=tmp_path / "s.csv", views=("whole",)
-    )
+    monkeypatch.setattr(predictors, "BLOCK", 16)  # four blocks
+    config = infer.Config(images=small_run.images, checkpoint=(small_checkpoint,), out=tmp_path / "s.csv")
+    config.views = ("whole",)
     infer.run(config)
-    assert sizes[:3] == [32, 16, 8]
+    assert sizes[0] == 32 and sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes[sizes.index(8) :])) == 1 and sizes.count(8) == 4
