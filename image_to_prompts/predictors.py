@@ -228,12 +228,12 @@ def climb(
         prediction (384,); how many images were reached by a predictor at least.
     """
     deadline = Deadline(config.max_hours)
-    for rung in rungs:
+    for place, rung in enumerate(rungs):
         found, means, reached = [], [], 0
         try:
             for number, load in enumerate(rung.load):
                 predictor = load()
-                block_folder = make_folder(work / f"{rungs.index(rung)}-{number}")
+                block_folder = make_folder(work / f"{place}-{number}")
                 vectors, count = predict(predictor, files, config, block_folder, deadline)
                 found.append(vectors)
                 means.append(predictor.mean[None])
@@ -243,10 +243,9 @@ def climb(
             if not config.fallback or rung is rungs[-1]:
                 raise
             said = " ".join(str(error).split()) or type(error).__name__
-            log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[rungs.index(rung) + 1].what)
+            log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[place + 1].what)
             continue
-        there = np.isfinite([vectors[:, 0] for vectors in found]).any(0)
         blended = evaluate.blend([np.nan_to_num(vectors) for vectors in found], rung.weights)
-        blended[~there | ~blended.any(1)] = np.nan
+        blended[~blended.any(1)] = np.nan  # no predictor had them
         return rung, blended, evaluate.blend(means, rung.weights)[0], reached
     raise UserError("nothing to predict from; run finetune first, or attach a checkpoint, embeddings or prompts")

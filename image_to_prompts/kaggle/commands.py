@@ -170,7 +170,14 @@ class Dataset(Command):
     notes: str = "image-to-prompts"
     """Notes on the version."""
 
-    def _finish(self, folder: Path) -> str:
+    def make(self, out: Path, owner: dict[str, str]) -> Path:
+        """Fills `out` and describes it; returns it."""
+        raise NotImplementedError
+
+    def run(self) -> str:
+        """Makes the dataset; returns a line about it."""
+        out = self.out or Path("kaggle_datasets") / type(self).__name__.lower()
+        folder = self.make(out, folders.read_owner(self.kernels / "owner.json"))
         files = [file for file in folder.rglob("*") if file.is_file()]
         said = f"{folder}: {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
         if not self.publish:
@@ -188,10 +195,9 @@ class Wheels(Dataset):
     python: tuple[str, ...] = folders.PYTHONS
     """Versions of Python to collect for."""
 
-    def run(self) -> str:
-        """Makes the dataset; returns a line about it."""
-        out, owner = self.out or Path("kaggle_datasets/wheels"), folders.read_owner(self.kernels / "owner.json")
-        return self._finish(folders.wheels(out, self.source, owner, self.python))
+    def make(self, out: Path, owner: dict[str, str]) -> Path:
+        """See `folders.wheels`."""
+        return folders.wheels(out, self.source, owner, self.python)
 
 
 @dataclass
@@ -201,10 +207,9 @@ class Weights(Dataset):
     what: Positional[tuple[str, ...]] = ("runs/default/checkpoints/convnext", "all-MiniLM-L6-v2")
     """Folders, files, or names of weights such as all-MiniLM-L6-v2 and open_clip:convnext_xxlarge."""
 
-    def run(self) -> str:
-        """Makes the dataset; returns a line about it."""
-        out = self.out or Path("kaggle_datasets/weights")
-        return self._finish(folders.weights(out, self.what, folders.read_owner(self.kernels / "owner.json")))
+    def make(self, out: Path, owner: dict[str, str]) -> Path:
+        """See `folders.weights`."""
+        return folders.weights(out, self.what, owner)
 
 
 @dataclass
@@ -214,10 +219,9 @@ class Metadata(Dataset):
     data: Path = Path("data_meta")
     """Folder of CSVs; its columns.csv (column, type, description) describes their columns."""
 
-    def run(self) -> str:
-        """Makes the dataset; returns a line about it."""
-        out = self.out or Path("kaggle_datasets/metadata")
-        return self._finish(folders.tables(out, self.data, folders.read_owner(self.kernels / "owner.json")))
+    def make(self, out: Path, owner: dict[str, str]) -> Path:
+        """See `folders.tables`."""
+        return folders.tables(out, self.data, owner)
 
 
 @dataclass
@@ -227,10 +231,9 @@ class Embeddings(Dataset):
     data: Path = Path("runs/default/embeddings")
     """What embed wrote."""
 
-    def run(self) -> str:
-        """Makes the dataset; returns a line about it."""
-        out = self.out or Path("kaggle_datasets/embeddings")
-        return self._finish(folders.embeddings(out, self.data, folders.read_owner(self.kernels / "owner.json")))
+    def make(self, out: Path, owner: dict[str, str]) -> Path:
+        """See `folders.embeddings`."""
+        return folders.embeddings(out, self.data, owner)
 
 
 ACTIONS: dict[str, type[Command]] = {
