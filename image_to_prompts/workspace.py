@@ -89,8 +89,7 @@ class Run:
     def target_images(self) -> Path | None:
         """The images that matter in the end: those held out, else the competition's if it is attached."""
         held_out = [folder for folder in self.rendered(self.test_images) if folder.is_dir()]
-        competition = [marker.parent / "images" for marker in kaggle_inputs("sample_submission.csv")]
-        return next((folder for folder in [*held_out, *competition] if folder.is_dir()), None)
+        return next(iter([*held_out, *_competitions()]), None)
 
     @property
     def checkpoints(self) -> Path:
@@ -151,15 +150,19 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
     return profile
 
 
+def _competitions() -> list[Path]:
+    folders = [marker.parent / "images" for marker in kaggle_inputs("sample_submission.csv")]
+    return [folder for folder in folders if folder.is_dir()]
+
+
 def competition_images() -> Path:
     """Folder of the competition's test images below the attached Kaggle inputs.
 
     Raises:
         UserError: If the competition is not attached.
     """
-    for marker in kaggle_inputs("sample_submission.csv"):
-        if (marker.parent / "images").is_dir():
-            return marker.parent / "images"
+    for folder in _competitions():
+        return folder
     raise UserError(f"no competition images under {KAGGLE_INPUT}; attach stable-diffusion-image-to-prompts")
 
 
