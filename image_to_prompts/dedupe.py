@@ -161,7 +161,7 @@ def run(config: Config) -> pd.DataFrame:
         return metadata.read(config.out)
 
     frame = pd.concat(parts, ignore_index=True).fillna("")
-    work = stamp.work_folder("dedupe")
+    work = stamp.work_folder()
     vectors = text_encoder.encode(frame["prompt"].tolist(), work)
     kept, removed = dedupe(frame.assign(row=range(len(frame))), vectors, config.threshold)
     kept = add_groups(kept.drop(columns=["row"]), vectors[kept["row"].to_numpy()], config.folds)
@@ -169,7 +169,6 @@ def run(config: Config) -> pd.DataFrame:
     metadata.write_table(removed_path(config.out), removed)
     metadata.write_table(config.out, kept)
     stamp.write([config.out, removed_path(config.out)])
-    stamp.clear("dedupe")
     largest = kept["group"].value_counts(normalize=True).max()
     log.info("kept %d of %d prompts; largest group %.1f %%", len(kept), len(frame), 100 * largest)
     return kept

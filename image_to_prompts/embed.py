@@ -134,7 +134,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return {name: np.load(config.out / f"{name}.npy", mmap_mode="r").shape for name in [*slugs.values(), PROMPTS]}
-    work = stamp.work_folder("embed")
+    work = stamp.work_folder()
     device = process_state().device
     alone = finetune.Config(image_size=config.image_size, cache_features=False, loader_workers=config.loader_workers)
     found = {}
@@ -154,6 +154,5 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     write(config.out, PROMPTS, targets, rows[["image_name", "prompt"]], {"encoder": "all-MiniLM-L6-v2"})
     found[PROMPTS] = targets.shape
     stamp.write([config.out / f"{name}{end}" for name in found for end in ENDS])
-    stamp.clear("embed")
     log.info("%s: %s", config.out, ", ".join(f"{name} {shape}" for name, shape in found.items()))
     return found

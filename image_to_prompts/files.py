@@ -103,26 +103,33 @@ class Stamp:
         digests = [sha256(file) for file in inputs if file.is_file()]
         text = json.dumps([settings, digests], sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self._work = path.with_name(f"{path.stem}-{self.fingerprint[:12]}")
 
     def is_current(self) -> bool:
-        """Whether the outputs of exactly these settings and inputs are there, unchanged in size."""
+        """Whether the outputs of exactly these settings and inputs are there, unchanged in size.
+
+        If so, it removes what a run left that was killed before it had cleared up.
+        """
         if not self.path.is_file():
             return False
         stamp = json.loads(self.path.read_text())
-        return stamp["fingerprint"] == self.fingerprint and all(
+        current = stamp["fingerprint"] == self.fingerprint and all(
             (self.path.parent / name).is_file() and (self.path.parent / name).stat().st_size == size
             for name, size in stamp["outputs"].items()
         )
+        if current:
+            self._clear()
+        return current
 
     def write(self, outputs: list[Path]) -> None:
-        """Declares `outputs`, which lie beside or below the stamp, finished."""
+        """Declares `outputs`, which lie beside or below the stamp, finished, and removes the work folder."""
         sizes = {os.path.relpath(out, self.path.parent): out.stat().st_size for out in outputs}
         write_json(self.path, {"fingerprint": self.fingerprint, "outputs": sizes})
+        self._clear()
 
-    def work_folder(self, name: str) -> Path:
+    def work_folder(self) -> Path:
         """A folder for half-done work that only the same settings and inputs may continue."""
-        return make_folder(self.path.parent / f".{name}-{self.fingerprint[:12]}")
+        return make_folder(self._work)
 
-    def clear(self, name: str) -> None:
-        """Removes what `work_folder(name)` holds."""
-        shutil.rmtree(self.path.parent / f".{name}-{self.fingerprint[:12]}", ignore_errors=True)
+    def _clear(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)

@@ -203,10 +203,12 @@ def run(config: Config) -> pd.DataFrame:
     settings = config.settings(*LOOSE) | {"images": [str(f.parent) for f in manifests if not f.is_file()]}
     stamp = Stamp(config.out / ".finetune.done", settings, dict.fromkeys([*tables, *manifests]))
     history_path = config.out / "history.csv"
+    state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if stamp.is_current():
+        state.unlink(missing_ok=True)
         log.info("%s is up to date", config.out)
         return pd.read_csv(history_path)
-    work = stamp.work_folder("finetune")
+    work = stamp.work_folder()
     rows = dataset.load_rows(
         tables, config.images, config.fold, work, config.leave_out, parse_weights(config.source_weights)
     )
@@ -232,7 +234,6 @@ def run(config: Config) -> pd.DataFrame:
     training_images = source
     if config.augment:
         training_images = ImageRows(rows.paths, config.image_size, augment_seed=config.seed)
-    state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if accelerator.is_main_process:
         adopt(state)
     accelerator.wait_for_everyone()
@@ -285,7 +286,6 @@ def run(config: Config) -> pd.DataFrame:
         log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
         validation.gallery(config.out, rows)
         stamp.write([config.out / name for name in OUTPUTS])
-        stamp.clear("finetune")
         state.unlink(missing_ok=True)
     broken = images.broken.keys() | (training_images.broken.keys() if config.augment else set())
     if broken:

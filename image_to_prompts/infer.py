@@ -192,7 +192,7 @@ def run(config: Config) -> Prediction:
         nearest = pd.read_csv(nearest_path) if bank else None
         vectors = submission.read(config.out, stems)
         return Prediction(files, vectors, broken, 0, scores["how"], scores["score"], scores["constant"], nearest)
-    work = stamp.work_folder("infer")
+    work = stamp.work_folder()
     rung, vectors, mean, reached = predictors.climb(rungs, files, config, work)
     unreadable = ~np.isfinite(vectors[:, 0])
     vectors[unreadable] = mean
@@ -214,7 +214,6 @@ def run(config: Config) -> Prediction:
     write_json(scores_path, scores)
     if rung is rungs[0] and not result.unreached:
         stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
-        stamp.clear("infer")
     for file in broken:
         log.warning("%s could not be read and got the mean prediction", file)
     if result.unreached:

@@ -48,6 +48,18 @@ def test_stamps_know_settings_inputs_and_outputs(tmp_path):
     assert not files.Stamp(tmp_path / ".done", {"count": 1}, [source]).is_current()
 
 
+def test_work_killed_between_its_stamp_and_the_clearing_up_is_cleared_by_the_next_run(tmp_path, monkeypatch):
+    out, stamp = tmp_path / "out.txt", files.Stamp(tmp_path / ".out.done", {})
+    out.write_text("result")
+    files.write_text(stamp.work_folder() / "half.txt", "half")
+    with monkeypatch.context() as killed:
+        killed.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        stamp.write([out])
+    assert (stamp.work_folder() / "half.txt").is_file()
+    assert stamp.is_current()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.done", "out.txt"]
+
+
 def test_a_file_in_the_way_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="regular file"):

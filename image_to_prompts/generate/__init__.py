@@ -129,7 +129,7 @@ class Distinct:
 
 def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Distinct, float]:
     """Adds candidates until there are enough, or `blocks` blocks; returns them and the seconds a new candidate took."""
-    journal = stamp.work_folder("generate") / "prompts.jsonl"
+    journal = stamp.work_folder() / "prompts.jsonl"
     found = Distinct(config.count)
     done = 0
     for record in read_journal(journal):
@@ -200,7 +200,6 @@ def run(config: Config) -> pd.DataFrame:
     if rank_and_processes()[0] == 0:
         metadata.write_table(config.out, frame)
         stamp.write([config.out])
-        stamp.clear("generate")
     if found.dry:
         log.warning(
             "%s: %d prompts, not %d: fewer than %d of the last %d candidates were new; "
