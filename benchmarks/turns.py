@@ -9,10 +9,19 @@ import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 Prepared = Callable[[], Any]
 """Does it once; what it returns is thrown away."""
+
+
+def peak() -> float:
+    """GB that this process had at most; getrusage would count what its parent had before it became this program."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _worker(pipe: Connection, prepare: Callable[..., Prepared], arguments: tuple[Any, ...]) -> None:
@@ -21,17 +30,18 @@ def _worker(pipe: Connection, prepare: Callable[..., Prepared], arguments: tuple
         start = time.perf_counter()
         do()
         seconds = time.perf_counter() - start
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+        pipe.send((seconds, peak()))
 
 
 def in_turns(
-    ways: dict[str, tuple[Callable[..., Prepared], tuple[Any, ...], dict[str, str]]], rounds: int
+    ways: dict[str, tuple[Callable[..., Prepared], tuple[Any, ...], dict[str, str]]], rounds: int, warm: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Runs each way `rounds` times, in turns, after one time that does not count.
+    """Runs each way `rounds` times, in turns, if `warm` after one time that does not count.
 
     Args:
         ways: By name, what makes a way ready in its process, its arguments, and its environment.
         rounds: How often.
+        warm: False where a time is long and the first one no slower.
 
     Returns:
         Seconds of each time, and the peak memory in GB of the way's process.
@@ -46,11 +56,11 @@ def in_turns(
         processes[name].start()
         os.environ.clear()
         os.environ.update(before)
-    for number in range(rounds + 1):
+    for number in range(rounds + warm):
         for name, pipe in pipes.items():
             pipe.send(True)
             taken, memory[name] = pipe.recv()
-            if number:
+            if number or not warm:
                 seconds[name].append(taken)
     for name, pipe in pipes.items():
         pipe.send(False)

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from .stages import STAGES
 
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
+    "explain": "a prompt's nearest neighbours, and why dedupe kept or removed it: explain PROMPT",
     "embed": "features of images by pretrained backbones, and of their prompts: what kNN predicts from",
     "import-checkpoint": "converts a .pt file of the reference's network: import-checkpoint FILE --out DIR",
     "kaggle": "kernels: kaggle push|status|output|submit; datasets: kaggle wheels|weights|metadata|embeddings",
@@ -40,6 +41,20 @@ class ImportCheckpoint:
     """Backbone it was trained with."""
     image_size: int = 512
     """Side of the input in px."""
+
+
+@dataclass
+class Explain:
+    """Says why `dedupe` kept or removed a prompt, and what it resembles."""
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """One of the prompts, or any other."""
+    metadata: Path = Path("data_meta/prompts.csv")
+    """What dedupe wrote."""
+    threshold: float = 0.8
+    """Its threshold, for prompts that it did not see."""
+    fast: bool = False
+    """Whether it embedded with --fast."""
 
 
 @dataclass
@@ -93,6 +108,14 @@ def _dispatch(words: list[str]) -> None:
         sys.stdout.write(chain.run(config) + "\n")
     elif words[0] == "kaggle":
         _run_kaggle(words[1:])
+    elif words[0] == "explain":
+        from .dedupe import look, removed_path
+
+        default = Explain("", workspace.Run(workspace.default_run()).metadata)
+        config = _parse(Explain, words[1:], words[0], replace(default, prompt=tyro.MISSING))
+        _set_up(quiet=True)
+        kept, removed = look.read(config.metadata, removed_path(config.metadata))
+        sys.stdout.write(look.explain(config.prompt, kept, removed, config.threshold, config.fast) + "\n")
     elif words[0] == "check-submission":
         from . import submission
 

@@ -185,4 +185,6 @@ def _evaluate(
     own = (found.vectors * targets).sum(1)
     report.histogram(own, targets @ checkpoint.mean, folder / "cosines.png")
     shutil.copyfile(run_.checkpoint / "history.png", folder / "history.png")
-    stamp.write([folder / name for name in ("scores.json", "strips.png", "gallery.png", "cosines.png", "history.png")])
+    shutil.copyfile(dedupe.picture_path(run_.metadata), folder / "threshold.png")
+    written = ("scores.json", "strips.png", "gallery.png", "cosines.png", "history.png", "threshold.png")
+    stamp.write([folder / name for name in written])

@@ -68,7 +68,6 @@ def load_rows(
     csvs: tuple[Path, ...],
     folders: tuple[Path, ...],
     fold: int = 0,
-    work: Path | None = None,
     leave_out: str = "",
     source_weights: Mapping[str, float] | None = None,
 ) -> Rows:
@@ -78,7 +77,6 @@ def load_rows(
         csvs: Metadata CSVs; none: see `tables`. Where one has no `fold`, all rows are grouped and folded anew.
         folders: Folders of images or tar shards, one a CSV or one for all.
         fold: Fold that validates.
-        work: Folder for half-done embeddings.
         leave_out: Source whose rows do not train; those of the validating fold validate alone.
         source_weights: How much the rows of a source count in training; 1 where nothing is said.
 
@@ -87,7 +85,7 @@ def load_rows(
     """
     frame = with_images(tables(csvs, folders), folders)
     paths = frame.pop("path").tolist()
-    targets = text_encoder.encode(frame["prompt"].tolist(), work)
+    targets = text_encoder.encode(frame["prompt"].tolist())
     if "fold" not in frame or frame["fold"].isna().any():
         frame = add_groups(frame, targets, folds=8)
     rows = Rows(frame, paths, targets, np.empty(0, int), np.empty(0, int), 0, np.ones(len(frame), np.float32))

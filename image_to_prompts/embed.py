@@ -150,7 +150,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
         about = {"backbone": spec.to_dict()}
         write(config.out, slugs[name], features[readable], rows.loc[readable, ["image_name"]], about)
         found[slugs[name]] = features[readable].shape
-    targets = text_encoder.encode(rows["prompt"].tolist(), work)
+    targets = text_encoder.encode(rows["prompt"].tolist())
     write(config.out, PROMPTS, targets, rows[["image_name", "prompt"]], {"encoder": "all-MiniLM-L6-v2"})
     found[PROMPTS] = targets.shape
     stamp.write([config.out / f"{name}{end}" for name in found for end in ENDS])

@@ -209,9 +209,7 @@ def run(config: Config) -> pd.DataFrame:
         log.info("%s is up to date", config.out)
         return pd.read_csv(history_path)
     work = stamp.work_folder()
-    rows = dataset.load_rows(
-        tables, config.images, config.fold, work, config.leave_out, parse_weights(config.source_weights)
-    )
+    rows = dataset.load_rows(tables, config.images, config.fold, config.leave_out, parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
     accelerator = accelerator_for(config)

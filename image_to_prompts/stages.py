@@ -66,9 +66,9 @@ STAGES = (
         2,
         "dedupe",
         "02_dedupe_prompts",
-        "drops every prompt within cosine 0.8 of one that is kept (FAISS)",
+        "drops every prompt within cosine 0.8 of one that is kept",
         "prompts/*.csv, other metadata CSVs",
-        "data_meta/<name>.csv, <name>.removed.csv",
+        "data_meta/<name>.csv, <name>.removed.csv, <name>.png",
         Kernel(gpu=False, after=("generate",)),
     ),
     Stage(

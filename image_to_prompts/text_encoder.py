@@ -2,59 +2,100 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import weights
-from .files import write_array
-from .progress import progress
+from . import text_cache, weights
+from .devices import keep_memory, mixed_precision, one_core_each, type_of
+from .progress import progress_to
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from .minilm import MiniLM
+
+NAME = "all-MiniLM-L6-v2"
 DIMENSION = 384
-BLOCK = 2048
+BLOCK = 4096  # texts kept at once
 
 
 @lru_cache(maxsize=1)
 def load() -> SentenceTransformer:
-    """Loads the encoder once per process, on the GPU where there is one."""
-    folder = weights.locate("all-MiniLM-L6-v2")
+    """Loads the model once per process, on the GPU where there is one."""
+    folder = weights.locate(NAME)
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(folder))
+    return SentenceTransformer(str(folder)).eval()
 
 
-def encode(prompts: Sequence[str], work: Path | None = None) -> np.ndarray:
-    """Embeds prompts.
+@lru_cache(maxsize=2)
+def _encoder(fast: bool) -> tuple[MiniLM, str]:
+    """The encoder in a precision, and what tells its vectors from those of others."""
+    from .minilm import MiniLM
+
+    model = load()
+    precision = mixed_precision(model.device) if fast else "no"
+    if model.device.type == "cpu":
+        keep_memory()
+    return MiniLM(model, type_of(precision)), f"{weights.digest(weights.locate(NAME))} {precision}"
+
+
+def encode(prompts: Sequence[str], fast: bool = False) -> np.ndarray:
+    """Embeds prompts; those that any stage has embedded before come from the disk (see `text_cache`).
 
     Args:
         prompts: Texts; longer ones are cut at the model's 256 tokens.
-        work: Folder in which finished blocks are kept, so that a killed run goes on where it was.
+        fast: In half precision where the hardware has it: every row within cosine .9999 of float32's. For
+            deduplication; targets and submissions are made without it.
 
     Returns:
-        float32 array (len(prompts), 384) of unit vectors. Blocks of 2,048 rows are encoded alike whatever was done
-        before, so that a resumed run returns the same bytes.
+        float32 array (len(prompts), 384) of unit vectors. A killed run that goes on returns the same bytes; vectors
+        that another call has kept may differ from this one's by rounding, as texts shared other batches there.
     """
-    vectors = np.zeros((len(prompts), DIMENSION), np.float32)
-    starts = range(0, len(prompts), BLOCK)
-    for start in progress(starts, "encode prompts"):
-        block = work / f"embeddings-{start:09d}.npy" if work else None
-        if block and block.is_file():
-            vectors[start : start + BLOCK] = np.load(block)
-            continue
-        part = load().encode(
-            list(prompts[start : start + BLOCK]),
-            batch_size=32,
-            normalize_embeddings=True,
-            convert_to_numpy=True,
-            show_progress_bar=False,
-        )
-        vectors[start : start + BLOCK] = part
-        if block:
-            write_array(block, part)
-    return vectors
+    if not len(prompts):
+        return np.zeros((0, DIMENSION), np.float32)
+    model, encoder = _encoder(fast)
+    numbers: dict[str, int] = {}
+    rows = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
+    texts = list(numbers)
+    keys = [text_cache.key(encoder, text) for text in texts]
+    with contextlib.closing(text_cache.TextCache(DIMENSION)) as cache:
+        vectors, there = cache.read(keys)
+        if not there.all():
+            _fill(model, texts, keys, vectors, there, cache)
+    return vectors if len(texts) == len(prompts) else vectors[rows]
+
+
+def _fill(
+    model: MiniLM,
+    texts: list[str],
+    keys: list[bytes],
+    vectors: np.ndarray,
+    there: np.ndarray,
+    cache: text_cache.TextCache,
+) -> None:
+    """Embeds the texts that are not there, blocks of like length one after the other."""
+    from .minilm import batches
+
+    by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    tokenizer, most = load().tokenizer, load().max_seq_length
+    with (
+        progress_to(len(texts), "encode prompts", int(there.sum())) as advance,
+        one_core_each(model.device) as threads,
+    ):
+        for start in range(0, len(texts), BLOCK):
+            block = [row for row in by_characters[start : start + BLOCK] if not there[row]]
+            if not block:
+                continue
+            tokens = tokenizer([texts[row] for row in block], truncation=True, max_length=most)["input_ids"]
+            order = sorted(range(len(block)), key=lambda row: len(tokens[row]))
+            parts = list(batches(tokens, order))
+            encoded = threads.map(lambda part: model.encode([tokens[row] for row in part]), parts)  # noqa: B023
+            for part, found in zip(parts, encoded, strict=True):
+                vectors[[block[row] for row in part]] = found
+                advance(len(part))
+            cache.write([keys[row] for row in block], vectors[block])

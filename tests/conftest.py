@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from tiny_models import save_diffusion, save_tokenizer
 
-from image_to_prompts import dedupe, generate, profiles, render, workspace
+from image_to_prompts import dedupe, generate, profiles, render, text_cache, workspace
 from image_to_prompts.__main__ import main
 
 # Shared machines are slow at times; how long an example takes says nothing about the code.
@@ -19,6 +19,12 @@ settings.register_profile("project", deadline=None, suppress_health_check=[Healt
 settings.load_profile("project")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keeps embeddings of tests out of the user's cache."""
+    os.environ[text_cache.FOLDER] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

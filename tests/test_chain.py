@@ -22,7 +22,7 @@ def test_chain_ends_in_a_report_and_a_score_line(tmp_path):
     assert {line.split()[0] for line in printed[1:6]} == {"generate", "dedupe", "render"}
 
     folder = tmp_path / "run"
-    for name in ("gallery.png", "history.png", "strips.png", "cosines.png"):
+    for name in ("gallery.png", "history.png", "strips.png", "cosines.png", "threshold.png"):
         assert (folder / "report" / name).stat().st_size > 5000
     images = list((folder / "images" / "test").glob("*.png"))
     assert {f.name for f in (folder / "report" / "strips").iterdir()} == {f.name for f in images}

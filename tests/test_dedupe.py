@@ -1,67 +1,245 @@
-"""Deduplication: the greedy law against a plain oracle, the files, the groups, the refusals."""
+"""Deduplication: the law against a plain oracle, engines, thresholds, files, groups, reasons, refusals."""
+
+import gzip
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import dedupe, metadata
+from image_to_prompts import dedupe, metadata, text_encoder
+from image_to_prompts.dedupe import exact, look, result, with_faiss
 from image_to_prompts.errors import UserError
 
 
-def oracle(vectors, threshold):
-    """First-kept greedy clustering, the slow way."""
-    kept, leader = [], []
-    for row, vector in enumerate(vectors):
-        near = [k for k in kept if vectors[k] @ vector >= np.float32(threshold)]
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def oracle(vectors, threshold, fixed=0):
+    """The law, word by word: the first kept row that each resembles, or itself."""
+    kept, leader = list(range(fixed)), list(range(fixed))
+    for row in range(fixed, len(vectors)):
+        near = [k for k in kept if vectors[k] @ vectors[row] >= np.float32(threshold)]
         leader.append(near[0] if near else row)
         if not near:
             kept.append(row)
     return np.array(leader)
 
 
-@given(st.integers(1, 60), st.integers(0, 10**6), st.sampled_from([0.5, 0.7, 0.8, 0.95, 1.0]))
-@settings(max_examples=60, deadline=None)
-def test_leaders_equal_the_oracle(count, seed, threshold):
+def clustered(count, seed, width):
+    """Vectors of which many nearly agree, as prompts do."""
     rng = np.random.default_rng(seed)
-    vectors = rng.normal(size=(count, 4)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    leader, similarity = dedupe.leaders(vectors, threshold)
-    # Random reals never lie on the threshold but for rounding, so both must agree row by row.
-    products = vectors @ vectors.T
-    if np.abs(products - np.float32(threshold)).min() > 1e-6:
-        np.testing.assert_array_equal(leader, oracle(vectors, threshold))
+    centres = rng.normal(size=(max(1, count // 3), width))
+    return unit(
+        centres[rng.integers(len(centres), size=count)]
+        + rng.uniform(0, 1, (count, 1)) * rng.normal(size=(count, width))
+    )
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(0, 10**6),
+    st.sampled_from([2, 4, 40, 200]),
+    st.sampled_from([0.003, 0.5, 0.7, 0.8, 0.95, 1.0]),
+    st.integers(0, 5),
+    st.sampled_from([(8192, 2048, 2048), (16, 8, 8), (7, 3, 5)]),
+)
+@settings(max_examples=120)
+def test_the_law_in_blocks_of_any_size(count, seed, width, threshold, fixed, blocks):
+    vectors = clustered(count, seed, width)
+    fixed = min(fixed, count)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("BLOCK", "TALL", "WIDE"), blocks, strict=True):
+            patch.setattr(exact, name, value)
+        leader, cosine = exact.leaders(vectors, threshold, fixed)
+        pairs = exact.pairs(vectors, threshold)
+    products = vectors.astype(float) @ vectors.T.astype(float)
+    earlier = np.tril(np.ones_like(products, bool), -1)
     kept = np.flatnonzero(leader == np.arange(count))
-    inside = products[np.ix_(kept, kept)] - 2 * np.eye(len(kept))
+    inside = np.where(earlier, products, -1)[np.ix_(kept, kept)]
+    inside[:fixed, :fixed] = -1
     assert inside.max(initial=-1) < threshold + 1e-6
-    assert (similarity >= threshold - 1e-6).all()
+    gone = np.flatnonzero(leader != np.arange(count))
+    assert np.isin(leader[gone], kept).all() and (leader <= np.arange(count)).all() and (gone >= fixed).all()
+    np.testing.assert_allclose(cosine[gone], products[gone, leader[gone]], atol=1e-6)
+    assert (cosine[gone] >= np.float32(threshold)).all()
+    assert (np.lexsort((pairs.earlier, pairs.later)) == np.arange(len(pairs.later))).all()
+    # Random reals lie on the threshold by rounding alone; then float32 itself is ambiguous.
+    if np.abs(products - threshold)[earlier].min(initial=1) > 1e-6:
+        np.testing.assert_array_equal(leader, oracle(vectors, threshold, fixed))
+        found = np.zeros_like(earlier)
+        found[pairs.later, pairs.earlier] = True
+        np.testing.assert_array_equal(found, earlier & (products >= threshold))
+        if not fixed:
+            np.testing.assert_array_equal(with_faiss.reference(vectors, threshold)[0], leader)
+        np.testing.assert_array_equal(result.resolved(pairs, count, threshold, fixed)[0], leader)
 
 
-def test_blocks_do_not_change_the_result(monkeypatch):
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(300, 5)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    whole = dedupe.leaders(vectors, 0.8)
-    monkeypatch.setattr(dedupe, "SEARCH_BLOCK", 7)
-    for a, b in zip(whole, dedupe.leaders(vectors, 0.8), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_threads_and_precision_change_nothing(monkeypatch):
+    vectors = clustered(3000, 3, 384)
+    whole = exact.leaders(vectors, 0.8)
+    assert 100 < (whole[0] == np.arange(3000)).sum() < 2900
+    monkeypatch.setattr(exact, "mixed_precision", lambda device: "no")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 3)
+    try:
+        again = exact.leaders(vectors, 0.8)
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_vectors_that_are_not_of_length_1_are_refused():
+    vectors = clustered(20, 0, 8)
+    with pytest.raises(ValueError, match="not of length 1"):
+        exact.leaders(vectors * 2, 0.8)
+    vectors[7] = np.nan
+    with pytest.raises(ValueError, match="not of length 1"):
+        exact.pairs(vectors, 0.8)
+    with pytest.raises(ValueError, match="threshold"):
+        exact.leaders(clustered(5, 0, 8), 1.5)
+
+
+def test_the_index_keeps_the_law_but_for_what_it_misses(monkeypatch):
+    monkeypatch.setattr(with_faiss, "BLOCK", 500)
+    vectors = clustered(4000, 1, 64)
+    leader, cosine, missed = with_faiss.leaders(vectors, 0.8, fixed=10)
+    gone = np.flatnonzero(leader != np.arange(4000))
+    assert len(gone) > 500 and (leader[:10] == np.arange(10)).all() and (leader[gone] < gone).all()
+    np.testing.assert_allclose(cosine[gone], (vectors[gone] * vectors[leader[gone]]).sum(1), atol=1e-6)
+    assert (cosine[gone] >= 0.8 - 1e-6).all() and (leader[leader] == leader).all()
+    assert 0 <= missed < 0.5
+    monkeypatch.setattr(with_faiss, "PROBED", 1)
+    everything, _, none = with_faiss.leaders(vectors, 0.8, fixed=10)
+    assert none == 0
+    np.testing.assert_array_equal(everything, exact.leaders(vectors, 0.8, 10)[0])
+
+
+def frame_of(*prompts, **columns):
+    return pd.DataFrame({"prompt": prompts, **columns})
+
+
+def test_thresholds_from_one_pass(monkeypatch):
+    prompts = [f"{what} {where}" for where in ("in a wood", "at the sea", "on the moon") for what in ("a fox", "foxes")]
+    found = dedupe.dedupe(frame_of(*prompts), text_encoder.encode)
+    counts = {threshold: found.at(threshold).counts for threshold in (0.7, 0.75, 0.8, 0.9, 1.0)}
+    fresh = {t: dedupe.dedupe(frame_of(*prompts), text_encoder.encode, t, engine="exact").counts for t in counts}
+    assert counts == fresh and len({tuple(c.values()) for c in counts.values()}) > 1
+    monkeypatch.setattr(result, "leaders", lambda *_, **__: pytest.fail("compared vectors again"))
+    assert found.at(0.9).at(0.7).counts == counts[0.7]
+
+
+def test_too_many_pairs_are_not_kept(monkeypatch):
+    prompts = frame_of(*[f"a red fox, number {i}" for i in range(30)])
+    whole = dedupe.dedupe(prompts, text_encoder.encode)
+    monkeypatch.setattr(result, "MOST_PAIRS", 3)
+    without = dedupe.dedupe(prompts, text_encoder.encode)
+    assert dedupe.dedupe(frame_of("a fox", "a lamp", "the sea", "two owls"), text_encoder.encode, 0.01).pairs is None
+    assert whole.pairs is not None and without.pairs is None
+    pd.testing.assert_frame_equal(whole.removed, without.removed)
+    assert without.at(0.95).counts == whole.at(0.95).counts
+    assert look.borderline(without).empty and len(look.curve(without)) == 1 and len(look.curve(whole)) > 5
+
+
+def write(path, *prompts, **columns):
+    metadata.write_table(path, frame_of(*prompts, **columns))
+    return path
+
+
+def removed_of(out):
+    return pd.read_csv(dedupe.removed_path(out))
 
 
 def test_files_groups_and_reasons(tmp_path):
-    a, b = tmp_path / "a.csv", tmp_path / "b.csv"
-    a.write_text("prompt\na cat sitting on a sofa\na red sports car\na cat sitting on a sofa\n")
-    b.write_text("prompt\na cat sitting on the sofa\nan astronaut riding a horse\n")
+    a = write(tmp_path / "a.csv", "a cat sitting on a sofa", "a red sports car", "a cat sitting on a sofa")
+    b = write(tmp_path / "b.csv", "a cat sitting on the sofa", "an astronaut riding a horse", "A red  sports Car")
     out = tmp_path / "meta" / "x.csv"
     kept = dedupe.run(dedupe.Config(prompts=(a, b), out=out))
-    removed = pd.read_csv(out.with_name("x.removed.csv"))
+    removed = removed_of(out)
     assert kept["prompt"].tolist() == ["a cat sitting on a sofa", "a red sports car", "an astronaut riding a horse"]
-    assert list(removed.columns) == ["prompt", "kept_prompt", "similarity", "reason"]
-    assert removed["reason"].tolist() == ["exact", "similar"]
-    assert (removed["similarity"] >= 0.8).all() and set(removed["kept_prompt"]) == {"a cat sitting on a sofa"}
-    assert kept["source"].tolist() == ["a", "a", "b"]
+    columns = ["prompt", "kept_prompt", "similarity", "reason", "file", "row", "kept_file", "kept_row"]
+    assert list(removed.columns) == columns
+    assert removed["reason"].tolist() == ["exact", "similar", "normalised"]
+    assert (removed["similarity"] >= 0.8).all()
+    assert removed["kept_file"].tolist() == [str(a)] * 3 and removed["kept_row"].tolist() == [1, 1, 2]
+    assert removed["file"].tolist() == [str(a), str(b), str(b)] and removed["row"].tolist() == [3, 1, 3]
+    assert kept["source"].tolist() == ["a", "a", "b"] and "row" not in kept
     assert set(kept["group"]) <= set(kept["image_name"]) and kept["fold"].between(0, 4).all()
     assert metadata.read(out)["prompt"].tolist() == kept["prompt"].tolist()
+    assert dedupe.picture_path(out).stat().st_size > 1000
+
+
+def test_against_other_metadata(tmp_path, command):
+    known = ["two owls on a roof", "two owls on a roof at night", "a red fox"]
+    known = write(tmp_path / "known.csv", *known, model=["x"] * 3, fold=["1"] * 3)
+    new = write(tmp_path / "new.csv", "A red fox", "a blue whale", "two owls on the roof")
+    out = tmp_path / "o.csv"
+    kept = dedupe.run(dedupe.Config(prompts=(new,), against=(known,), out=out))
+    assert kept["prompt"].tolist() == ["a blue whale"]
+    assert list(kept.columns) == ["image_name", "prompt", "seed", "source", "group", "fold"]
+    assert metadata.read(out)["seed"].tolist() == kept["seed"].tolist()
+    code, said, _ = command("explain", "two owls sitting on a roof", "--metadata", out)
+    assert code == 0 and "would be removed" in said
+    removed = removed_of(out)
+    assert removed["prompt"].tolist() == ["A red fox", "two owls on the roof"]
+    assert removed["reason"].tolist() == ["normalised", "similar"]
+    assert set(removed["kept_file"]) == {str(known)} and removed["kept_row"].tolist() == [3, 1]
+
+
+def test_nothing_new_and_columns_of_the_users_own(tmp_path):
+    csv = write(tmp_path / "p.csv", "a red fox", "a lamp", file=["x", "y"], row=["7", "8"], position=["up", "down"])
+    kept = dedupe.run(dedupe.Config(prompts=(csv,), out=tmp_path / "o.csv"))
+    assert kept["file"].tolist() == ["x", "y"] and kept["row"].tolist() == ["7", "8"]
+    assert kept["position"].tolist() == ["up", "down"] and not any(name.startswith("_") for name in kept)
+    with pytest.raises(UserError, match="every row resembles one of --against"):
+        dedupe.run(dedupe.Config(prompts=(csv,), against=(csv,), out=tmp_path / "again.csv"))
+    assert not (tmp_path / "again.csv").exists()
+
+
+def test_preferred_sources_win_and_the_order_stays(tmp_path):
+    sources = ["poor", "poor", "good", "good"]
+    prompts = ["a red fox in snow", "a small boat", "a red fox in the snow", "a lamp"]
+    csv, out = write(tmp_path / "p.csv", *prompts, source=sources), tmp_path / "o.csv"
+    assert dedupe.run(dedupe.Config(prompts=(csv,), out=out))["prompt"].tolist() == [prompts[i] for i in (0, 1, 3)]
+    kept = dedupe.run(dedupe.Config(prompts=(csv,), out=out, prefer=("good",)))
+    assert kept["prompt"].tolist() == prompts[1:]
+    with pytest.raises(UserError, match=r"no row has this source \(sources: good, poor\)"):
+        dedupe.run(dedupe.Config(prompts=(csv,), out=out, prefer=("best",)))
+
+
+def test_half_precision_reports_what_float32_finds(tmp_path, caplog):
+    caplog.set_level("INFO", "image_to_prompts")
+    csv = write(tmp_path / "p.csv", *[f"{n} red foxes {where}" for n in range(9) for where in ("at sea", "in a car")])
+    dedupe.run(dedupe.Config(prompts=(csv,), out=tmp_path / "fast.csv", fast=True))
+    said = re.search(r"float32 would change (\d+\.\d\d) % of the fates \((\d+) sampled\)", caplog.text)
+    assert float(said[1]) == 0 and int(said[2]) == 17  # no pair is near the threshold; the first row has no fate
+    removed = removed_of(tmp_path / "fast.csv")
+    exact_cosines = np.einsum(
+        "ij,ij->i", *(text_encoder.encode(removed[name].tolist()) for name in ("prompt", "kept_prompt"))
+    )
+    assert len(removed) > 3
+    np.testing.assert_allclose(removed["similarity"], exact_cosines, atol=2e-6)
+
+
+def test_a_prompt_is_explained(tmp_path, command):
+    csv = write(tmp_path / "p.csv", "a red fox in snow", "a small boat", "a red fox in the snow")
+    out = tmp_path / "o.csv"
+    dedupe.run(dedupe.Config(prompts=(csv,), out=out))
+    for prompt, fate in {
+        "A small boat": "kept\n",
+        "a red fox in the snow": f"because of row 1 of {csv}: a red fox in snow\n",
+        "red fox in snow": "would be removed: nearest kept row 0.9",
+        "a steam engine": "would be kept: nearest kept row 0.",
+    }.items():
+        code, said, err = command("explain", prompt, "--metadata", out)
+        assert code == 0 and fate in said and said.count("\n") >= 4, (said, err)
+    assert command("explain", "a cat", "--metadata", tmp_path / "none.csv")[0] == 2
 
 
 def test_adding_rows_at_the_end_moves_no_old_one(small_run, tmp_path):
@@ -73,27 +251,41 @@ def test_adding_rows_at_the_end_moves_no_old_one(small_run, tmp_path):
 
 
 def test_variety_of_the_grammar():
-    from image_to_prompts import text_encoder
     from image_to_prompts.generate import grammar
 
     vectors = text_encoder.encode([grammar.prompt(0, i) for i in range(400)])
     mean = vectors.mean(0)
     assert (vectors @ mean).mean() / np.linalg.norm(mean) <= 0.50
-    leader, _ = dedupe.leaders(vectors, dedupe.GROUP_THRESHOLD)
+    leader, _ = exact.leaders(vectors, result.FLOOR)
     assert np.bincount(leader).max() <= 0.05 * len(vectors)
 
 
-@pytest.mark.parametrize("bad", [{"threshold": 0.0}, {"threshold": 1.5}, {"folds": 1}, {"prompts": ()}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"threshold": 0.0}, {"threshold": 1.5}, {"folds": 1}, {"prompts": ()}, {"engine": "x"}, {"out": Path("o.png")}],
+)
 def test_bad_settings_are_refused(tmp_path, bad):
-    source = tmp_path / "p.csv"
-    source.write_text("prompt\na cat\n")
+    source = write(tmp_path / "p.csv", "a cat")
     with pytest.raises(UserError):
         dedupe.run(dedupe.Config(**{"prompts": (source,), "out": tmp_path / "o.csv", **bad}))
     assert not (tmp_path / "o.csv").exists()
 
 
+@pytest.mark.slow
+def test_real_prompts_obey_the_law(shared_data):
+    with gzip.open(shared_data / "real_prompts.txt.gz", "rt", encoding="utf-8") as file:
+        prompts = [line.rstrip("\n") for line in file][:6000]
+    found = dedupe.dedupe(frame_of(*prompts), lambda texts: text_encoder.encode(texts, fast=True))
+    expected, cosine = with_faiss.reference(found.vectors, 0.8)
+    products = np.sort(np.abs(found.pairs.cosine - np.float32(0.8)))
+    assert products[0] > 1e-6  # else float32 itself would be ambiguous
+    np.testing.assert_array_equal(found.leader, expected)
+    np.testing.assert_allclose(found.cosine, cosine, atol=1e-6)
+    np.testing.assert_array_equal(exact.leaders(found.vectors, 0.8)[0], expected)
+
+
 def test_competition_prompts_embed_as_the_competition_did(shared_data):
-    from image_to_prompts import submission, text_encoder
+    from image_to_prompts import submission
 
     prompts = pd.read_csv(shared_data / "kaggle_sample" / "prompts.csv")
     ours = text_encoder.encode(prompts["prompt"].tolist())

@@ -34,11 +34,12 @@ def work(stage: str, run: Path, values: dict) -> None:
     """One run of a stage in a process of its own, with one thread so that floating point is reproducible."""
     import torch
 
-    from image_to_prompts import dedupe, finetune, infer, profiles, text_encoder, workspace
+    from image_to_prompts import dedupe, finetune, infer, profiles, text_cache, text_encoder, workspace
     from image_to_prompts.render.scenes import SceneBackend
 
     torch.set_num_threads(1)
-    text_encoder.BLOCK, infer.BLOCK, dedupe.SEARCH_BLOCK, SceneBackend.block = 16, 8, 8, 4
+    text_encoder.BLOCK, infer.BLOCK, SceneBackend.block = 16, 8, 4
+    os.environ[text_cache.FOLDER] = str(run.with_name(f"{run.name}-cache"))
     stages = {
         "generate": "generate",
         "magicprompt": "generate",

@@ -17,8 +17,11 @@ test_folds = None  # held out for notebook 07; None: [1, 2], on Kaggle [], where
 import faiss
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+from IPython.display import Image
 
 from image_to_prompts import dedupe, metadata, profiles, text_encoder, workspace
+from image_to_prompts.dedupe import look
 
 run, profile = workspace.start(run_folder, profile)
 if test_folds is None:
@@ -50,18 +53,42 @@ print(f"{kept.sum()} of {len(kept)} prompts stay")
 # %% [markdown]
 # ## The stage
 #
-# The same rule in blocks, with a witness for each dropped prompt, and two more columns: `group`, the prompt's leader
-# at cosine 0.7, and `fold`, a hash of the group. Splitting by fold never puts near-twins on both sides.
+# The same rule, exact too but far faster (`dedupe/exact.py` says how), with a witness for each dropped prompt, and two
+# more columns: `group`, the prompt's leader at cosine 0.7, and `fold`, a hash of the group. Splitting by fold never
+# puts near-twins on both sides.
 
 # %%
 config = profiles.default_config("dedupe", run, profile, threshold=threshold)
 meta = dedupe.run(config)
-removed = metadata.read_table(dedupe.removed_path(run.metadata), ("prompt",)) if (~kept).any() else None
+known, removed = look.read(run.metadata, dedupe.removed_path(run.metadata))
 assert len(meta) == kept.sum()
 meta.head()
 
 # %%
-removed.head() if removed is not None else "nothing was removed"
+removed.head()
+
+# %% [markdown]
+# ## Is 0.8 the right threshold?
+#
+# One pass finds all pairs from 0.7 up, so that every threshold above comes for nothing. Judge by the pairs just below
+# and just above it: would you render both?
+
+# %%
+found = dedupe.dedupe(frame, text_encoder.encode, threshold)
+Image(str(dedupe.picture_path(run.metadata)))
+
+# %%
+look.curve(found).T
+
+# %%
+pd.set_option("display.max_colwidth", 120)
+look.borderline(found)
+
+# %% [markdown]
+# Why was one dropped, and what else is like it?
+
+# %%
+print(look.explain(removed["prompt"].iloc[0] if len(removed) else "a red fox", known, removed, threshold))
 
 # %% [markdown]
 # ## Are they varied enough?

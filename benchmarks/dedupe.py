@@ -1,0 +1,204 @@
+"""Seconds to deduplicate embeddings at cosine 0.8, vectors given: the exact engine, its peers, and the bare products.
+
+python benchmarks/dedupe.py real  [--prompts FILE] [--rounds 3]      all of them on real prompts, and exactness
+python benchmarks/dedupe.py large [--rows 250000 1000000]            the exact engine on more rows
+
+Peers: FAISS's flat index with 1,000 neighbours a row (the reference), its range search with the greedy pass, and
+semhash (`python -m pip install semhash`). Each has a process of its own and the OpenBLAS kernel that was fastest for it
+on a part of the rows; OPENBLAS_CORETYPE must be set before a process starts. `large` makes its rows of real ones:
+copies mirrored along random principal axes, which keeps every copy's cosines and the covariance of the whole; the
+quantiles of the nearest neighbours' cosines are printed for both. Figures go to benchmarks/dedupe.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import encode
+import numpy as np
+from turns import Prepared, in_turns, lines, ratio
+
+CORES = ("", "Haswell", "SkylakeX", "Zen", "SapphireRapids")
+THRESHOLD = 0.8
+PART = 8_000
+
+
+def flat(file: Path) -> Prepared:
+    import faiss
+
+    vectors = np.load(file)
+
+    def run() -> int:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        cosines, _ = index.search(vectors, min(1000, len(vectors)))
+        return int(((cosines >= THRESHOLD).sum(1) == 1).sum())
+
+    return run
+
+
+def range_search(file: Path) -> Prepared:
+    from image_to_prompts.dedupe import with_faiss
+
+    vectors = np.load(file)
+    return lambda: int((with_faiss.reference(vectors, THRESHOLD)[0] == np.arange(len(vectors))).sum())
+
+
+def semhash(file: Path) -> Prepared:
+    from semhash import SemHash
+
+    vectors = np.load(file)
+    records = [str(row) for row in range(len(vectors))]
+
+    return lambda: len(SemHash.from_embeddings(vectors, records, None).self_deduplicate(threshold=THRESHOLD).selected)
+
+
+def exact(file: Path) -> Prepared:
+    from image_to_prompts.dedupe import exact
+
+    vectors = np.load(file)
+    return lambda: int((exact.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))).sum())
+
+
+def bare(file: Path) -> Prepared:
+    """The matrix products alone that the exact engine computes, with nothing done to their results."""
+    import torch
+
+    from image_to_prompts.dedupe import exact
+    from image_to_prompts.devices import one_core_each
+
+    vectors = np.load(file)
+    kept = exact.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))
+    search = exact._Search(vectors, THRESHOLD)
+    coarse, stay = search.coarse, search.coarse[torch.from_numpy(kept)]
+    before = np.concatenate([[0], np.cumsum(kept)])
+    tall, wide, block = exact.TALL, exact.WIDE, exact.BLOCK
+    buffers = [torch.empty(tall, wide, dtype=coarse.dtype) for _ in range(4)]  # two threads use two of them
+
+    def tile(job: tuple[int, int, int]) -> None:
+        top, left, right = job
+        rows, others = coarse[top : top + tall], stay[left:right]
+        room = buffers[left // wide % len(buffers)].view(-1)
+        torch.mm(rows, others.T, out=room[: len(rows) * len(others)].view(len(rows), -1))
+
+    def run() -> int:
+        jobs = []
+        for top in range(0, len(coarse), tall):
+            end = before[min(top // block * block + block, len(coarse))]
+            jobs += [(top, left, min(left + wide, end)) for left in range(0, end, wide)]
+        with one_core_each(coarse.device) as threads:
+            list(threads.map(tile, jobs))
+        return len(jobs)
+
+    return run
+
+
+def kernel(way: Callable[[Path], Prepared], part: Path) -> str:
+    """The OpenBLAS kernel that is fastest for a way."""
+    tried = {core or "as it picks": (way, (part,), environment(core)) for core in CORES}
+    seconds, _ = in_turns(tried, 2)
+    return min(seconds, key=lambda core: min(seconds[core]))
+
+
+def environment(core: str) -> dict[str, str]:
+    return {"OPENBLAS_CORETYPE": "" if core == "as it picks" else core}
+
+
+def grown(vectors: np.ndarray, rows: int) -> np.ndarray:
+    """More rows with the nearest-neighbour cosines of real ones: see the module's text."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.eigh(vectors.T @ vectors)[1][:, ::-1]
+    along = vectors @ axes
+    parts = [vectors]
+    while sum(map(len, parts)) < rows:
+        signs = rng.choice([-1.0, 1.0], len(axes)).astype(np.float32)
+        signs[0] = 1  # the mean stays
+        parts.append((along * signs) @ axes.T)
+    found = np.concatenate(parts)[:rows]
+    found = found[rng.permutation(rows)]
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+def quantiles(vectors: np.ndarray) -> list[float]:
+    from image_to_prompts.dedupe.result import sampled
+
+    return [round(float(value), 3) for value in np.quantile(sampled(vectors, 0.7)[0], (0.05, 0.25, 0.5, 0.75, 0.95))]
+
+
+def real(options: argparse.Namespace, vectors: np.ndarray, folder: Path) -> dict[str, object]:
+    whole, part = folder / "whole.npy", folder / "part.npy"
+    np.save(whole, vectors)
+    np.save(part, vectors[:PART])
+    peers = {"flat index, 1,000 neighbours": flat, "range search, greedy": range_search, "semhash": semhash}
+    ways, cores = {}, {}
+    for name, way in peers.items():
+        cores[name] = kernel(way, part)
+        ways[name] = (way, (whole,), environment(cores[name]))
+        print(f"{name}: OpenBLAS kernel {cores[name]}", flush=True)
+    ways |= {"exact": (exact, (whole,), {}), "bare products": (bare, (whole,), {})}
+    seconds, memory = in_turns(ways, options.rounds)
+    first = next(iter(peers))
+    print(f"{len(vectors)} rows: seconds, times as fast as the flat index")
+    print(lines(seconds, memory, first))
+    fast = {name: ratio(seconds, name, "exact") for name in [*peers, "bare products"]}
+    for name, values in fast.items():
+        print("exact engine, times as fast as {}: {min:.2f} {median:.2f} {max:.2f}".format(name, **values))
+    from image_to_prompts.dedupe import exact as engine
+    from image_to_prompts.dedupe import with_faiss
+
+    checked = {}
+    for what, rows in {"real": vectors, "made of real ones": grown(vectors, 100_000)}.items():
+        same = np.array_equal(engine.leaders(rows, THRESHOLD)[0], with_faiss.reference(rows, THRESHOLD)[0])
+        checked[f"{len(rows)} {what}"] = same
+        print(f"{len(rows)} rows, {what}: same leaders as float32 range search: {same}", flush=True)
+    return {"rows": len(vectors), "kernels": cores, "seconds": seconds, "peak GB": memory} | {
+        "times as fast": fast,
+        "same as float32": checked,
+    }
+
+
+def large(options: argparse.Namespace, vectors: np.ndarray, folder: Path) -> dict[str, object]:
+    found: dict[str, object] = {"quantiles, real": quantiles(vectors)}
+    print(f"nearest neighbours' cosines, quantiles .05 .25 .5 .75 .95: real {found['quantiles, real']}")
+    for rows in options.rows:
+        made, file = grown(vectors, rows), folder / f"{rows}.npy"
+        np.save(file, made)
+        found[f"quantiles, {rows}"] = quantiles(made)
+        size = made.nbytes / 1e9
+        del made
+        seconds, memory = in_turns({"exact": (exact, (file,), {})}, options.rounds, warm=False)
+        found[str(rows)] = {"seconds": seconds["exact"], "peak GB": memory["exact"], "GB of the vectors": size}
+        taken = ", ".join(f"{value:.0f}" for value in seconds["exact"])
+        print(f"{rows} rows, quantiles {found[f'quantiles, {rows}']}: {taken} s,", end=" ")
+        print(f"peak {memory['exact']:.1f} GB, of which {size:.1f} are the vectors", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("real", "large"))
+    parser.add_argument("--prompts", type=Path, default=encode.REAL if encode.REAL.is_file() else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=(250_000, 1_000_000))
+    options = parser.parse_args()
+    os.environ.pop("OPENBLAS_CORETYPE", None)
+    from image_to_prompts import text_encoder
+
+    vectors = text_encoder.encode(encode.read(options.prompts))
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"real": real, "large": large}[options.what](options, vectors, Path(folder))
+    file = Path(__file__).with_suffix(".json")
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    result |= {"machine": platform.processor() or platform.machine()}
+    result[options.what] = result.get(options.what, {}) | found
+    file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Stage 2, dedupe: drops every prompt whose embedding is within a cosine of one that is kept.
+
+    image-to-prompts dedupe --prompts A.csv B.csv --out data_meta/x.csv --threshold 0.8
+
+The law: going through the rows in order of preference, a row is kept exactly if no earlier kept row has a cosine of at
+least the threshold with it. The kept rows get a `group` (their leader at cosine 0.7) and a `fold` (a hash of the
+group), so that near-identical prompts never stand on both sides of a split.
+
+exact.py       the engine: all near pairs, or the greedy pass, exact
+with_faiss.py  the readable reference, and an inverted index for millions of rows
+result.py      what is kept and removed, and why, at any threshold
+look.py        pictures and tables to judge a threshold by, and the fate of one prompt
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .. import metadata, text_encoder
+from ..errors import UserError
+from ..files import Stamp
+from ..profiles import StageConfig
+from . import look
+from .result import BLOCK, FLOOR, Result, dedupe, leaders
+
+__all__ = ["Config", "Result", "add_groups", "dedupe", "hold_out", "read", "removed_path", "run"]
+log = logging.getLogger(__name__)
+FATES = 1000  # rows of which float32's verdict is computed where the vectors are not float32's
+
+
+@dataclass
+class Config(StageConfig):
+    """Drops prompts that are nearly the same as an earlier one."""
+
+    prompts: tuple[Path, ...] = ()
+    """CSVs with a `prompt` column (and optional `image_name`, `seed`, `source`, ...); earlier files win."""
+    against: tuple[Path, ...] = ()
+    """CSVs whose prompts are compared with, but not written."""
+    out: Path = Path("data_meta/prompts.csv")
+    """Metadata CSV to write; what was dropped goes to <name>.removed.csv beside it."""
+    threshold: float = 0.8
+    """Cosine from which a prompt counts as a copy of an earlier one."""
+    prefer: tuple[str, ...] = ()
+    """Sources whose rows win over those of later and unnamed ones; left out: the first row wins."""
+    engine: str = "auto"
+    """exact, faiss (approximate; for many millions of rows), or auto."""
+    fast: bool = False
+    """Embed in half precision, and only what is removed, with what removed it, in float32 too: for sets of which few
+    rows will be trained on, since training embeds in float32."""
+    folds: int = 5
+    """Number of folds."""
+
+
+def add_groups(frame: pd.DataFrame, vectors: np.ndarray, folds: int) -> pd.DataFrame:
+    """Adds `group` (image_name of the row's leader at cosine 0.7) and `fold` (hash of the group, 0 to folds - 1)."""
+    return _with_groups(frame, leaders(vectors, FLOOR)[0], folds)
+
+
+def _with_groups(frame: pd.DataFrame, leader: np.ndarray, folds: int) -> pd.DataFrame:
+    group = frame["image_name"].to_numpy()[leader]
+    return frame.assign(group=group, fold=[metadata.fold_of(name, folds) for name in group])
+
+
+def hold_out(frame: pd.DataFrame, folds: Sequence[int], train: Path, test: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Writes the rows of some folds to one metadata CSV and all others to another.
+
+    Args:
+        frame: Rows with `fold`, as `run` returns them.
+        folds: Folds to hold out; with none, no test file is written.
+        train: CSV for the rest.
+        test: CSV for the rows held out.
+
+    Returns:
+        The rest and the rows held out.
+
+    Raises:
+        UserError: If a side that is wanted would be empty.
+    """
+    held_out = frame["fold"].isin(list(folds))
+    if held_out.all() or (len(folds) and not held_out.any()):
+        raise UserError(f"{train}: folds {list(folds)} hold {held_out.sum()} of {len(frame)} rows; use more prompts")
+    metadata.write_table(train, frame[~held_out])
+    if len(folds):
+        metadata.write_table(test, frame[held_out])
+    return frame[~held_out], frame[held_out]
+
+
+def removed_path(out: Path) -> Path:
+    """`<name>.removed.csv` beside `<name>.csv`."""
+    return out.with_name(f"{out.stem}.removed.csv")
+
+
+def picture_path(out: Path) -> Path:
+    """`<name>.png` beside `<name>.csv`: by which to judge the threshold."""
+    return out.with_suffix(".png")
+
+
+def read(config: Config) -> tuple[pd.DataFrame, int]:
+    """Reads a stage's inputs in order of preference.
+
+    Returns:
+        Rows as `dedupe` takes them, and how many first ones are against-rows.
+
+    Raises:
+        UserError: On bad input files or settings.
+    """
+    if not config.prompts:
+        raise UserError("dedupe: no input; give --prompts A.csv [B.csv ...]")
+    if not 0 < config.threshold <= 1:
+        raise UserError(f"--threshold {config.threshold}: must lie above 0 and at most 1")
+    if config.folds < 2:
+        raise UserError(f"--folds {config.folds}: must be at least 2")
+    if config.engine not in ("auto", "exact", "faiss"):
+        raise UserError(f"--engine {config.engine}: must be auto, exact or faiss")
+    if config.out.suffix != ".csv":
+        raise UserError(f"--out {config.out}: must end with .csv")
+    columns = ["image_name", "prompt", "seed", "source", "_file", "_row"]
+    against = [_read(path)[columns].assign(_position=-1) for path in config.against]
+    own = pd.concat([_read(path) for path in config.prompts], ignore_index=True).fillna("")
+    unknown = set(config.prefer) - set(own["source"])
+    if unknown:
+        known = ", ".join(sorted(set(own["source"])))
+        raise UserError(f"--prefer {sorted(unknown)[0]}: no row has this source (sources: {known}); correct the name")
+    own["_position"] = range(len(own))
+    rank = own["source"].map({name: number for number, name in enumerate(config.prefer)}).fillna(len(config.prefer))
+    own = own.iloc[np.argsort(rank.to_numpy(), kind="stable")]
+    fixed = sum(map(len, against))
+    return pd.concat([own.iloc[:0], *against, own], ignore_index=True), fixed
+
+
+def _read(path: Path) -> pd.DataFrame:
+    frame = metadata.with_keys(metadata.read_prompts(path), path)
+    if "source" not in frame:
+        frame = frame.assign(source=path.stem)
+    return frame.assign(_file=str(path), _row=range(1, len(frame) + 1))
+
+
+def run(config: Config) -> pd.DataFrame:
+    """Runs the stage.
+
+    Returns:
+        The kept rows, as written to `config.out`.
+
+    Raises:
+        UserError: On bad input files or settings.
+    """
+    frame, fixed = read(config)
+    inputs = [*config.prompts, *config.against]
+    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"), inputs)
+    if stamp.is_current():
+        log.info("%s is up to date", config.out)
+        return metadata.read(config.out)
+
+    result = dedupe(
+        frame,
+        lambda texts: text_encoder.encode(texts, fast=config.fast),
+        config.threshold,
+        fixed=fixed,
+        engine=config.engine,
+    )
+    if config.fast:
+        _as_float32(result)
+    removed = result.removed
+    if not len(result.kept_rows):
+        raise UserError(
+            f"{config.prompts[0]}: every row resembles one of --against at {config.threshold}; give new rows"
+        )
+    kept = _with_groups(result.kept, result.groups(), config.folds)
+    metadata.check_names(kept, config.out)
+    metadata.write_table(removed_path(config.out), removed)
+    metadata.write_table(config.out, kept)
+    look.save(result, picture_path(config.out))
+    stamp.write([config.out, removed_path(config.out), picture_path(config.out)])
+    counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
+    log.info("%s; largest group %.1f %%", counts, 100 * kept["group"].value_counts(normalize=True).max())
+    return kept
+
+
+def _as_float32(result: Result) -> None:
+    """Puts float32's cosines in place of half precision's, and estimates how many fates float32 would change."""
+    prompts = result.frame["prompt"].to_numpy()[result.first]
+
+    def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.einsum("ij,ij->i", *(text_encoder.encode(prompts[texts].tolist()) for texts in (one, other)))
+
+    texts = np.arange(len(result.leader))
+    judged = texts[max(1, int((result.first < result.fixed).sum())) :]  # those that an earlier one may drop
+    sample = np.sort(np.random.default_rng(0).choice(judged, min(FATES, len(judged)), replace=False))
+    kept = texts[result.leader == texts]
+    nearest, highest = np.zeros(len(sample), np.int64), np.full(len(sample), -1, np.float32)
+    for start in range(0, len(kept), BLOCK):
+        some = kept[start : start + BLOCK]
+        cosines = np.where(some < sample[:, None], result.vectors[sample] @ result.vectors[some].T, -1)
+        higher = cosines.max(1, initial=-1) > highest
+        nearest[higher], highest[higher] = some[cosines[higher].argmax(1)], cosines[higher].max(1)
+    changed = (cosine(sample, nearest) >= np.float32(result.threshold)) != (highest >= np.float32(result.threshold))
+    share = 100 * changed.mean() if len(sample) else 0.0
+    log.info("half precision: float32 would change %.2f %% of the fates (%d sampled)", share, len(sample))
+    gone = texts[result.leader != texts]
+    result.cosine[gone] = cosine(gone, result.leader[gone])

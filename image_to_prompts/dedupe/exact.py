@@ -1,0 +1,229 @@
+"""All pairs of unit vectors that reach a cosine, and the rows that a greedy pass keeps: exact, on CPU and GPU.
+
+The first 127 principal components of two vectors and the product of the lengths of what is left bound their cosine from
+above (Cauchy-Schwarz). That bound is one inner product of 128 numbers, computed in half precision with a margin for its
+rounding; the few pairs that reach the threshold by it are computed again in float32 from the whole vectors. Blocks are
+small enough to be read while they are in the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+
+WIDTH = 128  # numbers a row that the bound is made from: of 64 to 256 the fastest (docs/log.md)
+BLOCK, TALL, WIDE = 8192, 2048, 2048  # rows whose fate is found at once; rows and columns of a product
+SAMPLE = 20_000  # rows from which principal components are computed
+CHECKED, CHECKED_ON_GPU = 512, 262_144  # pairs computed again at once: within a CPU's cache, a T4's memory
+ROUNDING = 1e-4  # more than float32 loses in three sums of at most 384 products, 2.3e-5 each
+LISTED = 1_000_000  # pairs in Python lists at once
+UNIT = 1e-3  # by which a squared length may differ from 1
+TINY = 1e-4  # added to a difference of squared lengths, for the same reason
+
+
+class Pairs(NamedTuple):
+    """Pairs of rows, ordered by `later`, then `earlier`: int64 (m,), int64 (m,), float32 (m,)."""
+
+    later: np.ndarray
+    earlier: np.ndarray
+    cosine: np.ndarray
+
+    def at(self, threshold: float) -> Pairs:
+        """Those that reach a threshold."""
+        enough = self.cosine >= np.float32(threshold)
+        return Pairs(*(column[enough] for column in self))
+
+
+def leaders(vectors: np.ndarray, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy pass: a row is kept exactly if no earlier kept row has a float32 cosine >= threshold with it.
+
+    Hence no two kept rows reach the threshold, and each other row has a witness that is kept. Fates differ between
+    machines only for pairs within about 1e-6 of the threshold, where float32 itself is ambiguous.
+
+    Args:
+        vectors: float32 unit vectors (n, d), in order of preference.
+        threshold: Least cosine.
+        fixed: So many first rows are kept whatever they resemble.
+
+    Returns:
+        leader: int64 (n,), the first kept row that each row resembles; kept rows are their own.
+        cosine: float32 (n,), the cosine with it; 1 for kept rows.
+
+    Raises:
+        ValueError: If a vector is not of length 1, or the threshold not in (0, 1].
+    """
+    search = _Search(vectors, threshold)
+    leader, cosine = np.arange(len(vectors)), np.ones(len(vectors), np.float32)
+    kept, count = np.arange(len(vectors)), fixed
+    coarse = search.coarse.clone()  # rows of `kept`, one after the other
+
+    def settle(found: Pairs) -> None:
+        gone, which = first_kept(found)
+        leader[gone], cosine[gone] = found.earlier[which], found.cosine[which]
+
+    with one_core_each(search.device) as threads:
+        for start in range(fixed, len(vectors), BLOCK):
+            rows = np.arange(start, min(start + BLOCK, len(vectors)))
+            settle(search.pairs(threads, rows, search.coarse[start : rows[-1] + 1], kept[:count], coarse[:count]))
+            rows = rows[leader[rows] == rows]
+            own = search.coarse[torch.from_numpy(rows)]
+            settle(search.pairs(threads, rows, own, rows, own))
+            stay = leader[rows] == rows
+            end = count + int(stay.sum())
+            kept[count:end], coarse[count:end] = rows[stay], own[torch.from_numpy(stay)]
+            count = end
+    return leader, cosine
+
+
+def first_kept(found: Pairs) -> tuple[list[int], list[int]]:
+    """What a greedy pass drops, given all pairs of some rows with each other, or with rows that are kept.
+
+    Returns:
+        Rows that are dropped, and for each the number of its pair with the first kept row.
+    """
+    gone: dict[int, int] = {}
+    for start in range(0, len(found.later), LISTED):
+        rows, others = (column[start : start + LISTED].tolist() for column in (found.later, found.earlier))
+        for number, (row, other) in enumerate(zip(rows, others, strict=True), start):
+            if other not in gone and row not in gone:
+                gone[row] = number
+    return list(gone), list(gone.values())
+
+
+def pairs(vectors: np.ndarray, threshold: float) -> Pairs:
+    """All pairs of rows whose float32 cosine reaches the threshold.
+
+    Args:
+        vectors: float32 unit vectors (n, d).
+        threshold: Least cosine.
+
+    Raises:
+        ValueError: As `leaders`.
+    """
+    search = _Search(vectors, threshold)
+    everything = np.arange(len(vectors))
+    found = []
+    with one_core_each(search.device) as threads:
+        for start in range(0, len(vectors), BLOCK):
+            end = min(start + BLOCK, len(vectors))
+            rows, coarse = everything[start:end], search.coarse[start:end]
+            found.append(search.pairs(threads, rows, coarse, everything[:end], search.coarse[:end]))
+    return joined(found)
+
+
+def joined(parts: Iterable[Pairs]) -> Pairs:
+    """Several sets of pairs in one, in the same order."""
+    none = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    return Pairs(*(np.concatenate(columns) for columns in zip(none, *parts, strict=True)))
+
+
+class _Search:
+    """Vectors, what bounds their cosines, and the least bound to look at."""
+
+    def __init__(self, vectors: np.ndarray, threshold: float) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold {threshold} is not in (0, 1]")
+        self.device = local_device()
+        if self.device.type == "cpu":
+            keep_memory()
+        self.kind = type_of(mixed_precision(self.device))
+        self.threshold = np.float32(threshold)
+        self.exact = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
+        if not all(((part.pow(2).sum(1) - 1).abs() < UNIT).all() for part in self.exact.split(BLOCK)):
+            raise ValueError("a vector is not of length 1")
+        # Sums of halves would round more than the margin allows for; stays so for the rest of the process.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        error = self._bound()
+        margin = 2 * error * (1 + error) + error**2 + ROUNDING
+        # Rounding keeps order: a product that reaches the limit reaches the rounded limit when it is rounded itself.
+        limit = torch.tensor(float(self.threshold) - margin, dtype=self.kind)
+        self.limit = torch.nextafter(limit, torch.tensor(-2.0, dtype=self.kind))
+        self.buffers = threading.local()
+
+    def _bound(self) -> float:
+        """Fills `coarse`; returns the largest length of what rounding took from a row."""
+        count = len(self.exact)
+        sample = self.exact[:: max(1, count // SAMPLE)]
+        axes = torch.linalg.eigh((sample.T @ sample).cpu().double())[1].flip(1)[:, : WIDTH - 1]
+        axes = axes.float().to(self.device)
+        self.coarse = torch.empty(count, axes.shape[1] + 1, dtype=self.kind, device=self.device)
+        largest = 0.0
+        for start in range(0, count, BLOCK):
+            part = self.exact[start : start + BLOCK]
+            head = part @ axes
+            rounded = head.to(self.kind)
+            rest = (part.pow(2).sum(1) - head.pow(2).sum(1) + TINY).clamp_min(TINY).sqrt()
+            up = torch.nextafter(rest.to(self.kind), torch.full_like(rounded[:, 0], 2))
+            self.coarse[start : start + BLOCK] = torch.cat([rounded, up[:, None]], 1)
+            largest = max(largest, (rounded.float() - head).norm(dim=1).max().item())
+        return largest
+
+    def pairs(
+        self,
+        threads: ThreadPoolExecutor,
+        rows: np.ndarray,
+        coarse_rows: torch.Tensor,
+        others: np.ndarray,
+        coarse_others: torch.Tensor,
+    ) -> Pairs:
+        """Pairs of `rows` with earlier ones among `others`; both ascend, their coarse vectors beside them."""
+        jobs = [
+            (slice(top, top + TALL), slice(left, left + WIDE))
+            for top in range(0, len(rows), TALL)
+            for left in range(0, len(others), WIDE)
+            if others[left] < rows[min(top + TALL, len(rows)) - 1]
+        ]
+
+        def tile(job: tuple[slice, slice]) -> Pairs:
+            high, wide = job
+            at, to = self._candidates(coarse_rows[high], coarse_others[wide])
+            return self._check(rows[high][at], others[wide][to])
+
+        found = joined(threads.map(tile, jobs))
+        order = np.lexsort((found.earlier, found.later))
+        return Pairs(*(column[order] for column in found))
+
+    def _candidates(self, rows: torch.Tensor, others: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of a block whose bound reaches the limit."""
+        if self.device.type != "cpu":
+            at, to = torch.nonzero(rows @ others.T >= self.limit.to(self.device), as_tuple=True)
+            return at.cpu().numpy(), to.cpu().numpy()
+        if not hasattr(self.buffers, "product"):
+            self.buffers.product = torch.empty(TALL * WIDE, dtype=self.kind)
+            self.buffers.enough = np.empty(TALL * WIDE + 7, bool)  # a whole number of eights
+        size = len(rows) * len(others)
+        product = torch.mm(rows, others.T, out=self.buffers.product[:size].view(len(rows), -1)).view(-1)
+        limit = self.limit
+        if self.kind == torch.bfloat16:  # NumPy has none; above 0 whole numbers of the same bits are in the same order
+            product = product.view(torch.int16)
+            limit = limit.view(torch.int16) if limit > 0 else torch.tensor(-(2**15))
+        # NumPy compares, and finds in eights, several times as fast as PyTorch.
+        enough = self.buffers.enough[: -(-size // 8) * 8]
+        enough[size:] = False
+        np.greater_equal(product.numpy(), limit.item(), out=enough[:size])
+        eights = np.flatnonzero(enough.view(np.uint64))
+        eight, within = np.nonzero(enough.reshape(-1, 8)[eights])
+        return np.divmod(eights[eight] * 8 + within, len(others))
+
+    def _check(self, later: np.ndarray, earlier: np.ndarray) -> Pairs:
+        """Those of some pairs whose float32 cosine reaches the threshold."""
+        below = earlier < later
+        later, earlier = later[below], earlier[below]
+        cosine, on_cpu = np.empty(len(later), np.float32), self.device.type == "cpu"
+        for start in range(0, len(later), at_once := CHECKED if on_cpu else CHECKED_ON_GPU):
+            some = slice(start, start + at_once)
+            if on_cpu:
+                exact = self.exact.numpy()
+                np.einsum("ij,ij->i", exact[later[some]], exact[earlier[some]], out=cosine[some])
+            else:
+                one, other = (torch.from_numpy(rows[some]).to(self.device) for rows in (later, earlier))
+                cosine[some] = torch.linalg.vecdot(self.exact[one], self.exact[other]).cpu().numpy()
+        return Pairs(later, earlier, cosine).at(self.threshold)

@@ -1,0 +1,91 @@
+"""Embeddings of texts on disk, by the hash of what they were made from: no stage encodes a text that another has.
+
+One SQLite file in ~/.cache/image-to-prompts, or in the folder that IMAGE_TO_PROMPTS_CACHE names; delete it at will.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+FOLDER = "IMAGE_TO_PROMPTS_CACHE"
+WAIT = 60.0  # seconds for another process that writes
+TABLE = "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
+ASKED = 500  # keys in one query; SQLite allows 999
+
+
+def path() -> Path:
+    """The cache's file."""
+    folder = os.environ.get(FOLDER)
+    return (Path(folder) if folder else Path.home() / ".cache" / "image-to-prompts") / "text.sqlite"
+
+
+def key(encoder: str, text: str) -> bytes:
+    """16 bytes that stand for a text and its encoder."""
+    return hashlib.blake2b(f"{encoder}\0{text}".encode(), digest_size=16).digest()
+
+
+class TextCache:
+    """Vectors by key; where the file cannot be used, nothing is kept."""
+
+    def __init__(self, width: int) -> None:
+        """Opens the file; vectors are float32 of `width` numbers."""
+        self.width = width
+        self.database: sqlite3.Connection | None = None
+        with self._guarded():
+            file = path()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self.database = sqlite3.connect(file, timeout=WAIT)
+            self.database.execute(TABLE)
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Goes on without the file after its first failure."""
+        try:
+            yield
+        except (OSError, RuntimeError, sqlite3.Error) as error:
+            log.warning("embeddings are not kept: %s (%s names another folder for them)", error, FOLDER)
+            self.close()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.database is not None:
+            self.database.close()
+            self.database = None
+
+    def read(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Looks up keys.
+
+        Returns:
+            float32 (n, width), zeros where there is none; bool (n,), whether there is one.
+        """
+        vectors = np.zeros((len(keys), self.width), np.float32)
+        there = np.zeros(len(keys), bool)
+        rows = {key: row for row, key in enumerate(keys)}
+        for start in range(0, len(keys), ASKED):
+            asked = keys[start : start + ASKED]
+            if self.database is None:
+                break
+            with self._guarded():
+                query = f"SELECT * FROM vectors WHERE key IN ({','.join('?' * len(asked))})"
+                for found, vector in self.database.execute(query, asked):
+                    if len(vector) == 4 * self.width:
+                        vectors[rows[found]] = np.frombuffer(vector, np.float32)
+                        there[rows[found]] = True
+        return vectors, there
+
+    def write(self, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+        """Keeps float32 (n, width) vectors, all of them or, after a kill, none."""
+        if self.database is None:
+            return
+        rows = [(key, vector.tobytes()) for key, vector in zip(keys, vectors, strict=True)]
+        with self._guarded(), self.database:
+            self.database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)

@@ -1,0 +1,116 @@
+"""Embedding texts: as sentence-transformers does, once each, through kills, from a cache that may be unusable."""
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_to_prompts import minilm, text_cache, text_encoder
+from image_to_prompts.generate import grammar
+
+PROMPTS = [grammar.prompt(3, i) for i in range(60)] + ["", "x", "word " * 400, "Ünïcode 中文 🦊 ???"]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache."""
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Texts that the model was given, counted in batches."""
+    batches, plain = [], minilm.MiniLM.encode
+    monkeypatch.setattr(
+        minilm.MiniLM, "encode", lambda self, tokens: (batches.append(len(tokens)), plain(self, tokens))[1]
+    )
+    return batches
+
+
+@pytest.mark.parametrize(("fast", "least"), [(False, 0.999999), (True, 0.9999)])
+def test_same_vectors_as_sentence_transformers(cache, fast, least):
+    theirs = text_encoder.load().encode(PROMPTS, normalize_embeddings=True)
+    ours = text_encoder.encode(PROMPTS, fast=fast)
+    assert ours.dtype == np.float32 and ours.shape == theirs.shape
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
+    assert (ours * theirs).sum(1).min() >= least
+
+
+def test_each_text_is_embedded_once(cache, encoded):
+    first = text_encoder.encode([*PROMPTS, *PROMPTS[:10]])
+    assert sum(encoded) == len(PROMPTS)
+    np.testing.assert_array_equal(first[-10:], first[:10])
+    again = text_encoder.encode(["another", *PROMPTS[::-1]])
+    assert sum(encoded) == len(PROMPTS) + 1
+    np.testing.assert_array_equal(again[1:], first[: len(PROMPTS)][::-1])
+    text_encoder.encode(PROMPTS[:5], fast=True)  # another precision is another vector
+    assert sum(encoded) == len(PROMPTS) + (
+        6 if text_encoder._encoder(True)[1] != text_encoder._encoder(False)[1] else 1
+    )
+    assert text_encoder.encode([]).shape == (0, 384)
+
+
+@given(st.lists(st.integers(0, 600), max_size=80))
+def test_batches_hold_every_row_and_few_tokens(lengths):
+    tokens = [[1] * length for length in lengths]
+    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
+    cut = list(minilm.batches(tokens, order))
+    assert [row for batch in cut for row in batch] == order
+    for batch in cut:
+        assert batch and (len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= minilm.TOKENS)
+
+
+def _work(folder, prompts, out, kill_at):
+    os.environ[text_cache.FOLDER] = folder
+    text_encoder.BLOCK = 8
+    plain, blocks = text_cache.TextCache.write, []
+
+    def write(self, keys, vectors):
+        if len(blocks) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        blocks.append(len(keys))
+        plain(self, keys, vectors)
+
+    text_cache.TextCache.write = write
+    np.savez(out, vectors=text_encoder.encode(prompts), blocks=blocks)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_embeds_no_finished_block_twice(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+
+    def work(name, kill_at):
+        process = context.Process(target=_work, args=(str(tmp_path / name), PROMPTS, tmp_path / f"{name}.npz", kill_at))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert work("whole", -1) == 0
+    assert [work("torn", kill_at) for kill_at in (3, 0, 2)] == [-signal.SIGKILL] * 3
+    assert work("torn", -1) == 0
+    whole, torn = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "torn.npz")
+    np.testing.assert_array_equal(whole["vectors"], torn["vectors"])
+    assert whole["blocks"].sum() == len(PROMPTS) and len(torn["blocks"]) == len(whole["blocks"]) - 5
+
+
+def test_an_unusable_cache_is_told_and_passed_over(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "file"))
+    assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not kept" in caplog.text
+    caplog.clear()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "text.sqlite").write_bytes(b"no database" * 500)
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "torn"))
+    assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not kept" in caplog.text
+
+
+def test_vectors_of_another_width_are_made_anew(cache, encoded):
+    text_encoder.encode(["a fox"])
+    with sqlite3.connect(text_cache.path()) as database:
+        database.execute("UPDATE vectors SET vector = x'00'")
+    assert np.linalg.norm(text_encoder.encode(["a fox"])) == pytest.approx(1) and sum(encoded) == 2
