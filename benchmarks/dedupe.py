@@ -101,13 +101,9 @@ def bare(file: Path) -> Prepared:
 
 def kernel(way: Callable[[Path], Prepared], part: Path) -> str:
     """The OpenBLAS kernel that is fastest for a way."""
-    tried = {core or "as it picks": (way, (part,), environment(core)) for core in CORES}
+    tried = {core: (way, (part,), {"OPENBLAS_CORETYPE": core}) for core in CORES}
     seconds, _ = in_turns(tried, 2)
     return min(seconds, key=lambda core: min(seconds[core]))
-
-
-def environment(core: str) -> dict[str, str]:
-    return {"OPENBLAS_CORETYPE": "" if core == "as it picks" else core}
 
 
 def grown(vectors: np.ndarray, rows: int) -> np.ndarray:
@@ -139,8 +135,8 @@ def real(options: argparse.Namespace, vectors: np.ndarray, folder: Path) -> dict
     ways, cores = {}, {}
     for name, way in peers.items():
         cores[name] = kernel(way, part)
-        ways[name] = (way, (whole,), environment(cores[name]))
-        print(f"{name}: OpenBLAS kernel {cores[name]}", flush=True)
+        ways[name] = (way, (whole,), {"OPENBLAS_CORETYPE": cores[name]})
+        print(f"{name}: OpenBLAS kernel {cores[name] or 'of its own choice'}", flush=True)
     ways |= {"exact": (exact, (whole,), {}), "bare products": (bare, (whole,), {})}
     seconds, memory = in_turns(ways, options.rounds)
     first = next(iter(peers))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -165,15 +165,14 @@ def run(config: Config) -> pd.DataFrame:
         engine=config.engine,
     )
     if config.fast:
-        _as_float32(result)
-    removed = result.removed
+        result = _as_float32(result)
     if not len(result.kept_rows):
         raise UserError(
             f"{config.prompts[0]}: every row resembles one of --against at {config.threshold}; give new rows"
         )
     kept = _with_groups(result.kept, result.groups(), config.folds)
     metadata.check_names(kept, config.out)
-    metadata.write_table(removed_path(config.out), removed)
+    metadata.write_table(removed_path(config.out), result.removed)
     metadata.write_table(config.out, kept)
     look.save(result, picture_path(config.out))
     stamp.write([config.out, removed_path(config.out), picture_path(config.out)])
@@ -182,15 +181,15 @@ def run(config: Config) -> pd.DataFrame:
     return kept
 
 
-def _as_float32(result: Result) -> None:
-    """Puts float32's cosines in place of half precision's, and estimates how many fates float32 would change."""
+def _as_float32(result: Result) -> Result:
+    """The same with float32's cosines; estimates, for the log, how many fates float32 would change."""
     prompts = result.frame["prompt"].to_numpy()[result.first]
 
     def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.einsum("ij,ij->i", *(text_encoder.encode(prompts[texts].tolist()) for texts in (one, other)))
 
     texts = np.arange(len(result.leader))
-    judged = texts[max(1, int((result.first < result.fixed).sum())) :]  # those that an earlier one may drop
+    judged = texts[max(1, result.fixed_texts) :]  # those that an earlier one may drop
     sample = np.sort(np.random.default_rng(0).choice(judged, min(FATES, len(judged)), replace=False))
     kept = texts[result.leader == texts]
     nearest, highest = np.zeros(len(sample), np.int64), np.full(len(sample), -1, np.float32)
@@ -202,5 +201,6 @@ def _as_float32(result: Result) -> None:
     changed = (cosine(sample, nearest) >= np.float32(result.threshold)) != (highest >= np.float32(result.threshold))
     share = 100 * changed.mean() if len(sample) else 0.0
     log.info("half precision: float32 would change %.2f %% of the fates (%d sampled)", share, len(sample))
-    gone = texts[result.leader != texts]
-    result.cosine[gone] = cosine(gone, result.leader[gone])
+    gone, cosines = texts[result.leader != texts], result.cosine.copy()
+    cosines[gone] = cosine(gone, result.leader[gone])
+    return replace(result, cosine=cosines)

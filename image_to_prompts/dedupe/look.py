@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,11 +102,10 @@ def explain(
         near = cosines[: len(standing)].max(initial=-1)
         fate = f"not among the rows; would be {'removed' if near >= threshold else 'kept'}: nearest kept row {near:.4f}"
     lines = [fate, "", "cosine   fate     prompt"]
-    for number in np.argsort(-cosines, kind="stable"):
-        if normalised(texts[number]) != key and len(lines) < count + 3:
-            lines.append(
-                f"{cosines[number]:.4f}   {'kept   ' if number < len(standing) else 'removed'}  {texts[number]}"
-            )
+    others = (number for number in np.argsort(-cosines, kind="stable") if normalised(texts[number]) != key)
+    for number in islice(others, count):
+        what = "kept   " if number < len(standing) else "removed"
+        lines.append(f"{cosines[number]:.4f}   {what}  {texts[number]}")
     return "\n".join(lines)
 
 

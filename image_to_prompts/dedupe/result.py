@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,11 +60,16 @@ class Result:
     how: str
 
     @property
+    def fixed_texts(self) -> int:
+        """How many first texts are only compared with."""
+        return int((self.first < self.fixed).sum())
+
+    @property
     def witness(self) -> np.ndarray:
         """int64 (rows,), the row that stands for each; itself where it is kept."""
         return self.first[self.leader[self.text]]
 
-    @property
+    @cached_property
     def kept_rows(self) -> np.ndarray:
         """int64 (kept,), numbers of the rows that are kept, in the order of the files."""
         rows = np.flatnonzero(self.witness == np.arange(len(self.frame)))
@@ -76,7 +82,7 @@ class Result:
         kept = self.frame.iloc[self.kept_rows]
         return kept.drop(columns=["_file", "_row", "_position"]).reset_index(drop=True)
 
-    @property
+    @cached_property
     def removed(self) -> pd.DataFrame:
         """`prompt,kept_prompt,similarity,reason,file,row,kept_file,kept_row`, in order of preference.
 
@@ -112,11 +118,10 @@ class Result:
         """The same rows at another threshold: from `pairs` where they reach that far, without comparing any vectors."""
         if threshold == self.threshold:
             return self
-        fixed = int((self.first < self.fixed).sum())
         if self.pairs is not None and threshold >= self.floor:
-            leader, cosine = resolved(self.pairs, len(self.first), threshold, fixed)
+            leader, cosine = resolved(self.pairs, len(self.first), threshold, self.fixed_texts)
             return replace(self, threshold=threshold, leader=leader, cosine=cosine)
-        leader, cosine, how = leaders(self.vectors, threshold, fixed, self.engine)
+        leader, cosine, how = leaders(self.vectors, threshold, self.fixed_texts, self.engine)
         return replace(self, threshold=threshold, leader=leader, cosine=cosine, how=how)
 
     def groups(self) -> np.ndarray:
@@ -157,7 +162,7 @@ def dedupe(
     floor, fixed_texts = min(FLOOR, threshold), int((first < fixed).sum())
     nearest, estimated = sampled(vectors, floor)
     pairs = None
-    if estimated <= MOST_PAIRS and (engine == "exact" or (engine == "auto" and len(vectors) <= MOST_EXACT)):
+    if estimated <= MOST_PAIRS and _exactly(engine, len(vectors)):
         from . import exact
 
         pairs = exact.pairs(vectors, floor)
@@ -169,11 +174,16 @@ def dedupe(
     return Result(frame, fixed, text, first, vectors, threshold, leader, cosine, pairs, floor, nearest, engine, how)
 
 
+def _exactly(engine: str, count: int) -> bool:
+    """Whether the exact engine takes so many texts."""
+    return engine == "exact" or (engine == "auto" and count <= MOST_EXACT)
+
+
 def leaders(
     vectors: np.ndarray, threshold: float, fixed: int = 0, engine: str = "auto"
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """`exact.leaders` or `with_faiss.leaders`, and which of them and why."""
-    if engine == "exact" or (engine == "auto" and len(vectors) <= MOST_EXACT):
+    if _exactly(engine, len(vectors)):
         from . import exact
 
         return *exact.leaders(vectors, threshold, fixed), f"exact, {len(vectors)} texts"
