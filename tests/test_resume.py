@@ -1,18 +1,20 @@
 """Every stage, killed with SIGKILL at several moments and started again, ends with the files of an undisturbed run."""
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from image_to_prompts import metadata
 
-CHANGES = (1, 2, 4, 8, 3, 16)  # kill when the run's folder has changed this often
+CHANGES = (1, 2, 4, 8, 3, 16)  # kill when the run's folders have changed this often
 STAGES = {
     "generate": {"count": 3000, "batch_size": 16},
     "magicprompt": {"source": "magicprompt", "count": 48, "batch_size": 4},
@@ -39,7 +41,7 @@ def work(stage: str, run: Path, values: dict) -> None:
 
     torch.set_num_threads(1)
     text_encoder.BLOCK, infer.BLOCK, SceneBackend.block = 16, 8, 4
-    os.environ[text_cache.FOLDER] = str(run.with_name(f"{run.name}-cache"))
+    os.environ[text_cache.FOLDER] = str(cache_of(run))
     stages = {
         "generate": "generate",
         "magicprompt": "generate",
@@ -54,6 +56,11 @@ def work(stage: str, run: Path, values: dict) -> None:
 
         module = importlib.import_module(f"image_to_prompts.{name}")
     module.run(config)
+
+
+def cache_of(run: Path) -> Path:
+    """Each run has a cache of texts of its own."""
+    return run.with_name(f"{run.name}-cache")
 
 
 def start(stage, run, values):
@@ -72,10 +79,10 @@ def listing(folder: Path) -> list[tuple[str, int]]:
 
 
 def kill_after(process, folder: Path, changes: int) -> bool:
-    """Kills a process once its folder has changed so often; False if it ended before."""
+    """Kills a process once its folder, or its cache of texts, has changed so often; False if it ended before."""
     before, seen = None, -1
     while process.is_alive():
-        now = listing(folder)
+        now = listing(folder) + listing(cache_of(folder))
         if now != before:
             before, seen = now, seen + 1
         if seen >= changes:
@@ -85,6 +92,35 @@ def kill_after(process, folder: Path, changes: int) -> bool:
         time.sleep(0.002)
     process.join()
     return False
+
+
+def kill_often(stage: str, values: dict, folder: Path, kills: int, attempt: Callable[..., bool]) -> Path:
+    """Kills runs and starts them again; one that gets through is compared with the undisturbed one and begun anew.
+
+    Args:
+        stage: Of `STAGES`.
+        values: Its settings.
+        folder: Holds `whole`, an undisturbed run.
+        kills: How many at least.
+        attempt: Gets a process and its folder; returns whether it has killed the process.
+
+    Returns:
+        The last folder, whose run got through after the last kill.
+    """
+    expected, killed, rounds = contents(folder / "whole"), 0, 0
+    while True:
+        torn = folder / f"torn{rounds}"
+        process = start(stage, torn, values)
+        if killed < kills and attempt(process, torn):
+            killed += 1
+            continue
+        process.join()
+        assert process.exitcode == 0
+        assert contents(torn) == expected
+        if killed >= kills:
+            return torn
+        rounds += 1
+        assert rounds < 20, f"{killed} of {kills} kills hit"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -116,24 +152,16 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2,
     whole = start(stage, tmp_path / "whole", values)
     whole.join()
     assert whole.exitcode == 0
-    expected = contents(tmp_path / "whole")
-    assert len(expected) > 1
+    assert len(contents(tmp_path / "whole")) > 1
 
-    killed = 0
-    for changes in CHANGES:
-        process = start(stage, tmp_path / "torn", values)
-        killed += kill_after(process, tmp_path / "torn", changes)
-    assert killed >= 3
-    last = start(stage, tmp_path / "torn", values)
-    last.join()
-    assert last.exitcode == 0
-    assert contents(tmp_path / "torn") == expected
-    stamps = [path.stat().st_mtime_ns for path in (tmp_path / "torn").rglob(".*.done")]
-    again = start(stage, tmp_path / "torn", values)
+    changes = itertools.cycle(CHANGES)
+    torn = kill_often(stage, values, tmp_path, 5, lambda process, run: kill_after(process, run, next(changes)))
+    stamps = [path.stat().st_mtime_ns for path in torn.rglob(".*.done")]
+    again = start(stage, torn, values)
     again.join()
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "torn").rglob(".*.done")] == stamps
+    assert [path.stat().st_mtime_ns for path in torn.rglob(".*.done")] == stamps
     # Half-written files of killed processes may stay, but nothing takes them for images or tables.
-    assert all(path.name.startswith(".") for path in leftovers(tmp_path / "torn"))
+    assert all(path.name.startswith(".") for path in leftovers(torn))
 
 
 @pytest.mark.slow
@@ -153,19 +181,13 @@ def test_shards_killed_at_random_moments(stage, kills, small_run, tiny_sd2, tmp_
     expected = contents(tmp_path / "whole")
     assert whole.exitcode == 0 and sum(name.endswith(".tar") for name in expected) >= 5
 
-    killed, rounds, torn = 0, 0, tmp_path / "torn0"
-    while killed < kills or torn.exists():
-        process = start(stage, torn, values)
-        if killed < kills and rng.random() < 0.5:
-            process.join(rng.uniform(0.3, 1) * seconds)
-            hit = process.is_alive()
-            process.kill()
-            process.join()
-        else:
-            hit = kill_after(process, torn, rng.randint(1, 12) if killed < kills else 10**9)
-        killed += hit
-        if not hit:
-            assert process.exitcode == 0
-            assert contents(torn) == expected
-            rounds, torn = rounds + 1, tmp_path / f"torn{rounds + 1}"
-    assert killed >= kills and rounds >= 1
+    def attempt(process, torn: Path) -> bool:
+        if rng.random() < 0.5:
+            return kill_after(process, torn, rng.randint(1, 12))
+        process.join(rng.uniform(0.3, 1) * seconds)
+        hit = process.is_alive()
+        process.kill()
+        process.join()
+        return hit
+
+    kill_often(stage, values, tmp_path, kills, attempt)
