@@ -23,7 +23,8 @@ test: install ## all tests that this machine can run (python -m pytest alone: th
 	$(VENV)/bin/python -m pytest -m 'not gpu and not network'
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
-	for part in render finetune infer; do $(VENV)/bin/python benchmarks/$$part.py || exit 1; done
+	for part in render finetune infer encode "ensemble epoch" embed; do \
+		set -- $$part; $(VENV)/bin/python benchmarks/$$1.py $$2 || exit 1; done
 
 bench-table: ## put the figures of the benchmark kernel (benchmarks/gpu.json) into the README
 	$(PYTHON) benchmarks/table.py

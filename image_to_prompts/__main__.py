@@ -21,8 +21,10 @@ from .stages import STAGES
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
     "explain": "a prompt's nearest neighbours, and why dedupe kept or removed it: explain PROMPT",
-    "embed": "features of images by pretrained backbones, and of their prompts: what kNN predicts from",
-    "import-checkpoint": "converts a .pt file of the reference's network: import-checkpoint FILE --out DIR",
+    "compare": "what each embedding, their ridge regression and both kinds of attention score, over several seeds",
+    "import-checkpoint": "converts the references' .pt and .ckpt files: import-checkpoint FILE --out DIR",
+    "import-embeddings": "takes over bare .npy arrays of the first seed: import-embeddings FILE... --list TXT",
+    "export-embeddings": "writes such bare arrays: export-embeddings DIR --out DIR",
     "kaggle": "kernels: kaggle push|status|output|submit; datasets: kaggle wheels|weights|metadata|embeddings",
     "check-submission": "validates a submission file: check-submission FILE [--images DIR]",
 }
@@ -31,16 +33,40 @@ EXIT_BAD_INPUT = 2
 
 @dataclass
 class ImportCheckpoint:
-    """Converts a .pt file of the reference's network into a checkpoint folder."""
+    """Converts a file of the references' networks into a checkpoint folder."""
 
     file: Annotated[Path, tyro.conf.Positional]
-    """State dict of an image tower and a linear layer to 384."""
+    """State dict of an image tower and a linear layer to 384, or with --ensemble of the first seed's network."""
+    ensemble: bool = False
+    """Take the file for a .ckpt of the first seed's transformer ensemble."""
     out: Path = Path("checkpoints/imported")
     """Checkpoint folder to write."""
     backbone: str = "open_clip:convnext_xxlarge"
     """Backbone it was trained with."""
     image_size: int = 512
     """Side of the input in px."""
+
+
+@dataclass
+class ImportEmbeddings:
+    """Takes over bare .npy arrays, whose rows are in the order of a list of images."""
+
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The arrays; prompt.npy holds the prompts' embeddings."""
+    list: Path
+    """Text file with the image name of each row, a line each; or a CSV with image_name and perhaps prompt."""
+    out: Path = Path("embeddings")
+    """Folder to write."""
+
+
+@dataclass
+class ExportEmbeddings:
+    """Writes the arrays of a folder as bare ones, with the list of their images."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """What embed wrote."""
+    out: Path = Path("bare")
+    """Folder to write."""
 
 
 @dataclass
@@ -98,7 +124,7 @@ def _dispatch(words: list[str]) -> None:
         sys.stdout.write(usage() + "\n")
     elif words[0] == "--version":
         sys.stdout.write(f"{__version__}\n")
-    elif words[0] in {"embed", *(s.name for s in STAGES)}:
+    elif words[0] in {s.name for s in STAGES}:
         _run_stage(words[0], words[1:])
     elif words[0] == "run":
         from . import chain
@@ -111,8 +137,8 @@ def _dispatch(words: list[str]) -> None:
     elif words[0] == "explain":
         from .dedupe import look, removed_path
 
-        default = Explain("", workspace.Run(workspace.default_run()).metadata)
-        config = _parse(Explain, words[1:], words[0], replace(default, prompt=tyro.MISSING))
+        fate = Explain("", workspace.Run(workspace.default_run()).metadata)
+        config = _parse(Explain, words[1:], words[0], replace(fate, prompt=tyro.MISSING))
         _set_up(quiet=True)
         kept, removed = look.read(config.metadata, removed_path(config.metadata))
         sys.stdout.write(look.explain(config.prompt, kept, removed, config.threshold, config.fast) + "\n")
@@ -123,11 +149,33 @@ def _dispatch(words: list[str]) -> None:
         count = submission.check(config.file, config.images)
         sys.stdout.write(f"{config.file}: valid, {count} images\n")
     elif words[0] == "import-checkpoint":
-        from . import backbones, model
+        from . import backbones, ensemble, model
 
         config = _parse(ImportCheckpoint, words[1:], words[0])
-        model.import_reference(config.file, backbones.describe(config.backbone, config.image_size), config.out)
+        if config.ensemble:
+            ensemble.import_published(config.file, config.out)
+        else:
+            model.import_reference(config.file, backbones.describe(config.backbone, config.image_size), config.out)
         sys.stdout.write(f"{config.file}: imported to {config.out}\n")
+    elif words[0] == "compare":
+        from . import compare
+
+        config = _parse(
+            compare.Config, words[1:], words[0], compare.Config(workspace.Run(workspace.default_run()).embeddings)
+        )
+        _set_up(config.quiet)
+        sys.stdout.write(compare.summary(compare.run(config)).to_string() + "\n")
+    elif words[0] == "import-embeddings":
+        from . import embeddings
+
+        config = _parse(ImportEmbeddings, words[1:], words[0])
+        shapes = embeddings.import_bare({file.stem: file for file in config.files}, config.list, config.out)
+        sys.stdout.write(f"{config.out}: {shapes}\n")
+    elif words[0] == "export-embeddings":
+        from . import embeddings
+
+        config = _parse(ExportEmbeddings, words[1:], words[0])
+        sys.stdout.write(f"{config.out}: {embeddings.export_bare(config.folder, config.out)}\n")
     else:
         known = ", ".join([*(s.name for s in STAGES), *EXTRA])
         raise UserError(f"unknown command {words[0]!r}; choose one of {known}")

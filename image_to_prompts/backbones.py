@@ -1,4 +1,7 @@
-"""Image backbones: any open_clip visual tower or timm model, with its layers in ordered groups."""
+"""Image backbones: any open_clip visual tower or timm model, with its layers in ordered groups.
+
+Models of transformers give features only; they have no such groups.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,13 @@ class Spec:
     """What is needed to build a backbone again.
 
     Attributes:
-        name: `open_clip:<model>`, `open_clip:<folder with open_clip_config.json>` or `timm:<model>`.
+        name: `open_clip:<model>`, `open_clip:<folder with open_clip_config.json>`, `timm:<model>` or
+            `transformers:<model or folder>`.
         image_size: Side of the input in px.
         mean: Channel means for inputs scaled to 0..1.
         std: Channel standard deviations.
-        tower: open_clip's model configuration (`embed_dim` and `vision_cfg`); None for timm.
+        tower: open_clip's model configuration (`embed_dim` and `vision_cfg`), or that of transformers; None for timm.
+        crop: Share of an image's shorter side that it sees.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Spec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     tower: dict[str, Any] | None = None
+    crop: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -55,22 +61,28 @@ def _unknown(name: str, known: list[str]) -> UserError:
     return UserError(f"unknown backbone {name!r}; nearest: {', '.join(near) or 'none'}")
 
 
-def describe(name: str, image_size: int) -> Spec:
+def describe(name: str, image_size: int = 0) -> Spec:
     """Looks a backbone up without building it.
+
+    Args:
+        name: As in `Spec`.
+        image_size: Side of the input in px; 0: that of its pretraining.
 
     Raises:
         UserError: If the name is unknown, with the nearest known ones.
     """
     library, _, model = name.partition(":")
+    if library == "transformers":
+        return _of_transformers(name, image_size)
     if library == "timm":
         import timm
 
         if not timm.is_model(model):
             raise _unknown(model, timm.list_models())
         config = timm.get_pretrained_cfg(model)
-        return Spec(name, image_size, tuple(config.mean), tuple(config.std))
+        return Spec(name, image_size or config.input_size[-1], tuple(config.mean), tuple(config.std))
     if library != "open_clip":
-        raise UserError(f"unknown backbone {name!r}; write open_clip:<model> or timm:<model>")
+        raise UserError(f"unknown backbone {name!r}; write open_clip:<model>, timm:<model> or transformers:<folder>")
     import open_clip
 
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -83,9 +95,23 @@ def describe(name: str, image_size: int) -> Spec:
         tower = open_clip.get_model_config(model)
         if tower is None:
             raise _unknown(model, open_clip.list_models())
+    image_size = image_size or tower["vision_cfg"]["image_size"]
     vision = {**tower["vision_cfg"], "image_size": image_size}
     tower = {"embed_dim": tower["embed_dim"], "vision_cfg": vision, "quick_gelu": tower.get("quick_gelu", False)}
     return Spec(name, image_size, tuple(mean), tuple(std), tower)
+
+
+def _of_transformers(name: str, image_size: int) -> Spec:
+    from transformers import AutoConfig, AutoImageProcessor
+
+    folder = locate(name)
+    with weights.reading(folder, "an image model of transformers"):
+        pixels, config = AutoImageProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        size = pixels.size.get("shortest_edge") or pixels.size["height"]
+    # ConvNeXt's processor sees the middle of images below 384 px, and all of larger ones.
+    crop = getattr(pixels, "crop_pct", None) or 1.0
+    size, crop = image_size or size, crop if size < 384 else 1.0
+    return Spec(name, size, tuple(pixels.image_mean), tuple(pixels.image_std), config.to_dict(), crop)
 
 
 def build(spec: Spec) -> nn.Module:
@@ -93,6 +119,8 @@ def build(spec: Spec) -> nn.Module:
 
     Of an open_clip model only the visual tower is built, not the text tower.
     """
+    if spec.name.startswith("transformers:"):
+        return _pooled(spec)
     if spec.tower is None:
         import timm
 
@@ -100,6 +128,22 @@ def build(spec: Spec) -> nn.Module:
     from open_clip.model import _build_vision_tower
 
     return _build_vision_tower(spec.tower["embed_dim"], spec.tower["vision_cfg"], spec.tower["quick_gelu"])
+
+
+def _pooled(spec: Spec) -> nn.Module:
+    from torch import nn
+    from transformers import AutoConfig, AutoModel
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            settings = {key: value for key, value in spec.tower.items() if key != "model_type"}
+            self.model = AutoModel.from_config(AutoConfig.for_model(spec.tower["model_type"], **settings))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.model(images).pooler_output.flatten(1)
+
+    return Pooled()
 
 
 def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -> None:
@@ -117,6 +161,13 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
     if path is None and (Path(model) / "open_clip_model.safetensors").is_file():
         path = Path(model) / "open_clip_model.safetensors"
     file = locate(spec.name, path)
+    if library == "transformers":
+        from transformers import AutoModel
+
+        with weights.reading(file, "an image model of transformers"):
+            state = AutoModel.from_pretrained(file).state_dict()
+        _load(backbone.model, state, file)
+        return
     state = read_state(file)
     if library == "open_clip":
         from open_clip.model import resize_pos_embed
@@ -133,8 +184,11 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
 
 
 def locate(name: str, path: Path | None = None) -> Path:
-    """File of a backbone's weights: `path`, or where `weights.locate` finds them; it says what it raises."""
+    """Where a backbone's weights lie: `path`, or where `weights.locate` finds them; it says what it raises."""
     library, _, model = name.partition(":")
+    if library == "transformers":
+        known = name in weights.WEIGHTS
+        return weights.locate(name, path if path or known else Path(model))
     return weights.locate(name, path, _hub(library, model))
 
 
@@ -184,9 +238,14 @@ def layer_groups(backbone: nn.Module) -> list[list[str]]:
 
     timm models, inside open_clip or not, are grouped by their own `group_matcher`; parameters of an open_clip
     projection behind a timm trunk form no group and always train.
+
+    Raises:
+        UserError: For a model of transformers.
     """
     from timm.models import group_parameters
 
+    if not hasattr(backbone, "trunk") and hasattr(backbone, "model"):
+        raise UserError("transformers: backbones have no layer groups to unfreeze; take timm: or open_clip:")
     trunk, prefix = (backbone.trunk, "trunk.") if hasattr(backbone, "trunk") else (backbone, "")
     matcher = trunk.group_matcher() if hasattr(trunk, "group_matcher") else TOWER_GROUPS
     groups = group_parameters(trunk, matcher)

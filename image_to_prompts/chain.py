@@ -1,7 +1,8 @@
 """The whole chain in one go on the embedded profile, with a report and an honest score: what `make run` calls.
 
-generate, dedupe, hold two folds out, render both sides, finetune, infer on the held-out images, score beside the
-constant, kNN and ceiling; the same on the held-out prompts drawn by a second hand (OpenMoji) never trained on.
+generate, dedupe, hold two folds out, render both sides, finetune, embed, ensemble, infer on the held-out images with
+both models, score beside the constant, kNN and ceiling; the same on the held-out prompts drawn by a second hand
+(OpenMoji) never trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import dedupe, evaluate, finetune, frozen, generate, infer, metadata, profiles, render, report, text_encoder
+from . import (
+    dedupe,
+    embed,
+    ensemble,
+    evaluate,
+    finetune,
+    frozen,
+    generate,
+    infer,
+    metadata,
+    profiles,
+    render,
+    report,
+    text_encoder,
+)
 from . import model as models
 from .errors import UserError
 from .files import Stamp, make_folder, write_json
@@ -113,17 +128,21 @@ def run(config: Config) -> str:
     train_rows = len(kept) - len(test)
     clock("finetune", done, lambda: finetune.run(stage), lambda history: history["epoch"].max() * train_rows)
 
+    stage = settings("embed", images=(images["train"],))
+    clock("embed", run_.embeddings / ".embed.done", lambda stage=stage: embed.run(stage), lambda found: train_rows)
+    stage = settings("ensemble", **({"epochs": 2} if config.quick else {}))
+    clock("ensemble", run_.ensemble / ".ensemble.done", lambda stage=stage: ensemble.run(stage), lambda _: train_rows)
+
+    checkpoints = (run_.checkpoint, run_.ensemble)
     predictions = {}
     for name in ("test", "test-openmoji"):
         out = run_.submission if name == "test" else run_.submission.with_name("openmoji.csv")
-        stage = settings(
-            "infer", images=images[name], checkpoint=(run_.checkpoint,), out=out, key=test_csv, bank=train_csv
-        )
+        stage = settings("infer", images=images[name], checkpoint=checkpoints, out=out, key=test_csv, bank=train_csv)
         stamp = out.with_name(f".{out.stem}.done")
         step = clock(f"infer {name}", stamp, lambda stage=stage: infer.run(stage), lambda found: len(found.files))
         predictions[name] = step
 
-    inputs = [run_.checkpoint / "model.safetensors", test_csv, run_.submission, train_csv]
+    inputs = [*(folder / "model.safetensors" for folder in checkpoints), test_csv, run_.submission, train_csv]
     stamp = Stamp(run_.report / ".report.done", {}, inputs)
     if not stamp.is_current():
         step = lambda: _evaluate(run_, predictions, images, test, stamp, settings)  # noqa: E731
@@ -133,6 +152,8 @@ def run(config: Config) -> str:
     lines = [f"{'stage':{width}}  seconds   rows"]
     lines += [f"{name:{width}}  {t['seconds']:7.1f}  {t['rows']:5d}" for name, t in clock.table.items()]
     lines += [f"pictures in {run_.report}, submission in {run_.submission}"]
+    alone = ", ".join(f"{name} {score:.4f}" for name, score in scores["test"]["alone"].items())
+    lines += [f"alone: {alone}; blended {scores['test']['score']:.4f}"]
     lines += [f"OpenMoji, never trained on: {score_line(scores['test-openmoji'])}", score_line(scores["test"])]
     return "\n".join(lines)
 
@@ -157,6 +178,7 @@ def _evaluate(
             run_.checkpoint, checkpoint.spec, checkpoint.config["metrics"]["knn_k"], found.files, targets
         )
         scores[name] = {"score": found.score, "constant": found.constant, "knn": knn, "ceiling": ceiling}
+        scores[name]["alone"] = {Path(folder).name: score for folder, score in found.alone.items()}
         scores[name]["skill"] = evaluate.skill(found.score, found.constant, ceiling)
     folder = make_folder(run_.report)
     write_json(folder / "scores.json", scores)
@@ -185,6 +207,7 @@ def _evaluate(
     own = (found.vectors * targets).sum(1)
     report.histogram(own, targets @ checkpoint.mean, folder / "cosines.png")
     shutil.copyfile(run_.checkpoint / "history.png", folder / "history.png")
+    shutil.copyfile(run_.ensemble / "history.png", folder / "ensemble.png")
     shutil.copyfile(dedupe.picture_path(run_.metadata), folder / "threshold.png")
-    written = ("scores.json", "strips.png", "gallery.png", "cosines.png", "history.png", "threshold.png")
-    stamp.write([folder / name for name in written])
+    pictures = ("strips", "gallery", "cosines", "history", "ensemble", "threshold")
+    stamp.write([folder / "scores.json", *(folder / f"{name}.png" for name in pictures)])

@@ -86,6 +86,18 @@ def load_rows(
     frame = with_images(tables(csvs, folders), folders)
     paths = frame.pop("path").tolist()
     targets = text_encoder.encode(frame["prompt"].tolist())
+    return split(frame, paths, targets, fold, leave_out, source_weights)
+
+
+def split(
+    frame: pd.DataFrame,
+    paths: list[Path],
+    targets: np.ndarray,
+    fold: int,
+    leave_out: str = "",
+    source_weights: Mapping[str, float] | None = None,
+) -> Rows:
+    """Splits rows by fold; see `load_rows` for the arguments and what it raises."""
     if "fold" not in frame or frame["fold"].isna().any():
         frame = add_groups(frame, targets, folds=8)
     rows = Rows(frame, paths, targets, np.empty(0, int), np.empty(0, int), 0, np.ones(len(frame), np.float32))

@@ -1,9 +1,9 @@
-"""Embeddings of images by pretrained backbones, and of their prompts: what kNN predicts from without any training.
+"""Stage 5, embed: what pretrained encoders make of each image, and the embeddings of the prompts.
 
-    image-to-prompts embed --images DIR [--metadata CSV] --out embeddings [--backbone NAME ...]
+    image-to-prompts embed --images DIR [--metadata CSV] --out embeddings [--encoders NAME ...]
 
-On disk: `<name>.npy` float32 (n, d), its rows named in `<name>.names.csv`, and how it was made in `<name>.json`. Two
-arrays are joined by name, never by order.
+The reference's three: CLIP ViT-B/32, ConvNeXt-Tiny, and CLIP Interrogator's text through all-MiniLM-L6-v2; see
+`encoders` for others and `embeddings` for the files. The interrogator's texts stand in its names.csv.
 """
 
 from __future__ import annotations
@@ -12,105 +12,55 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, finetune, frozen, metadata, tars, text_encoder
-from . import model as models
-from .devices import process_state
+from . import dataset, embeddings, encoders, tars, text_encoder, weights
+from .devices import local_rank_and_processes, process_state
+from .encoders import Encoded
 from .errors import UserError
-from .files import Stamp, make_folder, write_array, write_json
-from .images import ImageRows
+from .files import Stamp, write_array, write_json
 from .profiles import StageConfig
 
 log = logging.getLogger(__name__)
-PROMPTS = "prompt"  # name of the prompts' own embeddings
-ENDS = (".npy", ".names.csv", ".json")
+BLOCK = 512  # images a file of half-done work
 
 
 @dataclass
 class Config(StageConfig):
-    """Embeds images with pretrained backbones, and their prompts with all-MiniLM-L6-v2."""
+    """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
 
     images: tuple[Path, ...] = ()
     """Folders of images or tar shards; with --metadata one a CSV, or one for all."""
     metadata: tuple[Path, ...] = ()
     """Metadata CSVs; left out: each folder's manifest.csv."""
-    backbone: tuple[str, ...] = ("timm:tf_efficientnet_lite2",)
-    """open_clip:<model>, open_clip:<folder> or timm:<model>, one or several."""
+    encoders: tuple[str, ...] = ("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite2", "classes")
+    """open_clip:<model or folder>, timm:<model>, transformers:<model or folder>, interrogator, classes."""
     image_size: int = 224
-    """Side of the input in px."""
+    """Side of the backbones' input in px."""
+    caption: str = "blip-large"
+    """The interrogator's BLIP model: blip-large, or a folder."""
+    ranker: str = "open_clip:ViT-H-14"
+    """The interrogator's CLIP model: open_clip:<model or folder>."""
+    mode: Literal["fast", "classic", "best"] = "fast"
+    """How the interrogator puts its text together."""
+    terms: str = ""
+    """Folder of own term lists (artists.txt, flavors.txt, mediums.txt, movements.txt, trendings.txt)."""
+    artists: bool = True
+    """Let the interrogator name artists."""
     out: Path = Path("embeddings")
     """Folder to write."""
+    batch_size: int = 32
+    """Images at once."""
     loader_workers: int = 0
     """Threads that decode images; 0: one a core."""
 
 
-def write(folder: Path, name: str, vectors: np.ndarray, names: pd.DataFrame, about: dict[str, Any]) -> None:
-    """Writes an array with its names.
-
-    Args:
-        folder: Where to.
-        name: Stem of the files.
-        vectors: float32 (n, d), finite.
-        names: n rows, `image_name` first and unique.
-        about: How they were made, as JSON values.
-
-    Raises:
-        ValueError: If the lengths differ, a name stands twice or a vector is not finite.
-    """
-    if len(vectors) != len(names) or names["image_name"].duplicated().any() or not np.isfinite(vectors).all():
-        raise ValueError(f"{name}: {vectors.shape} vectors for {len(names)} names, or a name twice, or not finite")
-    write_array(folder / f"{name}.npy", vectors.astype(np.float32))
-    metadata.write_table(folder / f"{name}.names.csv", names)
-    write_json(folder / f"{name}.json", about)
-
-
-def read(folder: Path, name: str) -> tuple[np.ndarray, pd.DataFrame, dict[str, Any]]:
-    """Reads what `write` wrote: float32 (n, d), the names and how they were made.
-
-    Raises:
-        UserError: If a file is missing or damaged, or the rows are not as many as the names, or not finite.
-    """
-    path = folder / f"{name}.npy"
-    names = metadata.read_table(folder / f"{name}.names.csv", ("image_name",))
-    try:
-        vectors = np.load(path, allow_pickle=False)
-        about = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array of this project: {error}; run embed again") from error
-    if vectors.ndim != 2 or len(vectors) != len(names):
-        raise UserError(f"{path}: shape {vectors.shape} for {len(names)} names; run embed again")
-    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
-    if len(bad):
-        raise UserError(f"{path}: row {bad[0] + 1} ({names['image_name'][bad[0]]}) is not finite; run embed again")
-    metadata.check_names(names, folder / f"{name}.names.csv")
-    return vectors, names, about
-
-
-def joined(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """An image array and the prompts' embeddings, row by row for the same images.
-
-    Returns:
-        float32 (n, d), float32 (n, 384), and how the image array was made.
-
-    Raises:
-        UserError: As `read`, or if an image has no prompt.
-    """
-    vectors, names, about = read(folder, name)
-    targets, prompt_names, _ = read(folder, PROMPTS)
-    rows = pd.Index(prompt_names["image_name"]).get_indexer(names["image_name"])
-    if (rows < 0).any():
-        missing = names["image_name"][int(np.argmin(rows))]
-        raise UserError(f"{folder / name}.names.csv: {missing} has no row in {PROMPTS}.names.csv; run embed again")
-    return vectors, targets[rows], about
-
-
-def arrays(folder: Path) -> list[str]:
-    """Names of the image arrays in a folder."""
-    return sorted(path.stem for path in folder.glob("*.npy") if path.stem != PROMPTS)
+def slug(name: str) -> str:
+    """Name of an encoder's array."""
+    return name.replace(":", "-").strip("/").replace("/", "-")
 
 
 def run(config: Config) -> dict[str, tuple[int, int]]:
@@ -120,39 +70,103 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
         Rows and width of each array, by name.
 
     Raises:
-        UserError: On bad input or weights, or if no image can be read.
+        UserError: On bad input, terms or weights, or if no image can be read.
     """
-    if config.image_size < 1 or not config.backbone:
-        raise UserError("--image-size must be at least 1, --backbone must name one; correct them")
-    specs = {name: backbones.describe(name, config.image_size) for name in config.backbone}
+    if config.image_size < 1 or config.batch_size < 1 or not config.encoders:
+        raise UserError("--image-size and --batch-size must be at least 1, --encoders must name one; correct them")
     tables = dataset.tables(config.metadata, config.images)
     rows = dataset.with_images(tables, config.images)
     listing = [(str(path), *tars.stat(path)) for path in rows["path"]]
     settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}
-    stamp = Stamp(config.out / ".embed.done", settings, tables)
-    slugs = {name: name.replace(":", "-").replace("/", "-") for name in specs}
+    places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
+    settings["weights"] = [weights.digest(place) for place in places if place.is_dir()]
+    terms = sorted(Path(config.terms).glob("*.txt")) if config.terms else []
+    stamp = Stamp(config.out / ".embed.done", settings, [*tables, *terms])
+    slugs = [slug(name) for name in config.encoders]
     if stamp.is_current():
         log.info("%s is up to date", config.out)
-        return {name: np.load(config.out / f"{name}.npy", mmap_mode="r").shape for name in [*slugs.values(), PROMPTS]}
+        return _shapes(config.out, slugs)
     work = stamp.work_folder()
-    device = process_state().device
-    alone = finetune.Config(image_size=config.image_size, cache_features=False, loader_workers=config.loader_workers)
-    found = {}
-    for name, spec in specs.items():
-        model = models.build(spec)
-        backbones.load_pretrained(model.backbone, spec)
-        images = ImageRows(rows["path"].tolist(), config.image_size)
-        folder = make_folder(work / slugs[name])
-        features, _ = frozen.features(model.to(device), images, np.arange(len(rows)), device, alone, folder)
-        readable = np.isfinite(features[:, 0])
-        for file in images.broken:
-            log.warning("%s could not be read and was left out", file)
-        about = {"backbone": spec.to_dict()}
-        write(config.out, slugs[name], features[readable], rows.loc[readable, ["image_name"]], about)
-        found[slugs[name]] = features[readable].shape
+    chosen = {name: getattr(config, name) for name in ("caption", "ranker", "mode", "terms", "artists")}
+    built = [encoders.build(name, config.image_size, **chosen) for name in config.encoders]
+    files = rows["path"].tolist()
+    _encode_blocks(built, files, config, work)
+    if process_state().is_main_process:
+        encoded = _joined_blocks(len(built), len(files), work)
+        if np.isnan(encoded[0].vectors).all():
+            raise UserError("no image can be read; check --images")
+        for name in set(embeddings.arrays(config.out)) - set(slugs):  # of other encoders, perhaps of other images
+            for end in embeddings.ENDS:
+                (config.out / f"{name}{end}").unlink(missing_ok=True)
+        _write(rows, slugs, built, encoded, config.out, stamp)
+    process_state().wait_for_everyone()
+    return _shapes(config.out, slugs)
+
+
+def _shapes(folder: Path, slugs: list[str]) -> dict[str, tuple[int, int]]:
+    every = [*slugs, embeddings.PROMPTS]
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r").shape for name in every}
+
+
+def _write(
+    rows: pd.DataFrame, slugs: list[str], built: list[encoders.Encoder], encoded: list[Encoded], out: Path, stamp: Stamp
+) -> None:
+    """Writes the arrays of all encoders and of the prompts."""
+    for name, encoder, made in zip(slugs, built, encoded, strict=True):
+        readable = np.isfinite(made.vectors[:, 0])
+        names = rows.loc[readable, ["image_name"]]
+        if made.texts is not None:
+            names = names.assign(text=[text for text, good in zip(made.texts, readable, strict=True) if good])
+        embeddings.write(out, name, made.vectors[readable], names, encoder.about)
     targets = text_encoder.encode(rows["prompt"].tolist())
-    write(config.out, PROMPTS, targets, rows[["image_name", "prompt"]], {"encoder": "all-MiniLM-L6-v2"})
-    found[PROMPTS] = targets.shape
-    stamp.write([config.out / f"{name}{end}" for name in found for end in ENDS])
-    log.info("%s: %s", config.out, ", ".join(f"{name} {shape}" for name, shape in found.items()))
-    return found
+    names = rows[[column for column in embeddings.KEPT if column in rows]]
+    embeddings.write(out, embeddings.PROMPTS, targets, names, {"encoder": text_encoder.NAME})
+    for file in rows["path"][~readable]:
+        log.warning("%s could not be read and was left out", file)
+    stamp.write([out / f"{name}{end}" for name in [*slugs, embeddings.PROMPTS] for end in embeddings.ENDS])
+    log.info("%s: %s", out, ", ".join(f"{name} {shape}" for name, shape in _shapes(out, slugs).items()))
+
+
+def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Config, work: Path) -> None:
+    """Writes what each encoder makes of the files in blocks of 512, which a resumed run finds there.
+
+    Processes of one machine share the blocks.
+    """
+    starts, show = range(0, len(files), BLOCK), encoders.viewer(built, config.batch_size, config.loader_workers)
+    local, processes = local_rank_and_processes()
+    for start in starts[local::processes]:
+        texts, arrays = _block_files(work, start, len(built))
+        if not texts.is_file():
+            block = show(files[start : start + BLOCK], "whole")
+            for array, one in zip(arrays, block, strict=True):
+                write_array(array, one.vectors)
+            write_json(texts, [one.texts for one in block])  # last, so that a block that has it is whole
+    process_state().wait_for_everyone()
+
+
+def _joined_blocks(encoders: int, count: int, work: Path) -> list[Encoded]:
+    """What `_encode_blocks` wrote, for each encoder."""
+    parts: list[list[Encoded]] = [[] for _ in range(encoders)]
+    for start in range(0, count, BLOCK):
+        texts, arrays = _block_files(work, start, encoders)
+        said = json.loads(texts.read_text(encoding="utf-8"))
+        for part, array, one in zip(parts, arrays, said, strict=True):
+            part.append(Encoded(np.load(array), one))
+    return [_joined(part) for part in parts]
+
+
+def _block_files(work: Path, start: int, encoders: int) -> tuple[Path, list[Path]]:
+    arrays = [work / f"vectors-{number}-{start:09d}.npy" for number in range(encoders)]
+    return work / f"texts-{start:09d}.json", arrays
+
+
+def _joined(blocks: list[Encoded]) -> Encoded:
+    width = max(block.vectors.shape[1] for block in blocks)  # 1 where no image of a block can be read
+    count = sum(len(block.vectors) for block in blocks)
+    vectors, texts, start = np.full((count, width), np.nan, np.float32), [""] * count, 0
+    for block in blocks:
+        end = start + len(block.vectors)
+        vectors[start:end] = block.vectors
+        texts[start:end] = block.texts or [""] * len(block.vectors)
+        start = end
+    return Encoded(vectors, texts if any(block.texts for block in blocks) else None)

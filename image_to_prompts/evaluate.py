@@ -48,17 +48,22 @@ def nearest_mean(features: np.ndarray, train_features: np.ndarray, train_targets
     Returns:
         float32 (n, 384), the mean target of each row's k nearest training rows.
     """
+    return train_targets[_nearest(features, train_features, k)].mean(1)
+
+
+def _nearest(features: np.ndarray, train_features: np.ndarray, k: int) -> np.ndarray:
+    """Rows of the k nearest training features, int64 (n, k), or fewer where there are fewer."""
     import faiss
 
     index = faiss.IndexFlatIP(train_features.shape[1])
     index.add(unit(train_features))
-    _, rows = index.search(unit(features), min(k, len(train_features)))
-    return train_targets[rows].mean(1)
+    return index.search(unit(features), min(k, len(train_features)))[1]
 
 
 def best_k(features: np.ndarray, targets: np.ndarray, train_features: np.ndarray, train_targets: np.ndarray) -> int:
     """The k of `NEIGHBOURS` that scores best on validation rows."""
-    scores = {k: mean_cosine(nearest_mean(features, train_features, train_targets, k), targets) for k in NEIGHBOURS}
+    rows = _nearest(features, train_features, max(NEIGHBOURS))
+    scores = {k: mean_cosine(train_targets[rows[:, :k]].mean(1), targets) for k in NEIGHBOURS}
     return max(scores, key=scores.get)
 
 
@@ -123,7 +128,9 @@ def blend(predictions: Sequence[np.ndarray], weights: Sequence[float]) -> np.nda
 
 
 def fit_weights(predictions: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """Weights, none negative and 1 in sum, of the blend with the largest mean cosine.
+    """Weights, none negative and 1 in sum, of a blend that no single model surpasses on the given rows.
+
+    Found by sequential least squares from equal weights; should a single model be better, it gets all the weight.
 
     Args:
         predictions: Each model's, float32 (n, 384), of rows that none of them trained on.
@@ -144,7 +151,8 @@ def fit_weights(predictions: Sequence[np.ndarray], targets: np.ndarray) -> np.nd
 
     equal = np.full(len(units), 1 / len(units))
     total = {"type": "eq", "fun": lambda weights: weights.sum() - 1}
-    return minimize(loss, equal, bounds=[(0, 1)] * len(units), constraints=[total], method="SLSQP").x
+    found = minimize(loss, equal, bounds=[(0, 1)] * len(units), constraints=[total], method="SLSQP").x
+    return min([found.clip(0, 1) / found.clip(0, 1).sum(), *np.eye(len(units))], key=loss)
 
 
 def bootstrap(cosines: np.ndarray, draws: int = 2000) -> tuple[float, float]:

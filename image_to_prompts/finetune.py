@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -136,14 +135,6 @@ def plot_history(history: pd.DataFrame, scores: dict[str, float], path: Path) ->
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
 
 
-def _revision() -> str:
-    """Git revision of this checkout, "" outside one."""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
-
-
 def _check(config: Config) -> None:
     for name in ("epochs", "cycles", "batch_size", "image_size"):
         if getattr(config, name) < 1:
@@ -243,7 +234,7 @@ def run(config: Config) -> pd.DataFrame:
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "profile": config.profile,
-        "revision": _revision(),
+        "revision": models.revision(),
     }
 
     def save(folder: Path, epoch: int, cosine: float) -> None:
@@ -267,7 +258,9 @@ def run(config: Config) -> pd.DataFrame:
 
     if not trainer.standing.history:
         finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
-    while trainer.standing.epoch <= config.epochs and not _has_stalled(trainer.standing.history, config.patience):
+    while trainer.standing.epoch <= config.epochs:
+        if training.has_stalled(trainer.standing.history, config.patience):
+            break
         loss = trainer.epoch()
         if loss is None:
             log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
@@ -341,12 +334,3 @@ def build_model(
     if config.grad_checkpointing:
         model.backbone.set_grad_checkpointing(True)
     return model.to(accelerator.device), names
-
-
-def _has_stalled(history: list[dict[str, float]], patience: int) -> bool:
-    """Whether the last `patience` epochs brought nothing; never with patience 0."""
-    cosines = [entry["cosine"] for entry in history]
-    stalled = bool(patience) and len(cosines) > patience and max(cosines[-patience:]) <= max(cosines[:-patience])
-    if stalled:
-        log.info("no epoch of the last %d was better: stopped early", patience)
-    return stalled

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -101,15 +101,27 @@ def vary(image: Image.Image, rng: random.Random) -> Image.Image:
     return ImageEnhance.Contrast(image).enhance(rng.uniform(0.9, 1.1))
 
 
-def fit(image: Image.Image, size: int) -> np.ndarray:
-    """Resizes the shorter side to `size` (bicubic) and crops the centre.
+class Fit(NamedTuple):
+    """How an image becomes a square: its side in px, the share of the shorter side that is seen, or all squashed."""
+
+    size: int
+    crop: float = 1.0
+    squash: bool = False
+
+
+def fit(image: Image.Image, size: int, crop: float = 1.0, squash: bool = False) -> np.ndarray:
+    """Resizes (bicubic) so that the centre `crop` of the shorter side has `size` px, and cuts that square out.
 
     Returns:
         uint8 array (3, size, size).
     """
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).transpose(2, 0, 1)
+    whole = int(size / crop)  # cut off, as in transformers
+    if squash:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    elif image.size != (whole, whole):
+        image = ImageOps.fit(image, (whole, whole), Image.Resampling.BICUBIC)
+    edge = (image.width - size) // 2
+    return np.asarray(image.crop((edge, edge, edge + size, edge + size)) if edge else image).transpose(2, 0, 1)
 
 
 VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -137,13 +149,16 @@ class ImageRows:
             image = self.view(read(self.paths[row]))
             if self.augment_seed is not None:
                 image = vary(image, random.Random(f"augment {self.augment_seed} {self.epoch} {row}"))
-            pixels = np.ascontiguousarray(fit(image, self.size))
+            pixels = self._pixels(image)
         except BrokenImageError as error:
             pixels = None
             if self.paths[row] not in self.broken:
                 self.broken[self.paths[row]] = str(error)
                 log.warning("%s", error)
         return pixels, row
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        return np.ascontiguousarray(fit(image, self.size))
 
     @staticmethod
     def collate(items: list[tuple[np.ndarray | None, int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,9 +174,30 @@ class ImageRows:
         return torch.from_numpy(np.stack([pixels for pixels, _ in good])) if good else torch.empty(0), rows
 
 
+class FittedRows(ImageRows):
+    """The same with several squares of each image: item i is (one uint8 array a `Fit`, i), or (None, i)."""
+
+    def __init__(self, paths: list[Path], fits: Sequence[Fit], view: str = "whole") -> None:
+        """Takes image files, the squares to make of each, and one of `VIEWS`."""
+        super().__init__(paths, 0, view)
+        self.fits = fits
+
+    def _pixels(self, image: Image.Image) -> list[np.ndarray]:
+        return [np.ascontiguousarray(fit(image, *one)) for one in self.fits]
+
+    @staticmethod
+    def collate(items: list[tuple[list[np.ndarray] | None, int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Like `ImageRows.collate`, with a tensor for each fit; none if no image can be read."""
+        import torch
+
+        good = [(pixels, row) for pixels, row in items if pixels is not None]
+        squares = zip(*(pixels for pixels, _ in good), strict=True)
+        return [torch.from_numpy(np.stack(square)) for square in squares], torch.tensor([row for _, row in good]).long()
+
+
 def load(
     rows: ImageRows | CachedRows, batches: Iterable[Sequence[int]], workers: int = 0
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Any, torch.Tensor]]:
     """Reads batches in threads, while the caller computes on those before; Pillow decodes without Python's lock.
 
     Args:

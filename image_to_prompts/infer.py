@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +37,9 @@ class Config(StageConfig):
     images: Path = Path("images")
     """Folder of images, sub-folders too."""
     checkpoint: tuple[Path, ...] = ()
-    """Checkpoint folders, blended; left out: the newest of this run or of the attached Kaggle inputs."""
+    """Checkpoint folders, blended; left out: the newest of finetune and of ensemble, in this run or attached."""
     blend: tuple[float, ...] = ()
-    """Weights of the checkpoints in the blend; left out: all the same."""
-    fit_blend: bool = False
-    """Fit the weights on the images that every checkpoint kept for validation."""
+    """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
     views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole", "centre", "mirror")
     """What is shown of each image; the predictions of several are averaged, which takes as many times as long."""
     out: Path = Path("submission/submission.csv")
@@ -70,6 +68,7 @@ class Prediction:
         broken: Files that could not be read and got the mean prediction.
         unreached: Number of files that were not reached within --max-hours and got it too.
         how: What predicted.
+        alone: Score of each checkpoint of a blend by itself, with a key.
         score: Mean cosine against the key; None without one.
         constant: Score of the constant mean prediction on the same images; None without a key.
         prompts: `image,prompt,cosine` of the nearest prompts; None without a bank.
@@ -80,32 +79,43 @@ class Prediction:
     broken: list[Path]
     unreached: int = 0
     how: str = ""
+    alone: dict[str, float] = field(default_factory=dict)
     score: float | None = None
     constant: float | None = None
     prompts: pd.DataFrame | None = None
 
 
-def blend_weights(folders: list[Path], config: Config) -> list[float]:
-    """The weights of checkpoints: given, fitted, or all the same.
+def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[float]:
+    """The weights of checkpoints in a blend.
+
+    Args:
+        folders: The checkpoints.
+        given: Weights; none: fitted on the images that all checkpoints kept for validation, where the blend is at least
+            as good as the best of them. Where there are fewer than 20 such images, all weights are the same.
 
     Raises:
-        UserError: If their number is not that of the checkpoints, one is negative, all are 0, or there are no
-            validation images to fit on that all checkpoints have in common.
+        UserError: If the number of weights is not that of the checkpoints, one is negative, or all are 0.
     """
-    if config.fit_blend and len(folders) > 1:
+    same = [1 / len(folders)] * len(folders)
+    if not given and len(folders) > 1:
+        if not all(validation.is_there(folder) for folder in folders):
+            log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
+            return same
         kept = [validation.read(folder) for folder in folders]
         names = sorted(set.intersection(*(set(frame["image_name"]) for frame, _, _ in kept)))
         if len(names) < LEAST_TO_FIT:
-            raise UserError(
-                f"--fit-blend: {len(names)} images validated in all checkpoints, {LEAST_TO_FIT} are needed; "
-                f"train them with the same --fold, or give --blend"
-            )
+            log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))
+            return same
         order = [pd.Index(frame["image_name"]).get_indexer(names) for frame, _, _ in kept]
         predictions = [predicted[rows] for (_, predicted, _), rows in zip(kept, order, strict=True)]
-        fitted = evaluate.fit_weights(predictions, kept[0][2][order[0]])
-        log.info("weights fitted on %d images: %s", len(names), ", ".join(f"{weight:.3f}" for weight in fitted))
+        truth = kept[0][2][order[0]]
+        fitted = evaluate.fit_weights(predictions, truth)
+        for folder, predicted, weight in zip(folders, predictions, fitted, strict=True):
+            alone = evaluate.mean_cosine(predicted, truth)
+            log.info("%s: %.4f alone on %d images, %.3f of the blend", folder, alone, len(names), weight)
+        log.info("blend: %.4f", evaluate.mean_cosine(evaluate.blend(predictions, fitted), truth))
         return fitted.tolist()
-    weights = list(config.blend or [1 / len(folders)] * len(folders))
+    weights = list(given or same)
     if len(weights) != len(folders):
         raise UserError(f"--blend has {len(weights)} numbers for {len(folders)} checkpoints; give one each")
     if min(weights) < 0 or not sum(weights) > 0:
@@ -167,12 +177,13 @@ def run(config: Config) -> Prediction:
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     run_ = Run(config.run)
     folders = list(config.checkpoint) or newest(run_, config.fallback)
-    weights = blend_weights(folders, config) if folders else []
+    weights = blend_weights(folders, config.blend) if folders else []
     rungs = predictors.ladder(run_) if config.fallback and not config.checkpoint else []
     if folders:
-        loads = [lambda folder=folder: predictors.checkpoint(folder) for folder in folders]
-        files_ = [folder / "model.safetensors" for folder in folders]
-        rungs.insert(0, Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, files_))
+        own = [_checkpoint_rung(folders, weights)]
+        if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
+            own += [_checkpoint_rung([folder], [1.0]) for folder in folders]
+        rungs = [*own, *rungs]
     make_folder(config.out.parent)
     listing = [(str(file.relative_to(config.images)), *tars.stat(file)) for file in files]
     inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
@@ -191,14 +202,16 @@ def run(config: Config) -> Prediction:
         broken = [Path(name) for name in scores["broken"]]
         nearest = pd.read_csv(nearest_path) if bank else None
         vectors = submission.read(config.out, stems)
-        return Prediction(files, vectors, broken, 0, scores["how"], scores["score"], scores["constant"], nearest)
+        found = (scores["how"], scores["alone"], scores["score"], scores["constant"])
+        return Prediction(files, vectors, broken, 0, *found, nearest)
     work = stamp.work_folder()
-    rung, vectors, mean, reached = predictors.climb(rungs, files, config, work)
-    unreadable = ~np.isfinite(vectors[:, 0])
+    rung, found, mean, reached = predictors.climb(rungs, files, config, work)
+    vectors = evaluate.blend([np.nan_to_num(one) for one in found], rung.weights)
+    unreadable = ~vectors.any(1)  # no predictor had them
     vectors[unreadable] = mean
-    broken = [file for file, bad in zip(files[:reached], unreadable, strict=False) if bad]
+    broken = [file for file, bad in zip(files[: max(reached)], unreadable, strict=False) if bad]
     submission.write(config.out, stems, vectors)
-    result = Prediction(files, vectors, broken, len(files) - reached, rung.what)
+    result = Prediction(files, vectors, broken, len(files) - max(reached), rung.what)
     if bank:
         nearest = nearest_prompts(vectors, bank, text_encoder.encode(bank))
         names = [file.relative_to(config.images).as_posix() for file in files]
@@ -208,11 +221,19 @@ def run(config: Config) -> Prediction:
         targets = text_encoder.encode(truth)
         result.score = evaluate.mean_cosine(vectors, targets)
         result.constant = evaluate.constant_score(mean, targets)
+        if len(found) > 1:
+            for folder, one in zip(folders, found, strict=True):
+                one[~np.isfinite(one[:, 0])] = mean
+                result.alone[str(folder)] = evaluate.mean_cosine(one, targets)
+                log.info("%s alone: %.4f", folder, result.alone[str(folder)])
         log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
     names = [str(file) for file in broken]
-    scores = {"score": result.score, "constant": result.constant, "how": result.how, "broken": names}
+    scores = {"score": result.score, "constant": result.constant, "alone": result.alone, "how": result.how}
+    scores["broken"] = names
     write_json(scores_path, scores)
-    if rung is rungs[0] and not result.unreached:
+    if min(reached) < max(reached):
+        log.warning("%d images were not reached by all checkpoints of the blend", max(reached) - min(reached))
+    if rung is rungs[0] and min(reached) == len(files):
         stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
     for file in broken:
         log.warning("%s could not be read and got the mean prediction", file)
@@ -222,14 +243,20 @@ def run(config: Config) -> Prediction:
     return result
 
 
+def _checkpoint_rung(folders: list[Path], weights: list[float]) -> Rung:
+    loads = {str(folder): lambda folder=folder: predictors.checkpoint(folder) for folder in folders}
+    inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
+    return Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, inputs)
+
+
 def newest(run: Run, may_miss: bool) -> list[Path]:
-    """The newest checkpoint of the run or of the attached Kaggle inputs, as a list; empty where there may be none.
+    """The newest checkpoints of the run or of the attached Kaggle inputs; none where there may be none.
 
     Raises:
         UserError: If there is none and there must be one.
     """
     try:
-        return [run.newest_checkpoint()]
+        return run.newest_checkpoints()
     except UserError as error:
         if not may_miss:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,9 +129,17 @@ def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarra
 def card(config: dict[str, Any]) -> str:
     """The model card: what a checkpoint is, what it was trained on, how well it does, how to load it."""
     settings = {name: value for name, value in config.get("settings", {}).items() if value != ""}
-    spec, rows, revision = config["backbone"], config.get("rows", {}), config.get("revision") or "unknown"
+    rows, revision = config.get("rows", {}), config.get("revision") or "unknown"
+    if "ensemble" in config:
+        title = f"ensemble of {', '.join(config['ensemble']['arrays'])}"
+        load = ["from image_to_prompts import ensemble"]
+        load.append('found = ensemble.load(Path("THIS_FOLDER"))  # maps the arrays of embed to float32 (n, 384)')
+    else:
+        title = f"{config['backbone']['name']} at {config['backbone']['image_size']} px"
+        load = ["from image_to_prompts import model"]
+        load.append('found = model.load(Path("THIS_FOLDER")).model  # maps uint8 (n, 3, s, s) to float32 (n, 384)')
     lines = [
-        f"# {spec['name']} at {spec['image_size']} px, prompt embeddings from images",
+        f"# {title}, prompt embeddings from images",
         "",
         "Maps an image of Stable Diffusion to the 384-number all-MiniLM-L6-v2 embedding of its prompt. Written by",
         f"image-to-prompts, revision {revision}.",
@@ -152,14 +161,21 @@ def card(config: dict[str, Any]) -> str:
         "",
         "```python",
         "from pathlib import Path",
-        "from image_to_prompts import model",
-        'checkpoint = model.load(Path("THIS_FOLDER"))  # checkpoint.model maps uint8 (n, 3, s, s) to float32 (n, 384)',
+        *load,
         "```",
         "",
         "`model.safetensors` has the weights (what did not train in the half precision in which it was used),",
         "`config.json` everything above.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def revision() -> str:
+    """Git revision of this checkout, "" outside one."""
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip()
 
 
 def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:

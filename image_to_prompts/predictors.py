@@ -6,25 +6,24 @@ A submission kernel so scores on its first push, before anybody has trained anyt
 from __future__ import annotations
 
 import csv
+import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from . import backbones, embed, evaluate, images, text_encoder, workspace
+from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights, workspace
 from . import model as models
-from .devices import mixed_precision, process_state, type_of
+from .encoders import Encoder
 from .errors import UserError
 from .files import make_folder, write_array
 from .progress import Deadline
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from . import infer
 
 log = logging.getLogger(__name__)
@@ -39,15 +38,13 @@ class Predictor:
 
     Attributes:
         mean: float32 (384,), the prediction for an image that cannot be read or is not reached in time.
-        forward: Maps uint8 images (n, 3, s, s) to (n, d); None: the prediction is the mean.
-        image_size: s.
-        finish: Maps float32 (n, d) to (n, 384).
+        encoders: What looks at the images; none: the prediction is the mean.
+        finish: Maps what each encoder gave, float32 (n, d), to float32 (n, 384).
     """
 
     mean: np.ndarray
-    forward: nn.Module | None = None
-    image_size: int = 0
-    finish: Callable[[np.ndarray], np.ndarray] = lambda vectors: vectors
+    encoders: list[Encoder] = field(default_factory=list)
+    finish: Callable[[list[np.ndarray]], np.ndarray] = lambda arrays: arrays[0]
 
 
 @dataclass(frozen=True)
@@ -56,45 +53,67 @@ class Rung:
 
     Attributes:
         what: What it is, for the log.
-        load: Gives its predictors, one at a time.
+        load: By name, what gives its predictors; of those with one name finished blocks are shared between rungs.
         weights: Their weights in the blend.
         inputs: Files on whose contents the predictions depend.
     """
 
     what: str
-    load: list[Callable[[], Predictor]]
+    load: dict[str, Callable[[], Predictor]]
     weights: list[float]
     inputs: list[Path]
 
 
 def checkpoint(folder: Path) -> Predictor:
-    """A checkpoint; see `model.load` for what it raises."""
+    """A checkpoint of `finetune` or `ensemble`; see their `load` for what it raises."""
+    from .encoders.backbone import BackboneEncoder
+
+    if workspace.is_ensemble(folder):
+        found = ensemble.load(folder)
+        seen = found.config["ensemble"]["encoders"]
+        return Predictor(found.mean, [encoders.rebuild(about) for about in seen.values()], found)
     found = models.load(folder)
-    return Predictor(found.mean, found.model, found.spec.image_size)
+    return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
 
 
-def neighbours(folder: Path, name: str) -> Predictor:
-    """kNN over an array of `embed`, the number of neighbours chosen on a part of it.
+def neighbours(folder: Path) -> Predictor:
+    """kNN over the best array of `embed` whose encoder can be built, the number of neighbours chosen on a part of it.
 
     Args:
         folder: What `embed` wrote.
-        name: The image array.
 
     Raises:
-        UserError: If the array is damaged or its backbone's weights are nowhere.
+        UserError: If an array is damaged, or the weights of no encoder are there.
     """
-    from torch.nn import Identity
+    table = embeddings.load(folder)
+    found = []
+    for name, vectors in table.arrays.items():
+        known = np.isfinite(vectors[:, 0])
+        features, targets = vectors[known], table.targets[known]
+        asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
+        k = evaluate.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
+        guess = evaluate.nearest_mean(features[asked], features[~asked], targets[~asked], k)
+        found.append((evaluate.mean_cosine(guess, targets[asked]), name, k, features, targets))
+    missing = ""
+    for score, name, k, features, targets in sorted(found, key=lambda one: -one[0]):
+        try:
+            encoder = encoders.rebuild(table.about[name])
+        except UserError as error:
+            missing = missing or str(error)
+            log.warning("%s: passed over: %s", folder / name, error)
+            continue
+        log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
+        mean = evaluate.unit(targets.mean(0))
+        return Predictor(
+            mean, [encoder], lambda seen, f=features, t=targets, k=k: evaluate.nearest_mean(seen[0], f, t, k)
+        )
+    raise UserError(f"{folder}: no array's encoder can be built: {missing}")
 
-    features, targets, about = embed.joined(folder, name)
-    spec = backbones.Spec(**about["backbone"])
-    model = models.build(spec)
-    backbones.load_pretrained(model.backbone, spec)
-    model.head = Identity()
-    asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
-    k = evaluate.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
-    log.info("kNN over %d embeddings by %s, k = %d", len(features), spec.name, k)
-    mean = evaluate.unit(targets.mean(0))
-    return Predictor(mean, model, spec.image_size, lambda found: evaluate.nearest_mean(found, features, targets, k))
+
+def interrogator() -> Predictor:
+    """CLIP Interrogator's text, as it is; raises as `encoders.build`."""
+    encoder = encoders.build("interrogator", 0)
+    return Predictor(evaluate.unit(text_encoder.encode(["a picture"])[0]), [encoder])
 
 
 def prompt_mean(csvs: list[Path]) -> Predictor:
@@ -119,22 +138,25 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
 
 
 def ladder(run: workspace.Run) -> list[Rung]:
-    """What can predict without a checkpoint, best first: kNN where embeddings lie, the mean of what prompts there are.
+    """What can predict without a checkpoint, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
 
     Looked for among the attached Kaggle inputs and in the run.
     """
     rungs = []
-    stored = [path.parent for path in workspace.kaggle_inputs(f"{embed.PROMPTS}.npy")]
-    stored += [path.parent for path in run.folder.glob(f"*/{embed.PROMPTS}.npy")]
+    stored = [path.parent for path in workspace.kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
+    stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
     for folder in stored:
-        for name in embed.arrays(folder):
-            inputs = [folder / f"{stem}{end}" for stem in (name, embed.PROMPTS) for end in embed.ENDS]
-            load = [lambda f=folder, n=name: neighbours(f, n)]
-            rungs.append(Rung(f"kNN over {folder / name}.npy", load, [1.0], inputs))
+        names = [*embeddings.arrays(folder), embeddings.PROMPTS]
+        inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
+        rungs.append(Rung(f"kNN over {folder}", {str(folder): lambda folder=folder: neighbours(folder)}, [1.0], inputs))
+    models_ = [weights.attached(name) for name in encoders.INTERROGATOR]
+    if all(models_):
+        files = [file for found in models_ for file in found if file.is_file()]
+        rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))
     csvs = [path for path in [*workspace.kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
-        rungs.append(Rung(what, [lambda: prompt_mean(csvs)], [1.0], csvs))
+        rungs.append(Rung(what, {"mean": lambda: prompt_mean(csvs)}, [1.0], csvs))
     return rungs
 
 
@@ -156,7 +178,7 @@ def predict(
     """Predicts for image files with one predictor, in the hardware's half precision.
 
     Args:
-        predictor: From `predictors`; its model's matrices are kept in half precision from here on.
+        predictor: What predicts.
         files: Image files.
         config: Batch size, loader threads, views.
         work: Folder in which finished blocks of 512 images are kept for a resumed run.
@@ -166,23 +188,11 @@ def predict(
         float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read or were not reached; and how
         many were reached.
     """
-    from accelerate.utils import find_executable_batch_size
-
-    from .fast_layers import faster
-
     vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
-    if predictor.forward is None:
+    if not predictor.encoders:
         vectors[:] = predictor.mean
         return vectors, len(files)
-    device = process_state().device
-    model = predictor.forward.requires_grad_(False).to(device).eval()
-    backbones.half_frozen(model, type_of(mixed_precision(device)))
-    model = faster(model)
-
-    @find_executable_batch_size(starting_batch_size=config.batch_size)  # smaller whenever memory runs out
-    def extract(batch_size: int, rows: images.ImageRows) -> np.ndarray:
-        return evaluate.extract(model, rows, batch_size, device, config.loader_workers)
-
+    show = encoders.viewer(predictor.encoders, config.batch_size, config.loader_workers)
     for start in range(0, len(files), BLOCK):
         block = work / f"vectors-{start:09d}.npy" if work else None
         if block and block.is_file():
@@ -190,7 +200,7 @@ def predict(
         elif deadline and deadline.passed():
             return vectors, start
         else:
-            part = _predict_block(predictor, extract, files[start : start + BLOCK], config.views)
+            part = _predict_block(predictor, show, files[start : start + BLOCK], config.views)
             if block:
                 write_array(block, part)
         vectors[start : start + BLOCK] = part
@@ -198,23 +208,26 @@ def predict(
 
 
 def _predict_block(
-    predictor: Predictor, extract: Callable[[images.ImageRows], np.ndarray], files: list[Path], views: tuple[str, ...]
+    predictor: Predictor,
+    show: Callable[[list[Path], str], list[encoders.Encoded]],
+    files: list[Path],
+    views: tuple[str, ...],
 ) -> np.ndarray:
     """The mean over the views of unit vectors, float32 (n, 384), NaN for images that cannot be read."""
     seen = []
     for view in views:
-        found = extract(images.ImageRows(files, predictor.image_size, view))
-        readable = np.isfinite(found[:, 0])
+        found = show(files, view)
+        readable = np.isfinite(found[0].vectors[:, 0])
         vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
         if readable.any():
-            vectors[readable] = predictor.finish(found[readable])
+            vectors[readable] = predictor.finish([one.vectors[readable] for one in found])
         seen.append(vectors)
     return evaluate.blend(seen, [1 / len(seen)] * len(seen))
 
 
 def climb(
     rungs: list[Rung], files: list[Path], config: infer.Config, work: Path
-) -> tuple[Rung, np.ndarray, np.ndarray, int]:
+) -> tuple[Rung, list[np.ndarray], np.ndarray, list[int]]:
     """Predicts with the first rung that works.
 
     Args:
@@ -224,20 +237,20 @@ def climb(
         work: Folder for finished blocks.
 
     Returns:
-        The rung; float32 (n, 384), NaN in the rows of images that cannot be read or were not reached; the mean
-        prediction (384,); how many images were reached by a predictor at least.
+        The rung; float32 (n, 384) of each of its predictors, NaN in the rows of images that cannot be read or were not
+        reached; the mean prediction (384,); how many images each predictor reached.
     """
     deadline = Deadline(config.max_hours)
     for place, rung in enumerate(rungs):
-        found, means, reached = [], [], 0
+        found, means, reached = [], [], []
         try:
-            for number, load in enumerate(rung.load):
+            for name, load in rung.load.items():
                 predictor = load()
-                block_folder = make_folder(work / f"{place}-{number}")
+                block_folder = make_folder(work / hashlib.sha256(name.encode()).hexdigest()[:16])
                 vectors, count = predict(predictor, files, config, block_folder, deadline)
                 found.append(vectors)
                 means.append(predictor.mean[None])
-                reached = max(reached, count)
+                reached.append(count)
                 del predictor  # before the next one is loaded
         except Exception as error:
             if not config.fallback or rung is rungs[-1]:
@@ -245,7 +258,5 @@ def climb(
             said = " ".join(str(error).split()) or type(error).__name__
             log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[place + 1].what)
             continue
-        blended = evaluate.blend([np.nan_to_num(vectors) for vectors in found], rung.weights)
-        blended[~blended.any(1)] = np.nan  # no predictor had them
-        return rung, blended, evaluate.blend(means, rung.weights)[0], reached
+        return rung, found, evaluate.blend(means, rung.weights)[0], reached
     raise UserError("nothing to predict from; run finetune first, or attach a checkpoint, embeddings or prompts")

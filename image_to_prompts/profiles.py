@@ -41,7 +41,10 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 5e-5,
             "cache_features": False,
         },
-        "embed": {"backbone": ("open_clip:ViT-L-14-quickgelu",)},
+        "embed": {
+            "encoders": ("open_clip:ViT-B-32-quickgelu", "transformers:facebook/convnext-tiny-224", "interrogator")
+        },
+        "ensemble": {"epochs": 40, "patience": 10},
         "infer": {"views": ("whole",), "fallback": True},
     },
 }
@@ -65,6 +68,7 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
             **{name: hours for name, hours in limits.items() if name == "max_hours"},
         },
         "embed": {"images": run.rendered(run.images), "out": run.embeddings},
+        "ensemble": {"embeddings": run.have(run.embeddings), "out": run.ensemble},
         "infer": {
             "images": run.images,
             "out": run.submission,

@@ -90,22 +90,39 @@ STAGES = (
         Kernel(gpu=True, after=("render",)),
     ),
     Stage(
+        5,
+        "embed",
+        "05_embed_images",
+        "CLIP ViT-B/32, ConvNeXt-Tiny and CLIP-Interrogator embeddings, and the prompts' own",
+        "images/<name>",
+        "embeddings/*.npy, *.names.csv",
+        Kernel(gpu=True, after=("render",)),
+    ),
+    Stage(
+        6,
+        "ensemble",
+        "06_train_ensemble",
+        "transformer encoder that fuses the embeddings of an image",
+        "embeddings/",
+        "checkpoints/ensemble/",
+        Kernel(gpu=True, after=("render", "embed")),
+    ),
+    Stage(
         7,
         "infer",
         "07_infer_submission",
-        "predicts 384 numbers an image and the nearest known prompt",
-        "any image folder, checkpoints/convnext/",
+        "predicts 384 numbers an image, blends models, finds the nearest known prompt",
+        "any image folder, checkpoints/",
         "submission/submission.csv, submission.prompts.csv",
         Kernel(
             gpu=True,
             internet=False,
-            after=("finetune",),
+            after=("finetune", "ensemble"),
             datasets=("weights", "metadata", "embeddings"),
             competition=True,
         ),
     ),
 )
-"""Numbers 5 (`embed`) and 6 (`ensemble`) belong to the second system and are not built yet."""
 BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/gpu.py
 
 

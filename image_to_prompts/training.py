@@ -68,6 +68,15 @@ def batches(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[np
     return np.array_split(order, -(-len(order) // batch_size))
 
 
+def has_stalled(history: list[dict[str, float]], patience: int) -> bool:
+    """Whether the last `patience` epochs brought nothing; never with patience 0."""
+    cosines = [entry["cosine"] for entry in history]
+    stalled = bool(patience) and len(cosines) > patience and max(cosines[-patience:]) <= max(cosines[:-patience])
+    if stalled:
+        log.info("no epoch of the last %d was better: stopped early", patience)
+    return stalled
+
+
 class Trainer:
     """Trains a model step by step."""
 

@@ -32,12 +32,18 @@ def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
 
     readable = np.isfinite(predicted[:, 0])
     valid, predicted = rows.valid[readable], predicted[readable]
-    frame = pd.DataFrame({name: rows.frame[name].iloc[valid].to_numpy() for name in ("image_name", "prompt")})
+    known = [name for name in ("image_name", "prompt") if name in rows.frame]  # prompts may not come with embeddings
+    frame = rows.frame[known].iloc[valid].reset_index(drop=True)
     frame["source"] = rows.sources.to_numpy()[valid]
     cosines = (evaluate.unit(predicted) * rows.targets[valid]).sum(1)
     with atomic_path(folder / "validation.safetensors") as part:
         save_file({"predicted": predicted.astype(np.float32), "targets": rows.targets[valid]}, part)
     metadata.write_table(folder / "validation.csv", frame.assign(cosine=np.round(cosines.astype(float), 4)))
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a checkpoint has what `write` wrote."""
+    return (folder / "validation.safetensors").is_file()
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
@@ -48,7 +54,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """
     from safetensors.numpy import load_file
 
-    if not (folder / "validation.safetensors").is_file():
+    if not is_there(folder):
         raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
     stored = load_file(folder / "validation.safetensors")
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]

@@ -100,6 +100,10 @@ class Run:
         return self.checkpoints / "convnext"
 
     @property
+    def ensemble(self) -> Path:
+        return self.checkpoints / "ensemble"
+
+    @property
     def submission(self) -> Path:
         return self.folder / "submission" / "submission.csv"
 
@@ -107,8 +111,8 @@ class Run:
     def report(self) -> Path:
         return self.folder / "report"
 
-    def newest_checkpoint(self) -> Path:
-        """The checkpoint folder written last, in this run or in an attached Kaggle input.
+    def newest_checkpoints(self) -> list[Path]:
+        """The checkpoint folders that finetune and ensemble wrote last, in this run or in an attached Kaggle input.
 
         Raises:
             UserError: If there is none.
@@ -119,15 +123,25 @@ class Run:
         found = [folder for folder in found if folder.name != LAST]  # the epoch beside it was better
         if not found:
             raise UserError(f"no checkpoint under {self.checkpoints}; run finetune first or give --checkpoint DIR")
-        return max(found, key=lambda folder: (folder / "model.safetensors").stat().st_mtime)
+        newest = {is_ensemble(f): f for f in sorted(found, key=lambda f: (f / "model.safetensors").stat().st_mtime)}
+        return [newest[kind] for kind in sorted(newest)]
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder/config.json` is one of ours and not some other model's."""
+    return bool({"backbone", "ensemble"} & _keys(folder / "config.json"))
+
+
+def is_ensemble(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of `ensemble`."""
+    return "ensemble" in _keys(folder / "config.json")
+
+
+def _keys(path: Path) -> set[str]:
     try:
-        return "backbone" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+        return set(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def profile_of(folder: Path, explicit: str | None = None) -> str:

@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
-from tiny_models import save_diffusion, save_tokenizer
+from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, save_tokenizer
 
 from image_to_prompts import dedupe, generate, profiles, render, text_cache, workspace
 from image_to_prompts.__main__ import main
@@ -90,6 +90,17 @@ def small_checkpoint(small_run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_embeddings(small_run, tmp_path_factory) -> Path:
+    """Two arrays of embeddings of the small run's images."""
+    from image_to_prompts import embed
+
+    out = tmp_path_factory.mktemp("embedded") / "embeddings"
+    encoders = ("timm:tf_efficientnet_lite2", "classes")
+    embed.run(embed.Config(images=(small_run.images,), out=out, image_size=64, encoders=encoders))
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory) -> Path:
     """GPT2LMHeadModel with random weights."""
     import torch
@@ -139,3 +150,26 @@ def tiny_open_clip(tmp_path_factory) -> Path:
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config, "preprocess_cfg": preprocess}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory) -> dict[str, Path]:
+    """Folders of tiny random models of the classes that the reference embeds with, and short term lists."""
+    folder = tmp_path_factory.mktemp("encoders")
+    terms = folder / "terms"
+    terms.mkdir()
+    lists = {
+        "artists": ["Ann Black", "Bo White"],
+        "flavors": ["sharp focus", "intricate", "dark", "4k", "very long and winding phrase of many small words"],
+        "mediums": ["a painting", "a photo"],
+        "movements": ["cubism", "realism"],
+        "trendings": ["pixiv", "trending on pixiv"],
+    }
+    for kind, phrases in lists.items():
+        (terms / f"{kind}.txt").write_text("\n".join(phrases) + "\n", encoding="utf-8")
+    return {
+        "blip": save_blip(folder / "blip"),
+        "clip": save_clip(folder / "clip"),
+        "convnext": save_convnext(folder / "convnext"),
+        "terms": terms,
+    }

@@ -59,7 +59,7 @@ def test_unknown_names_list_the_nearest():
     for name, near in (("timm:convnext_tinny", "convnext_tiny"), ("open_clip:convnext_xxlrge", "convnext_xxlarge")):
         with pytest.raises(UserError, match=near):
             backbones.describe(name, 224)
-    with pytest.raises(UserError, match="open_clip:<model> or timm:<model>"):
+    with pytest.raises(UserError, match="open_clip:<model>, timm:<model> or transformers:<folder>"):
         backbones.describe("resnet50", 224)
 
 

@@ -4,24 +4,53 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import embed, metadata, text_encoder
+from image_to_prompts import embed, embeddings, encoders, metadata, text_encoder
 from image_to_prompts.errors import UserError
 
-LITE = "timm-tf_efficientnet_lite2"
+LITE, CLASSES = "timm-tf_efficientnet_lite2", "classes"
+
+
+def tiny(small_run, out, **overrides):
+    encoders = ("timm:tf_efficientnet_lite2", "classes")
+    return embed.Config(
+        **{"images": (small_run.images,), "encoders": encoders, "out": out, "image_size": 64} | overrides
+    )
 
 
 def test_arrays_of_a_run(small_run, tmp_path, command):
-    code, _, err = command("embed", "--run", small_run.folder, "--image-size", 64, "--out", tmp_path / "e")
+    words = ["embed", "--run", small_run.folder, "--image-size", 64, "--out", tmp_path / "e"]
+    code, _, err = command(*words)
     assert code == 0, err
     rows = metadata.read(small_run.images / "manifest.csv")
-    vectors, targets, about = embed.joined(tmp_path / "e", LITE)
-    assert vectors.shape == (len(rows), 1280) and about["backbone"]["image_size"] == 64
-    names = embed.read(tmp_path / "e", LITE)[1]["image_name"]
-    prompts = rows.set_index("image_name")["prompt"].loc[names].tolist()
-    np.testing.assert_allclose(targets, text_encoder.encode(prompts), atol=1e-5)
-    assert command("embed", "--run", small_run.folder, "--image-size", 64, "--out", tmp_path / "e")[2].endswith(
-        "is up to date\n"
+    table = embeddings.load(tmp_path / "e")
+    assert {name: array.shape[1] for name, array in table.arrays.items()} == {
+        "classes": 384,
+        "timm-tf_efficientnet_lite0": 1280,
+        LITE: 1280,
+    }
+    assert table.about[LITE]["backbone"]["image_size"] == 64 and len(table.frame) == len(rows)
+    prompts = rows.set_index("image_name")["prompt"].loc[table.frame["image_name"]].tolist()
+    np.testing.assert_allclose(table.targets, text_encoder.encode(prompts), atol=1e-5)
+    vectors, said, _ = embeddings.read(tmp_path / "e", CLASSES)
+    np.testing.assert_allclose(vectors, text_encoder.encode(said["text"].tolist()), atol=1e-5)
+    assert command(*words)[2].endswith("is up to date\n")
+
+
+def test_the_reference_encoders(small_run, tiny_encoders, tmp_path, command):
+    names = (
+        "--encoders",
+        f"open_clip:{tiny_encoders['clip']}",
+        f"transformers:{tiny_encoders['convnext']}",
+        "interrogator",
     )
+    words = ["embed", "--run", small_run.folder, *names, "--caption", tiny_encoders["blip"], "--image-size", 32]
+    words += ["--ranker", f"open_clip:{tiny_encoders['clip']}", "--terms", tiny_encoders["terms"], "--no-artists"]
+    code, _, err = command(*words, "--out", tmp_path / "e")
+    assert code == 0, err
+    widths = {name: array.shape[1] for name, array in embeddings.load(tmp_path / "e").arrays.items()}
+    assert sorted(widths.values()) == [24, 32, 384]
+    texts = embeddings.read(tmp_path / "e", "interrogator")[1]["text"]
+    assert texts.str.contains("sharp focus").any() and not texts.str.contains("Ann Black").any()
 
 
 def test_an_unreadable_image_has_no_row(small_run, tmp_path, caplog):
@@ -32,37 +61,103 @@ def test_an_unreadable_image_has_no_row(small_run, tmp_path, caplog):
         (folder / name).write_bytes((small_run.images / name).read_bytes())
     (folder / rows["image_name"][1]).write_bytes(b"torn")
     metadata.write_table(tmp_path / "m.csv", rows[["image_name", "prompt"]])
-    config = embed.Config(images=(folder,), metadata=(tmp_path / "m.csv",), out=tmp_path / "e", image_size=64)
-    assert embed.run(config) == {LITE: (3, 1280), embed.PROMPTS: (4, 384)}
-    vectors, targets, _ = embed.joined(tmp_path / "e", LITE)
-    assert len(vectors) == len(targets) == 3 and "could not be read" in caplog.text
+    config = tiny(small_run, tmp_path / "e", images=(folder,), metadata=(tmp_path / "m.csv",))
+    assert embed.run(config) == {LITE: (3, 1280), CLASSES: (3, 384), embeddings.PROMPTS: (4, 384)}
+    table = embeddings.load(tmp_path / "e", [LITE])
+    assert len(table.arrays[LITE]) == len(table.targets) == 3 and "could not be read" in caplog.text
+
+
+def test_a_part_that_is_done_is_not_done_again(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    whole, torn = tiny(small_run, tmp_path / "whole"), tiny(small_run, tmp_path / "torn")
+    embed.run(whole)
+    seen, see = [], encoders._see
+
+    def two_blocks(batch_size, built, rows, workers):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(rows))
+        return see(batch_size, built, rows, workers)
+
+    monkeypatch.setattr(encoders, "_see", two_blocks)
+    with pytest.raises(KeyboardInterrupt):
+        embed.run(torn)
+    monkeypatch.setattr(
+        encoders, "_see", lambda size, built, rows, n: seen.append(len(rows)) or see(size, built, rows, n)
+    )
+    embed.run(torn)
+    assert sum(seen) == len(metadata.read(small_run.images / "manifest.csv"))
+    for file in sorted((tmp_path / "whole").iterdir()):
+        if file.suffix != ".done":
+            assert file.read_bytes() == (tmp_path / "torn" / file.name).read_bytes(), file.name
 
 
 def test_rows_are_joined_by_name_never_by_order(tmp_path):
     rng = np.random.default_rng(0)
     vectors, targets = rng.normal(size=(5, 3)), rng.normal(size=(5, 384))
     names = pd.DataFrame({"image_name": list("abcde")})
-    embed.write(tmp_path, "x", vectors, names, {})
+    embeddings.write(tmp_path, "x", vectors, names, {})
+    embeddings.write(tmp_path, "y", vectors[:2], names.head(2), {})
     order = [3, 1, 4, 0, 2]
-    embed.write(tmp_path, embed.PROMPTS, targets[order], names.iloc[order], {})
-    np.testing.assert_allclose(embed.joined(tmp_path, "x")[1], targets.astype(np.float32))
-    embed.write(tmp_path, embed.PROMPTS, targets[:4], names.head(4), {})
+    embeddings.write(tmp_path, embeddings.PROMPTS, targets[order], names.iloc[order].assign(prompt="p"), {})
+    table = embeddings.load(tmp_path)
+    np.testing.assert_allclose(table.targets, targets[order].astype(np.float32))
+    np.testing.assert_allclose(table.arrays["x"], vectors[order].astype(np.float32))
+    assert np.isnan(table.arrays["y"][[0, 2, 4]]).all() and np.isfinite(table.arrays["y"][[1, 3]]).all()
+    assert len(embeddings.load(tmp_path, ["y"]).frame) == 2
+    embeddings.write(tmp_path, embeddings.PROMPTS, targets[:4], names.head(4), {})
     with pytest.raises(UserError, match=r"e has no row in prompt\.names\.csv"):
-        embed.joined(tmp_path, "x")
+        embeddings.load(tmp_path, ["x"])
 
 
 def test_bad_arrays_are_refused_with_one_line(tmp_path):
     names = pd.DataFrame({"image_name": list("abc")})
-    embed.write(tmp_path, "x", np.ones((3, 2)), names, {})
+    embeddings.write(tmp_path, "x", np.ones((3, 2)), names, {})
     np.save(tmp_path / "x.npy", np.ones((2, 2)))
     with pytest.raises(UserError, match="for 3 names"):
-        embed.read(tmp_path, "x")
+        embeddings.read(tmp_path, "x")
     np.save(tmp_path / "x.npy", np.array([[1, 2], [1, np.nan], [0, 1]]))
     with pytest.raises(UserError, match=r"row 2 \(b\) is not finite"):
-        embed.read(tmp_path, "x")
+        embeddings.read(tmp_path, "x")
     (tmp_path / "x.npy").write_bytes(b"")
     with pytest.raises(UserError, match="not an array"):
-        embed.read(tmp_path, "x")
+        embeddings.read(tmp_path, "x")
     for bad in (np.ones((2, 2)), np.full((3, 2), np.inf)):
         with pytest.raises(ValueError):
-            embed.write(tmp_path, "x", bad, names, {})
+            embeddings.write(tmp_path, "x", bad, names, {})
+    with pytest.raises(UserError, match="no arrays of embeddings"):
+        embeddings.load(tmp_path / "empty")
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """The first seed's layout: bare arrays and a list of images."""
+    rng = np.random.default_rng(1)
+    for name, width in {"clip": 512, "prompt": 384}.items():
+        np.save(tmp_path / f"{name}.npy", rng.normal(size=(4, width)).astype(np.float32))
+    (tmp_path / "images.txt").write_text("a.png\nb.png\nc.png\nd.png\n")
+    return tmp_path
+
+
+def test_bare_arrays_are_taken_over_and_written_again(bare, command):
+    words = ["import-embeddings", bare / "clip.npy", bare / "prompt.npy", "--list", bare / "images.txt"]
+    code, said, err = command(*words, "--out", bare / "e")
+    assert code == 0 and "clip" in said, err
+    table = embeddings.load(bare / "e")
+    np.testing.assert_array_equal(table.arrays["clip"], np.load(bare / "clip.npy"))
+    assert command("export-embeddings", bare / "e", "--out", bare / "again")[0] == 0
+    for name in ("clip.npy", "prompt.npy"):
+        np.testing.assert_array_equal(np.load(bare / name), np.load(bare / "again" / name))
+    assert (bare / "again" / "images.txt").read_text() == (bare / "images.txt").read_text()
+
+
+def test_wrong_bare_arrays_are_refused(bare, refused):
+    words = ["import-embeddings", "--out", bare / "e", "--list", bare / "images.txt"]
+    np.save(bare / "short.npy", np.ones((3, 8)))
+    refused([*words, bare / "short.npy"], "shape (3, 8) for a list of 4 images")
+    np.save(bare / "nan.npy", np.array([[1.0], [2.0], [np.nan], [3.0]]))
+    refused([*words, bare / "nan.npy"], "row 3 (c.png) is not finite")
+    (bare / "text.npy").write_text("no")
+    refused([*words, bare / "text.npy"], "not a .npy array")
+    (bare / "images.txt").write_text("a.png\nb.png\na.png\nd.png\n")
+    refused([*words, bare / "clip.npy"], "a.png")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kaggle_stub import Stub, assert_redirected, environment, serving
 
-from image_to_prompts import embed
+from image_to_prompts import embeddings
 from image_to_prompts.errors import UserError
 from image_to_prompts.kaggle import kernels, remote
 from image_to_prompts.stages import COMPETITION, STAGES
@@ -44,7 +44,9 @@ def test_every_stage_has_a_kernel_that_reads_its_predecessor(chain):
     assert benchmark.folder.name == "benchmark" and not benchmark.submits
     assert [kernel.folder.name for kernel in found] == [stage.notebook.replace("_", "-") for stage in STAGES]
     reads = [kernel.metadata["kernel_sources"] for kernel in found]
-    assert reads == [[], *([kernel.id] for kernel in found[:-1])]
+    ids = {stage.name: kernel.id for stage, kernel in zip(STAGES, found, strict=True)}
+    assert reads == [[ids[name] for name in stage.kernel.after] for stage in STAGES]
+    assert all(STAGES[0] is stage or stage.kernel.after for stage in STAGES)
     assert [kernel.submits for kernel in found] == [False] * (len(found) - 1) + [True]
     assert not found[-1].metadata["enable_internet"]
     for kernel in found:
@@ -195,13 +197,13 @@ def test_sources_that_are_not_there_are_left_out_or_refused(kaggle, answer):
     stub = kaggle.stub
     stub.not_found = (answer, {"code": answer, "message": "Permission denied or not found"})
     stub.datasets = {f"{ME}/image-to-prompts-wheels", f"{ME}/image-to-prompts-metadata"}
-    stub.absent = {"04-finetune-convnext"}
+    stub.absent = {"04-finetune-convnext", "06-train-ensemble"}
     code, _, err = kaggle("push", "infer")
     assert code == 0, err
     (sent,) = stub.asked("SaveKernel")
     assert sent["datasetDataSources"] == [f"{ME}/image-to-prompts-wheels", f"{ME}/image-to-prompts-metadata"]
     assert sent.get("kernelDataSources", []) == []
-    for left_out in ("image-to-prompts-weights", "image-to-prompts-embeddings", "04-finetune-convnext"):
+    for left_out in ("image-to-prompts-weights", "image-to-prompts-embeddings", *sorted(stub.absent)):
         assert f"goes without {ME}/{left_out}" in err
     stub.absent = {"03-render-images"}
     code, _, err = kaggle("push", "finetune")
@@ -238,10 +240,14 @@ def data(tmp_path):
     metadata = folder / "data_meta"
     metadata.mkdir()
     (metadata / "prompts.csv").write_text("image_name,prompt,seed\na.png,a cat,1\nb.png,a dog,2\n")
-    names = pd.DataFrame({"image_name": ["a.png", "b.png"], "prompt": ["a cat", "a dog"]})
+    names = pd.DataFrame({"image_name": ["a.png", "b.png"], "prompt": ["a cat", "a dog"], "source": "s"})
+    names = names.assign(group=names["image_name"], fold=0)
     about = {"backbone": {"name": "timm:x"}}
-    embed.write(folder / "embeddings", "x", np.eye(2, 5), names[["image_name"]], about)
-    embed.write(folder / "embeddings", embed.PROMPTS, np.eye(2, 384), names, {"encoder": "all-MiniLM-L6-v2"})
+    embeddings.write(folder / "embeddings", "x", np.eye(2, 5), names[["image_name"]], about)
+    embeddings.write(folder / "embeddings", "old", np.eye(2, 5), names[["image_name"]], {"imported": "old.npy"})
+    said = names[["image_name"]].assign(text="cat")
+    embeddings.write(folder / "embeddings", "said", np.eye(2, 384), said, {"encoder": "interrogator"})
+    embeddings.write(folder / "embeddings", embeddings.PROMPTS, np.eye(2, 384), names, {"encoder": "all-MiniLM-L6-v2"})
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import SHARED
 
 from image_to_prompts import metadata, model, submission, workspace
 from image_to_prompts.stages import STAGES, markdown_table
@@ -24,8 +25,12 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
         "02_dedupe_prompts": {},
         "03_render_images": {},
         "04_finetune_convnext": {"epochs": 2},
+        "05_embed_images": {},
+        "06_train_ensemble": {"epochs": 2},
         "07_infer_submission": {},
     }
+    if (SHARED / "diffusiondb_sample").is_dir():
+        parameters["06_train_ensemble"]["demo_folder"] = str(SHARED / "diffusiondb_sample")
     assert list(parameters) == [stage.notebook for stage in STAGES]
     for name, values in parameters.items():
         values = {"run_folder": str(tmp_path / "run"), "profile": "embedded", **values}
@@ -36,7 +41,7 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
     assert metrics["constant"] < 0.55
     assert metrics["validation_cosine"] > metrics["constant"]
     scores = json.loads(run.submission.with_suffix(".json").read_text())
-    assert scores["score"] > scores["constant"]
+    assert scores["score"] > scores["constant"] and len(scores["alone"]) == 2
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.notebook)

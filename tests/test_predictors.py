@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import embed, evaluate, infer, metadata, predictors, submission, text_encoder, workspace
+from image_to_prompts import encoders, evaluate, infer, metadata, predictors, submission, text_encoder, workspace
 from image_to_prompts.errors import UserError
 
 
@@ -17,13 +17,6 @@ def mounted(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(workspace, "KAGGLE_INPUT", folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def embeddings(small_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("embedded") / "embeddings"
-    embed.run(embed.Config(images=(small_run.images,), out=out, image_size=64))
-    return out
 
 
 def settings(small_run, tmp_path, **overrides):
@@ -37,7 +30,7 @@ def settings(small_run, tmp_path, **overrides):
 
 
 def test_each_rung_predicts_when_the_better_ones_are_gone(
-    mounted, embeddings, small_run, small_checkpoint, tmp_path, caplog
+    mounted, small_embeddings, small_run, small_checkpoint, tmp_path, caplog
 ):
     config = settings(small_run, tmp_path, key=small_run.images / "manifest.csv")
     with pytest.raises(UserError, match="nothing to predict from"):
@@ -51,7 +44,7 @@ def test_each_rung_predicts_when_the_better_ones_are_gone(
     np.testing.assert_allclose(mean.vectors, np.broadcast_to(expected, mean.vectors.shape), atol=1e-6)
     assert "mean embedding" in mean.how and submission.check(config.out, config.images) == len(mean.files)
 
-    shutil.copytree(embeddings, mounted / "datasets" / "ada" / "embeddings")
+    shutil.copytree(small_embeddings, mounted / "datasets" / "ada" / "embeddings")
     knn = infer.run(config)
     assert "kNN over" in knn.how and knn.score > mean.score + 0.05
 
@@ -86,24 +79,23 @@ def test_images_not_reached_in_time_get_the_mean(small_run, small_checkpoint, tm
     assert submission.check(config.out, config.images) == len(whole.files)
     assert f"{short.unreached} of {len(whole.files)} images not reached in time" in caplog.text
     monkeypatch.setattr(predictors.Deadline, "passed", lambda self: False)
-    computed, extract = [], evaluate.extract
-    monkeypatch.setattr(evaluate, "extract", lambda *a, **k: computed.append(len(a[1])) or extract(*a, **k))
+    computed, see = [], encoders._see
+    monkeypatch.setattr(encoders, "_see", lambda size, e, rows, n: computed.append(len(rows)) or see(size, e, rows, n))
     again = infer.run(config)  # goes on from the blocks that were done
     assert not again.unreached and sum(computed) == 3 * short.unreached
     np.testing.assert_allclose(again.vectors, whole.vectors, atol=1e-6)
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller_once(small_run, small_checkpoint, tmp_path, monkeypatch):
-    sizes = []
-    extract = evaluate.extract
+    sizes, see = [], encoders._see
 
-    def short_of_memory(model, rows, batch_size, *more, **named):
+    def short_of_memory(batch_size, built, rows, workers):
         sizes.append(batch_size)
         if batch_size > 8:
             raise RuntimeError("CUDA out of memory.")
-        return extract(model, rows, batch_size, *more, **named)
+        return see(batch_size, built, rows, workers)
 
-    monkeypatch.setattr(evaluate, "extract", short_of_memory)
+    monkeypatch.setattr(encoders, "_see", short_of_memory)
     monkeypatch.setattr(predictors, "BLOCK", 16)  # four blocks
     config = infer.Config(images=small_run.images, checkpoint=(small_checkpoint,), out=tmp_path / "s.csv")
     config.views = ("whole",)

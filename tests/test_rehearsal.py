@@ -19,6 +19,7 @@ from PIL import Image
 
 from image_to_prompts import embed, metadata, submission
 from image_to_prompts.kaggle import folders
+from image_to_prompts.stages import STAGES
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,7 +162,7 @@ def test_the_submission_kernel_scores_before_and_after_anybody_trained(
 
     if layout == "2026":
         embeddings = machine.inputs / dataset.format("image-to-prompts-embeddings") / "embeddings"
-        embed.run(embed.Config(images=(small_run.images,), out=embeddings, image_size=64))
+        embed.run(embed.Config(images=(small_run.images,), out=embeddings, image_size=64, encoders=("classes",)))
         said = machine.run("07-infer-submission")
         assert "predicted by kNN over" in said
 
@@ -186,19 +187,25 @@ def test_the_chain_runs_kernel_by_kernel(machine, tiny_gpt2, tiny_sd2, tiny_open
         "02-dedupe-prompts": {"threshold": 0.999},
         "03-render-images": {"fast": True, "steps": 2},
         "04-finetune-convnext": {"epochs": 1, "image_size": 64},
+        "05-embed-images": {"image_size": 64},
+        "06-train-ensemble": {"epochs": 1},
         "07-infer-submission": {},
     }
-    before = None
-    for name, parameters in steps.items():
+    done: dict[str, Machine] = {}
+    for stage, (name, parameters) in zip(STAGES, steps.items(), strict=True):
         here = Machine(image[0], tmp_path / name)
         shutil.copytree(image[1], here.inputs / "datasets" / "ada" / "image-to-prompts-wheels")
         for place, source in attached.items():
             shutil.copytree(source, here.inputs / place)
-        if before:
-            shutil.copytree(before.working, here.inputs / "notebooks" / "ada" / before.inputs.parent.name)
-        if name.startswith("04"):
-            parameters["backbone"] = f"open_clip:{here.inputs}/datasets/ada/tiny/tiny-convnext"
+        for earlier in stage.kernel.after:
+            attached_output = here.inputs / "notebooks" / "ada" / done[earlier].inputs.parent.name
+            shutil.copytree(done[earlier].working, attached_output)
+        tiny = f"open_clip:{here.inputs}/datasets/ada/tiny/tiny-convnext"
+        if stage.name == "finetune":
+            parameters["backbone"] = tiny
+        if stage.name == "embed":
+            parameters["encoders"] = [tiny]
         said = here.run(name, **parameters)
-        before = here
-    assert "predicted by checkpoint" in said
-    assert submission.check(before.working / "submission.csv", competition / "images") == 7
+        done[stage.name] = here
+    assert "predicted by checkpoint" in said and "06-train-ensemble" in said
+    assert submission.check(here.working / "submission.csv", competition / "images") == 7

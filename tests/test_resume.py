@@ -1,6 +1,7 @@
 """Every stage, killed with SIGKILL at several moments and started again, ends with the files of an undisturbed run."""
 
 import contextlib
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -23,6 +24,8 @@ STAGES = {
     "render-sd2": {"backend": "sd2", "steps": 2, "batch_size": 2},
     "finetune": {"epochs": 3, "image_size": 64, "learning_rate": 2e-4},
     "finetune-uncached": {"epochs": 3, "image_size": 64, "cache_features": False, "precision": "fp32"},
+    "embed": {"image_size": 64, "encoders": ("timm:tf_efficientnet_lite0", "classes")},
+    "ensemble": {"epochs": 3, "save_minutes": 0},
     "infer": {"batch_size": 4},
 }
 
@@ -36,11 +39,11 @@ def work(stage: str, run: Path, values: dict) -> None:
     """One run of a stage in a process of its own, with one thread so that floating point is reproducible."""
     import torch
 
-    from image_to_prompts import dedupe, finetune, infer, profiles, text_cache, text_encoder, workspace
+    from image_to_prompts import embed, predictors, profiles, text_cache, text_encoder, workspace
     from image_to_prompts.render.scenes import SceneBackend
 
     torch.set_num_threads(1)
-    text_encoder.BLOCK, infer.BLOCK, SceneBackend.block = 16, 8, 4
+    text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block = 16, 8, 8, 4
     os.environ[text_cache.FOLDER] = str(cache_of(run))
     stages = {
         "generate": "generate",
@@ -50,12 +53,7 @@ def work(stage: str, run: Path, values: dict) -> None:
     }
     name = stages.get(stage, stage)
     config = profiles.default_config(name, workspace.open_run(run, "embedded"), "embedded", **values)
-    module = {"dedupe": dedupe, "finetune": finetune, "infer": infer}.get(name)
-    if module is None:
-        import importlib
-
-        module = importlib.import_module(f"image_to_prompts.{name}")
-    module.run(config)
+    importlib.import_module(f"image_to_prompts.{name}").run(config)
 
 
 def cache_of(run: Path) -> Path:
@@ -135,7 +133,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2, tiny_sd2, tmp_path):
+def test_killed_and_started_again(stage, small_run, small_checkpoint, small_embeddings, tiny_gpt2, tiny_sd2, tmp_path):
     values = dict(STAGES[stage])
     few = tmp_path / "few.csv"
     metadata.write_table(few, metadata.read(small_run.metadata).head(10))
@@ -146,6 +144,8 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, tiny_gpt2,
         "render-sd2": {"metadata": few, "weights": tiny_sd2},
         "finetune": {"metadata": (small_run.metadata,), "images": (small_run.images,)},
         "finetune-uncached": {"metadata": (small_run.metadata,), "images": (small_run.images,)},
+        "embed": {"images": (small_run.images,)},
+        "ensemble": {"embeddings": small_embeddings},
         "infer": {"images": small_run.images, "checkpoint": (small_checkpoint,)},
     }.get(stage, {})
 

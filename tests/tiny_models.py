@@ -70,3 +70,81 @@ def save_diffusion(folder: Path, prediction_type: str, sample_size: int) -> Path
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def save_blip(folder: Path) -> Path:
+    """BlipForConditionalGeneration with random weights, and its processor, for images of 32 px."""
+    import torch
+    from transformers import (
+        BertTokenizerFast,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "[DEC]",
+        *["a", "cat", "dog", "house", "red", "blue", "on", "in", "the", "of", "two"],
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": 5, "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3}
+    torch.manual_seed(1)
+    config = BlipConfig(
+        text_config={**size, **special, "vocab_size": len(words), "encoder_hidden_size": 16, "projection_dim": 16},
+        vision_config={**size, "image_size": 32, "patch_size": 8},
+        projection_dim=16,
+    )
+    model = BlipForConditionalGeneration(config).eval()
+    with torch.no_grad():  # larger weights, so that images tell captions apart
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    model.save_pretrained(folder)
+    mean, std = [0.481, 0.458, 0.408], [0.269, 0.261, 0.276]
+    pixels = BlipImageProcessor(size={"height": 32, "width": 32}, image_mean=mean, image_std=std)
+    BlipProcessor(pixels, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """An open_clip model, both towers, with random weights, for images of 32 px."""
+    import json
+
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(2)
+    model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
+    preprocess = {"mean": [0.481, 0.458, 0.408], "std": [0.269, 0.261, 0.276]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    return folder
+
+
+def save_convnext(folder: Path) -> Path:
+    """ConvNextModel with random weights, and its processor, for images of 32 px of which 7/8 are seen."""
+    import torch
+    from transformers import ConvNextConfig, ConvNextImageProcessor, ConvNextModel
+
+    torch.manual_seed(3)
+    model = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], num_stages=4, patch_size=4))
+    model.save_pretrained(folder)
+    ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.875).save_pretrained(folder)
+    return folder

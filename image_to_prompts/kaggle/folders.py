@@ -180,20 +180,31 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
     return describe(out, owner, "metadata", "Image to prompts metadata", subtitle, files)
 
 
-def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
-    """Copies arrays of `embed` with their names; see `embed.read` for what it raises."""
-    from .. import embed
+NAMES = {
+    "image_name": ("string", "file name of the row's image"),
+    "prompt": ("string", "its prompt"),
+    "source": ("string", "where the prompt comes from"),
+    "group": ("string", "image_name of the first prompt that this one resembles"),
+    "fold": ("integer", "fold of the group"),
+    "text": ("string", "what the interrogator says of the image"),
+}
+"""Columns of the names beside an array of embeddings."""
 
-    names = [*embed.arrays(data), embed.PROMPTS]
+
+def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
+    """Copies arrays of `embed` with their names; see `embeddings.read` for what it raises."""
+    from .. import embeddings as stored
+
+    names = [*stored.arrays(data), stored.PROMPTS]
     _clear(out)
     files: dict[str, Any] = {}
     for name in names:
-        vectors, table, about = embed.read(data, name)
-        made = about.get("encoder") or about["backbone"]["name"]
-        embed.write(out, name, vectors, table, about)
+        vectors, table, about = stored.read(data, name)
+        made = about.get("encoder") or about.get("backbone", {}).get("name") or f"whoever made {about.get('imported')}"
+        stored.write(out, name, vectors, table, about)
         files[f"{name}.npy"] = f"float32 {vectors.shape}, by {made}; rows named in {name}.names.csv"
-        said = {"image_name": ("string", "file name of the row's image"), "prompt": ("string", "its prompt")}
-        files[f"{name}.names.csv"] = (f"names of the rows of {name}.npy", {column: said[column] for column in table})
+        said = {column: NAMES[column] for column in table}
+        files[f"{name}.names.csv"] = (f"names of the rows of {name}.npy", said)
         files[f"{name}.json"] = f"how {name}.npy was made"
     subtitle = "Embeddings of images and of their prompts, for kNN"
     return describe(out, owner, "embeddings", "Image to prompts embeddings", subtitle, files)

@@ -4,12 +4,14 @@
 # Any folder of images in, `submission.csv` out: for each image, sorted by name, 384 rows `<id>_<0..383>`. A picture
 # that cannot be read, or is not reached in time, gets the mean prediction, so that the file is always complete.
 #
-# On Kaggle the images are the competition's and the internet is off. The best that is attached predicts: a checkpoint
-# of notebook 04; else the nearest neighbours in an embeddings dataset; else, before anybody has trained anything, the
-# mean embedding of the attached prompts. The log says which, and why not a better one. Elsewhere the images are the
-# held-out pictures of notebook 03, whose prompts are known, so that the prediction can be scored.
+# On Kaggle the images are the competition's and the internet is off. The best that is attached predicts: the
+# checkpoints of notebooks 04 and 06, blended with weights that are fitted on the pictures that both kept for
+# validation; else the nearest neighbours in an embeddings dataset; else CLIP Interrogator, where its weights are
+# attached; else, before anybody has trained anything, the mean embedding of the attached prompts. The log says which,
+# and why not a better one. Elsewhere the images are the held-out pictures of notebook 03, whose prompts are known, so
+# that the prediction can be scored.
 #
-# Reads: images, `checkpoints/convnext/`. Writes: `submission.csv` (on Kaggle) or `submission/submission.csv`.
+# Reads: images, `checkpoints/`. Writes: `submission.csv` (on Kaggle) or `submission/submission.csv`.
 
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
@@ -51,10 +53,12 @@ pd.read_csv(config.out, nrows=5)
 # %% [markdown]
 # ## Score
 #
-# The competition's measure is the mean cosine. Beside it, what the mean prediction would have scored.
+# The competition's measure is the mean cosine. Beside it, what each checkpoint alone and the mean prediction would
+# have scored.
 
 # %%
-scores = {"score": result.score, "constant": result.constant}
+alone = {f"{Path(folder).name} alone": score for folder, score in result.alone.items()}
+scores = {"score": result.score, **alone, "constant": result.constant}
 pd.Series({name: round(value, 4) for name, value in scores.items()}) if known else "the leaderboard tells"
 
 # %% [markdown]

@@ -1,0 +1,112 @@
+"""What each embedding, their mean, their ridge regression, and both kinds of attention score on the same rows.
+
+    image-to-prompts compare --embeddings DIR [--seeds 0 1 2]
+
+Seed i validates fold i and tests on fold i + 1, so that all ways vary with the rows, and the networks with their random
+numbers as well.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import dataset, embeddings, ensemble, evaluate
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+Predict = Callable[[list[np.ndarray]], np.ndarray]
+
+
+@dataclass
+class Config:
+    """Compares ways to predict from embeddings."""
+
+    embeddings: Path = Path("embeddings")
+    """Folder that embed wrote."""
+    arrays: tuple[str, ...] = ()
+    """Arrays to compare and to fuse; left out: all in the folder."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run each."""
+    preset: str = "10k"
+    """Batch size and learning rate of both attentions: 10k, 43k or 93k."""
+    epochs: int = 8
+    """Passes over the training rows, of both attentions."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def run(config: Config) -> pd.DataFrame:
+    """Scores every way with every seed.
+
+    Returns:
+        way, seed, validation and test (mean cosine).
+
+    Raises:
+        UserError: On bad input or settings, or if a fold is empty.
+    """
+    if config.preset not in ensemble.PRESETS:
+        raise UserError(f"--preset {config.preset}: must be one of {', '.join(ensemble.PRESETS)}")
+    table = embeddings.load(config.embeddings, config.arrays)
+    arrays = list(table.arrays.values())
+    if any(np.isnan(array).any() for array in arrays):
+        raise UserError(f"{config.embeddings}: an array lacks images that another one has; compare whole ones")
+    found = []
+    for seed in config.seeds:
+        rows, test = ensemble.load_rows(table, seed, seed + 1)
+        if not len(test):
+            raise UserError(f"fold {seed + 1} is empty; give other --seeds or embed more images")
+        for way, predict in _ways(list(table.arrays), arrays, rows, config, seed):
+            entry: dict[str, str | int | float] = {"way": way, "seed": seed}
+            for side, which in {"validation": rows.valid, "test": test}.items():
+                entry[side] = evaluate.mean_cosine(predict([array[which] for array in arrays]), table.targets[which])
+            log.info("%s, seed %d: validation %.4f, test %.4f", *entry.values())
+            found.append(entry)
+    return pd.DataFrame(found)
+
+
+def _ways(
+    names: list[str], arrays: list[np.ndarray], rows: dataset.Rows, config: Config, seed: int
+) -> Iterator[tuple[str, Predict]]:
+    """Each way with what maps embeddings, float32 (n, d) each, to float32 (n, 384)."""
+    from . import fusion, fusion_training
+
+    train, targets = [array[rows.train] for array in arrays], rows.targets[rows.train]
+    mean = evaluate.unit(targets.mean(0))
+    yield "constant", lambda some: np.broadcast_to(mean, (len(some[0]), len(mean)))
+    alone = [_ridge(train[number : number + 1], targets) for number in range(len(arrays))]
+
+    def each(some: list[np.ndarray]) -> list[np.ndarray]:
+        return [predict([one]) for predict, one in zip(alone, some, strict=True)]
+
+    for number, name in enumerate(names):
+        yield f"{name}, ridge", lambda some, number=number: each(some)[number]
+    yield "mean of these", lambda some: evaluate.blend(each(some), [1.0] * len(some))
+    yield "ridge on all", _ridge(train, targets)
+    scale = ensemble.scale_of(train)
+    ridge = evaluate.ridge(ensemble.stacked(train, scale), targets)
+    preset = ensemble.PRESETS[config.preset]
+    settings = fusion_training.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
+    for attention, way in {"seed": "attention across images", "modalities": "attention across embeddings"}.items():
+        make = lambda attention=attention: fusion.build(attention, [a.shape[1] for a in arrays], scale, ridge)  # noqa: E731
+        network, _ = fusion_training.fit(make, arrays, rows, settings)
+        at_once = preset.batch_size if attention == "seed" else fusion_training.AT_ONCE
+        yield way, lambda some, network=network, at_once=at_once: fusion_training.predict(network, some, at_once)
+
+
+def _ridge(arrays: list[np.ndarray], targets: np.ndarray) -> Predict:
+    """Ridge regression on embeddings, standardised."""
+    scale = ensemble.scale_of(arrays)
+    weight, bias = evaluate.ridge(ensemble.stacked(arrays, scale), targets)
+    return lambda some: ensemble.stacked(some, scale) @ weight + bias
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean and deviation over the seeds of what `run` returns, in the order of its ways."""
+    grouped = frame.groupby("way", sort=False)[["validation", "test"]]
+    return grouped.agg(["mean", "std"]).round(4)

@@ -1,0 +1,156 @@
+"""What tells something of an image without any training: backbones give vectors, interrogators give texts.
+
+open_clip:<model or folder>, timm:<model>, transformers:<model or folder>   features of a backbone
+interrogator   a BLIP caption and the terms that CLIP ranks highest: CLIP Interrogator, batched and offline
+classes        its stand-in in the embedded profile: ImageNet classes, and the grammar's words that are nearest to them
+
+A text counts by its all-MiniLM-L6-v2 embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .. import text_encoder
+from ..errors import UserError
+from ..images import Fit, FittedRows, load
+
+if TYPE_CHECKING:
+    import torch
+
+
+INTERROGATOR = ("blip-large", "open_clip:ViT-H-14")  # its models for captions and for ranking
+
+
+class Encoder(Protocol):
+    """Maps images to vectors or texts.
+
+    Attributes:
+        fits: The squares of each image that it looks at.
+        about: What `rebuild` needs, as JSON values.
+    """
+
+    fits: tuple[Fit, ...]
+    about: dict[str, Any]
+
+    def see(self, squares: list[torch.Tensor]) -> np.ndarray | list[str]:
+        """Maps one uint8 tensor (n, 3, size, size) a fit to float32 (n, d) or to n texts."""
+
+
+@dataclass
+class Encoded:
+    """What an encoder made of some files.
+
+    Attributes:
+        vectors: float32 (n, d), NaN in the rows of files that cannot be read; d is 1 if none can.
+        texts: What an interrogator said, "" where it saw nothing; None for a backbone.
+    """
+
+    vectors: np.ndarray
+    texts: list[str] | None = None
+
+
+def build(name: str, image_size: int, **settings: Any) -> Encoder:
+    """Builds an encoder with its pretrained weights.
+
+    Args:
+        name: See this module's text.
+        image_size: Side of a backbone's input in px.
+        **settings: Of the interrogator; see `interrogator.load`.
+
+    Raises:
+        UserError: If the name is unknown, or the weights are nowhere or damaged.
+    """
+    from .. import backbones
+    from . import classes, interrogator
+    from .backbone import BackboneEncoder
+
+    if name == "interrogator":  # its models look at images of their own sizes
+        return interrogator.load(**settings)
+    if name == "classes":
+        return classes.ClassInterrogator(image_size)
+    return BackboneEncoder.pretrained(backbones.describe(name, image_size))
+
+
+def rebuild(about: dict[str, Any]) -> Encoder:
+    """Builds an encoder again from its `about`; raises as `build`, or if the array was imported without one."""
+    from .. import backbones
+    from .backbone import BackboneEncoder
+
+    if "backbone" in about:
+        return BackboneEncoder.pretrained(backbones.Spec(**about["backbone"]))
+    if "encoder" not in about:
+        raise UserError("an imported array says nothing about its encoder; embed the images anew")
+    return build(about["encoder"], about["image_size"], **about.get("settings", {}))
+
+
+def viewer(
+    encoders: Sequence[Encoder], batch_size: int = 32, workers: int = 0
+) -> Callable[[list[Path], str], list[Encoded]]:
+    """What shows images to encoders, block after block; each image is read once for all of them.
+
+    Args:
+        encoders: From `build`.
+        batch_size: Images at once; halved, and left so, whenever memory runs out.
+        workers: Threads that decode images; 0: one a core.
+
+    Returns:
+        Maps image files, as `images.read` takes them, and one of `images.VIEWS` to what each encoder made of them.
+    """
+    from accelerate.utils import find_executable_batch_size
+
+    fits = list(dict.fromkeys(fit for encoder in encoders for fit in encoder.fits))
+    see = find_executable_batch_size(_see, starting_batch_size=batch_size)
+
+    def show(files: list[Path], view: str) -> list[Encoded]:
+        seen, where = see(encoders, FittedRows(files, fits, view), workers)
+        return [_encoded(parts, where, len(files)) for parts in seen]
+
+    return show
+
+
+def encode(encoders: Sequence[Encoder], files: list[Path], batch_size: int = 32, view: str = "whole") -> list[Encoded]:
+    """What each encoder makes of some files; see `viewer`."""
+    return viewer(encoders, batch_size)(files, view)
+
+
+def _see(
+    batch_size: int, encoders: Sequence[Encoder], rows: FittedRows, workers: int
+) -> tuple[list[list[np.ndarray | list[str]]], np.ndarray]:
+    """What each encoder sees, batch by batch, and the row numbers of all readable images."""
+    import torch
+
+    from ..progress import progress
+
+    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    seen: list[list[np.ndarray | list[str]]] = [[] for _ in encoders]
+    where = []
+    with torch.inference_mode():
+        for squares, positions in progress(load(rows, batches, workers), "images", len(batches)):
+            if len(positions):
+                where.append(positions.numpy())
+                for encoder, parts in zip(encoders, seen, strict=True):
+                    parts.append(encoder.see([squares[rows.fits.index(fit)] for fit in encoder.fits]))
+    return seen, np.concatenate([np.empty(0, np.int64), *where])
+
+
+def _encoded(parts: list[np.ndarray | list[str]], where: np.ndarray, count: int) -> Encoded:
+    if not parts:
+        return Encoded(np.full((count, 1), np.nan, np.float32))
+    texts = None
+    if isinstance(parts[0], list):
+        said = [text for part in parts for text in part]
+        texts = [""] * count
+        for row, text in zip(where, said, strict=True):
+            texts[row] = text
+        found = text_encoder.encode(said)
+    else:
+        found = np.concatenate(parts)
+    vectors = np.full((count, found.shape[1]), np.nan, np.float32)
+    vectors[where] = found
+    return Encoded(vectors, texts)

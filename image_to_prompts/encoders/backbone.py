@@ -1,0 +1,60 @@
+"""Features of a pretrained backbone, or the predictions of a model that stands on one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from .. import backbones
+from .. import model as models
+from ..devices import autocast, mixed_precision, process_state, type_of
+from ..images import Fit
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_loaded: WeakValueDictionary[str, BackboneEncoder] = WeakValueDictionary()
+
+
+class BackboneEncoder:
+    """A network that looks at one square of each image, in the hardware's half precision."""
+
+    def __init__(self, model: nn.Module, spec: backbones.Spec) -> None:
+        """Takes a model from `model.build`; its matrices are kept in half precision from here on."""
+        from ..fast_layers import faster
+
+        self.device = process_state().device
+        model = model.requires_grad_(False).to(self.device).eval()
+        backbones.half_frozen(model, type_of(mixed_precision(self.device)))
+        self.model = faster(model)
+        self.fits = (Fit(spec.image_size, spec.crop),)
+        self.about: dict[str, Any] = {"backbone": spec.to_dict()}
+        self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.empty(0))
+
+    @classmethod
+    def pretrained(cls, spec: backbones.Spec) -> BackboneEncoder:
+        """The features of a backbone's pretrained weights; raises as `backbones.load_pretrained`.
+
+        While one is in use, it is given again: an encoder may stand on another one's features.
+        """
+        from torch import nn
+
+        key = json.dumps(spec.to_dict(), sort_keys=True)
+        found = _loaded.get(key)
+        if found is None:
+            model = models.build(spec)
+            backbones.load_pretrained(model.backbone, spec)
+            model.head = nn.Identity()
+            found = _loaded[key] = cls(model, spec)
+        return found
+
+    def see(self, squares: list[torch.Tensor]) -> np.ndarray:
+        """Maps uint8 (n, 3, size, size) to float32 (n, d)."""
+        if self._last[0] is not squares[0]:
+            with autocast(self.device):
+                self._last = squares[0], self.model(squares[0].to(self.device)).float().cpu().numpy()
+        return self._last[1]

@@ -1,0 +1,253 @@
+"""CLIP Interrogator (pharmapsychotic, MIT), batched and offline: a BLIP caption, and terms that CLIP ranks.
+
+Three modes, as in clip-interrogator 0.6.0. `fast`: the caption and the 32 highest-ranked terms of all lists. `classic`:
+the caption, a medium, an artist, a site, a movement and three flavours. `best`: terms are added one by one as long as
+the similarity grows; of this, the two others and the caption the most similar one.
+
+The embeddings of the terms are kept on disk, by the hash of the weights and the terms, in the folder of `text_cache`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import backbones, text_cache, weights
+from ..devices import mixed_precision, process_state, type_of
+from ..errors import UserError
+from ..files import make_folder, write_array
+from ..images import Fit
+from . import INTERROGATOR
+from . import terms as term_lists
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+MODES = ("fast", "classic", "best")
+CAPTION_TOKENS, TERMS, FLAVOURS = 32, 32, 3  # clip-interrogator's limits: a caption, fast, classic
+CANDIDATES, LEAST_STEPS, MOST_STEPS = 2048, 8, 32  # and of best
+TEXTS = 2048  # texts that CLIP embeds at once
+
+
+class Interrogator:
+    """Says what is to be seen on images."""
+
+    def __init__(
+        self,
+        captioner: nn.Module,
+        processor: Any,
+        clip: nn.Module,
+        tokenize: Callable[[list[str]], torch.Tensor],
+        spec: backbones.Spec,
+        terms: dict[str, list[str]],
+        mode: str = "fast",
+        digest: str = "",
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """Takes the models, and embeds the terms unless that has been done before.
+
+        Args:
+            captioner: A `BlipForConditionalGeneration`.
+            processor: Its processor.
+            clip: An open_clip model, both towers.
+            tokenize: Maps n texts to int64 (n, 77).
+            spec: The image tower's input.
+            terms: From `terms.read`.
+            mode: One of `MODES`.
+            digest: Tells the CLIP weights from others; "": the terms' embeddings are not kept.
+            about: See `encoders.Encoder`.
+        """
+        import torch
+
+        self.device = process_state().device
+        precision = mixed_precision(self.device) if self.device.type == "cuda" else "no"
+        self.type = type_of(precision)  # halves on a GPU, as in clip-interrogator
+        self.captioner = captioner.to(self.device, self.type).eval()
+        self.clip = clip.to(self.device, self.type).eval()
+        self.processor, self.tokenize, self.mode, self.about = processor, tokenize, mode, about or {}
+        pixels = processor.image_processor
+        side = pixels.size["height"]
+        self.fits = (Fit(side, squash=True), Fit(spec.image_size))
+        self.scales = [self._scale(pixels.image_mean, pixels.image_std), self._scale(spec.mean, spec.std)]
+        self.labels = [label for kind in term_lists.KINDS for label in terms[kind]]
+        kept = self._embedded(self.labels, f"{digest} {precision}" if digest else "")
+        self.features = torch.from_numpy(kept).to(self.device, self.type)
+        starts = np.cumsum([0, *(len(terms[kind]) for kind in term_lists.KINDS)])
+        self.ranges = {
+            kind: slice(start, end)
+            for kind, start, end in zip(term_lists.KINDS, starts[:-1], starts[1:], strict=True)
+            if end > start
+        }
+
+    def _scale(self, mean: list[float], std: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        return tuple(255 * torch.tensor(part, device=self.device).view(1, 3, 1, 1) for part in (mean, std))
+
+    def _pixels(self, squares: list[torch.Tensor], number: int) -> torch.Tensor:
+        mean, std = self.scales[number]
+        return ((squares[number].to(self.device).float() - mean) / std).to(self.type)
+
+    def _texts(self, texts: list[str]) -> torch.Tensor:
+        """Unit vectors of texts: (n, d)."""
+        import torch
+
+        parts = []
+        for start in range(0, len(texts), TEXTS):
+            found = self.clip.encode_text(self.tokenize(texts[start : start + TEXTS]).to(self.device))
+            parts.append(found / found.norm(dim=-1, keepdim=True))
+        return torch.cat(parts)
+
+    def _embedded(self, labels: list[str], key: str) -> np.ndarray:
+        """Embeddings of terms, rounded to float16 as clip-interrogator keeps them, block by block from the disk."""
+        import torch
+
+        from ..progress import progress_to
+
+        blocks = []
+        with torch.inference_mode(), progress_to(len(labels), "embed terms", 0) as advance:
+            for start in range(0, len(labels), TEXTS):
+                block = labels[start : start + TEXTS]
+                name = hashlib.sha256("\n".join([key, *block]).encode()).hexdigest()
+                file = text_cache.path().with_name("terms") / f"{name[:32]}.npy"
+                if key and file.is_file():
+                    blocks.append(np.load(file))
+                else:
+                    blocks.append(self._texts(block).half().cpu().numpy())
+                    if key:
+                        make_folder(file.parent)
+                        write_array(file, blocks[-1])
+                advance(len(block))
+        return np.concatenate(blocks)
+
+    def see(self, squares: list[torch.Tensor]) -> list[str]:
+        """Describes images: uint8 (n, 3, 384, 384) for BLIP and (n, 3, 224, 224) for CLIP to n texts."""
+        captions = self.captions(squares)
+        images = self.clip.encode_image(self._pixels(squares, 1))
+        images = images / images.norm(dim=-1, keepdim=True)
+        if self.mode == "best":
+            return [self._best(image, caption) for image, caption in zip(images, captions, strict=True)]
+        return (self._classic if self.mode == "classic" else self._fast)(images, captions)
+
+    def captions(self, squares: list[torch.Tensor]) -> list[str]:
+        """BLIP's caption of each image; arguments as `see`."""
+        tokens = self.captioner.generate(pixel_values=self._pixels(squares, 0), max_new_tokens=CAPTION_TOKENS)
+        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+    def _ranked(self, images: torch.Tensor, kind: str | None, count: int) -> list[list[str]]:
+        """The terms of a kind (None: of all) that are most similar to each image, best first."""
+        part = self.ranges.get(kind) if kind else slice(0, len(self.labels))
+        if part is None:  # the list is empty
+            return [[] for _ in images]
+        similarity = (images @ self.features[part].T).float()
+        best = similarity.topk(min(count, similarity.shape[1]), dim=-1).indices.tolist()
+        return [[self.labels[part.start + label] for label in row] for row in best]
+
+    def _fast(self, images: torch.Tensor, captions: list[str]) -> list[str]:
+        tops = self._ranked(images, None, TERMS)
+        return [self._cut([caption, *top]) for caption, top in zip(captions, tops, strict=True)]
+
+    def _classic(self, images: torch.Tensor, captions: list[str], flavours: int = FLAVOURS) -> list[str]:
+        columns = [self._ranked(images, kind, 1) for kind in ("mediums", "artists", "trendings", "movements")]
+        columns.append(self._ranked(images, "flavors", flavours))
+        found = []
+        for caption, (medium, artist, *others) in zip(captions, zip(*columns, strict=True), strict=True):
+            medium = [] if medium and caption.startswith(medium[0]) else medium
+            head = " ".join([", ".join([caption, *medium]), *artist])
+            found.append(self._cut([*head.split(", "), *(term for column in others for term in column)]))
+        return found
+
+    def _cut(self, parts: list[str]) -> str:
+        """As many parts as CLIP's 77 tokens hold, the first one always."""
+        whole = parts[0]
+        for part in parts[1:]:
+            if self._is_full(whole + part):
+                break
+            whole = f"{whole}, {part}"
+        return whole
+
+    def _is_full(self, text: str) -> bool:
+        return bool(self.tokenize([text])[0, -1])
+
+    def _best(self, image: torch.Tensor, caption: str) -> str:
+        chained = self._chain(image, caption)
+        one = image[None]
+        candidates = [caption, *self._classic(one, [caption], TERMS), *self._fast(one, [caption]), chained]
+        return candidates[int((self._texts(candidates) @ image).argmax())]
+
+    def _chain(self, image: torch.Tensor, caption: str) -> str:
+        """Adds to a caption, one by one, the term that makes it most similar to the image."""
+        left = list(dict.fromkeys(self._ranked(image[None], None, CANDIDATES)[0]))
+        now = best = caption
+        now_similarity = best_similarity = float(self._texts([caption])[0] @ image)
+        for step in range(MOST_STEPS):
+            if not left:
+                break
+            similarities = self._texts([f"{now}, {term}" for term in left]) @ image
+            chosen = int(similarities.argmax())
+            similarity = float(similarities[chosen])
+            if similarity <= now_similarity and step >= LEAST_STEPS:
+                break
+            now, now_similarity = f"{now}, {left.pop(chosen)}", similarity
+            if similarity > best_similarity:
+                best, best_similarity = now, similarity
+            if self._is_full(now):
+                break
+        return best
+
+
+def load(
+    caption: str = INTERROGATOR[0],
+    ranker: str = INTERROGATOR[1],
+    mode: str = "fast",
+    terms: str = "",
+    artists: bool = True,
+) -> Interrogator:
+    """Loads an interrogator.
+
+    Args:
+        caption: Name in `weights.WEIGHTS` of a BLIP model, or a folder of one.
+        ranker: open_clip:<model> or open_clip:<folder>, with both towers.
+        mode: One of `MODES`.
+        terms: Folder of own term lists; see `terms.read`.
+        artists: Whether names of artists are used.
+
+    Raises:
+        UserError: If the mode is unknown, or weights or terms are nowhere or damaged.
+    """
+    import open_clip
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    if mode not in MODES:
+        raise UserError(f"--mode {mode}: must be one of {', '.join(MODES)}")
+    lists = term_lists.read(Path(terms) if terms else None, artists)
+    folder = weights.locate(caption, Path(caption) if caption not in weights.WEIGHTS else None)
+    with weights.reading(folder, "a BLIP captioning model"):
+        captioner = BlipForConditionalGeneration.from_pretrained(folder)
+        processor = BlipProcessor.from_pretrained(folder)
+    model = ranker.partition(":")[2]
+    local = Path(model) / "open_clip_model.safetensors"
+    file = backbones.locate(ranker, local if local.is_file() else None)
+    with weights.reading(file, "open_clip weights"):
+        if local.is_file():
+            model = f"local-dir:{model}"
+            clip = open_clip.create_model(model)
+        else:
+            clip = open_clip.create_model(model, pretrained=str(file))
+    settings = {"caption": caption, "ranker": ranker, "mode": mode, "terms": terms, "artists": artists}
+    return Interrogator(
+        captioner,
+        processor,
+        clip,
+        open_clip.get_tokenizer(model),
+        backbones.describe(ranker),
+        lists,
+        mode,
+        weights.digest(file),
+        {"encoder": "interrogator", "image_size": 0, "settings": settings},
+    )

@@ -1,0 +1,159 @@
+"""The training loop of `ensemble`: all rows in memory as tensors, in the hardware's half precision."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from . import evaluate
+from .dataset import Rows
+from .devices import mixed_precision, process_state
+from .files import atomic_path
+from .progress import progress_to
+from .training import batches, has_stalled, learning_rate_factor
+
+# float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
+WEIGHT_DECAY, AT_ONCE = 1e-4, 1024
+WARM_UP = 50  # steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train."""
+
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    patience: int
+    seed: int
+    save_minutes: float = 10.0
+
+
+def _precision(device: torch.device) -> contextlib.AbstractContextManager:
+    """bf16 where the hardware has it, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")
+
+
+def predict(network: nn.Module, arrays: list[np.ndarray], batch_size: int = AT_ONCE) -> np.ndarray:
+    """Predictions for embeddings, float32 (n, 384).
+
+    Args:
+        network: From `fusion.build`, in eval mode.
+        arrays: float32 (n, d), one an embedding.
+        batch_size: Rows at once; the published network's answers depend on it.
+    """
+    device = next(network.parameters()).device
+    found = []
+    with torch.inference_mode(), _precision(device):
+        for start in range(0, len(arrays[0]), batch_size):
+            part = [torch.from_numpy(array[start : start + batch_size]).to(device) for array in arrays]
+            found.append(network(part).float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def optimizer_for(network: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW in one pass over the parameters, where PyTorch has that: a fifth of a step's time on two cores."""
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=WEIGHT_DECAY, fused=fused)
+
+
+def fit(
+    make: Callable[[], nn.Module],
+    arrays: list[np.ndarray],
+    rows: Rows,
+    settings: Settings,
+    state: Path | None = None,
+) -> tuple[nn.Module, pd.DataFrame]:
+    """Trains a network, and keeps what it was after the epoch that validated best.
+
+    Args:
+        make: Builds the network.
+        arrays: float32 (n, d), one an embedding, NaN in rows where one is missing.
+        rows: Targets and split.
+        settings: How to train.
+        state: File to save to and go on from.
+
+    Returns:
+        The network in eval mode; epoch, loss, cosine (validation), one row an epoch and one for before (epoch 0).
+    """
+    device = process_state().device
+    torch.manual_seed(settings.seed)
+    network = make().to(device)
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    targets = torch.from_numpy(rows.targets).to(device)
+    optimizer = optimizer_for(network, settings.learning_rate, device)
+    valid, truth = [array[rows.valid] for array in arrays], rows.targets[rows.valid]
+    history: list[dict[str, float]] = []
+    best: dict[str, torch.Tensor] = {}
+
+    def finish_epoch(loss: float) -> None:
+        nonlocal best
+        network.eval()
+        cosine = evaluate.mean_cosine(predict(network, valid, settings.batch_size), truth)
+        history.append({"epoch": len(history), "loss": loss, "cosine": cosine})
+        if cosine >= max(entry["cosine"] for entry in history):
+            best = {name: value.clone() for name, value in network.state_dict().items()}
+
+    if state and state.is_file():
+        stored = torch.load(state, map_location=device, weights_only=True)
+        network.load_state_dict(stored["network"])
+        optimizer.load_state_dict(stored["optimizer"])
+        history, best = stored["history"], stored["best"]
+    else:
+        finish_epoch(math.nan)  # before the first step
+    saved = time.monotonic()
+    with progress_to(settings.epochs, "epochs", len(history) - 1) as advance:
+        while len(history) <= settings.epochs and not has_stalled(history, settings.patience):
+            torch.manual_seed(1000 * settings.seed + len(history))
+            order = batches(rows.train, settings.seed, len(history), settings.batch_size)
+            begun = (len(history) - 1) * len(order)
+            factors = [
+                min(1, (begun + step + 1) / WARM_UP)
+                * learning_rate_factor((begun + step) / (settings.epochs * len(order)), cycles=1)
+                for step in range(len(order))
+            ]
+            finish_epoch(
+                _epoch(network, optimizer, tensors, targets, order, [settings.learning_rate * f for f in factors])
+            )
+            if state and time.monotonic() - saved > settings.save_minutes * 60:
+                saved = time.monotonic()
+                content = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                with atomic_path(state) as part:
+                    torch.save({**content, "history": history, "best": best}, part)
+            advance(1)
+    network.load_state_dict(best)
+    return network.eval(), pd.DataFrame(history)
+
+
+def _epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: list[torch.Tensor],
+    targets: torch.Tensor,
+    order: list[np.ndarray],
+    rates: list[float],
+) -> float:
+    """Trains on batches of row numbers, each with its learning rate; returns the mean loss, 1 - cosine."""
+    network.train()
+    losses = []
+    for batch, rate in zip(order, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        index = torch.from_numpy(batch).to(targets.device)
+        with _precision(targets.device):
+            predicted = network([tensor[index] for tensor in tensors])
+        loss = 1 - nn.functional.cosine_similarity(predicted.float(), targets[index]).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean().item()

@@ -1,0 +1,68 @@
+# %% [markdown]
+# # 05 · Embed the images
+#
+# The second system sees no pixels. It starts from what **pretrained encoders** make of each picture: CLIP ViT-B/32
+# (512 numbers), ConvNeXt-Tiny (768), and the text that CLIP Interrogator writes about it, as an all-MiniLM-L6-v2
+# embedding (384). The `embedded` profile takes EfficientNet-Lite0 and -Lite2 (1,280 each) and an interrogator that
+# names ImageNet classes and the nearest words of the prompt grammar.
+#
+# Every picture is read once for all encoders. Stop and run again: finished blocks of 512 pictures are kept.
+#
+# Reads: `images/train`. Writes: `embeddings/*.npy`, their rows named in `*.names.csv`.
+
+# %% tags=["parameters"]
+run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
+profile = None
+encoders = None  # None: the profile's; see image_to_prompts.encoders
+image_size = None
+
+# %%
+from pathlib import Path
+
+import pandas as pd
+
+from image_to_prompts import embed, embeddings, ensemble, evaluate, images, profiles, report, workspace
+
+run, profile = workspace.start(run_folder, profile)
+overrides = {"encoders": encoders, "image_size": image_size}
+config = profiles.default_config(
+    "embed", run, profile, images=run.rendered(run.train_images), **{k: v for k, v in overrides.items() if v}
+)
+
+# %% [markdown]
+# ## Embed
+
+# %%
+embed.run(config)
+
+# %% [markdown]
+# ## What the interrogator said
+#
+# Its text is kept beside its embedding. It is right where a picture shows what ImageNet knows, and wrong in an
+# instructive way elsewhere: the numbers count, not the words.
+
+# %%
+table = embeddings.load(config.out)
+tables = [embeddings.read(config.out, name)[1] for name in table.arrays]
+said = next((names.head(12) for names in tables if "text" in names), pd.DataFrame(columns=["image_name", "text"]))
+files = {file.stem: file for folder in config.images for file in images.find(folder)}
+tiles = [report.tile(files[Path(name).stem], text) for name, text in zip(said["image_name"], said["text"], strict=True)]
+report.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the encoders"
+
+# %% [markdown]
+# ## What each embedding knows
+#
+# The mean cosine that a ridge regression on one embedding reaches on pictures of a fold that it has not seen;
+# `constant` answers every picture with the mean prompt embedding.
+
+# %%
+rows, _ = ensemble.load_rows(table, fold=0, test_fold=1)
+train, truth = table.targets[rows.train], table.targets[rows.valid]
+scores = {"constant": evaluate.constant_score(train.mean(0), truth)}
+for name, vectors in table.arrays.items():
+    weight, bias = evaluate.ridge(vectors[rows.train], train)
+    scores[name] = evaluate.mean_cosine(vectors[rows.valid] @ weight + bias, truth)
+pd.Series(scores).round(4)
+
+# %% [markdown]
+# Next: `06_train_ensemble` fuses them.
