@@ -69,10 +69,11 @@ def reference(backbone: str, size: int, batch: int, files: list[Path], as_jpeg: 
 
 def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
     from image_to_prompts import infer, predictors, progress
+    from image_to_prompts.encoders.backbone import BackboneEncoder
 
     progress.set_quiet(True)
     loaded = checkpoint(backbone, size)
-    predictor = predictors.Predictor(loaded.mean, loaded.model, size)
+    predictor = predictors.Predictor(loaded.mean, [BackboneEncoder(loaded.model, loaded.spec)])
     config = infer.Config(batch_size=batch, views=("whole",))
     return lambda: predictors.predict(predictor, files, config)[0]
 
