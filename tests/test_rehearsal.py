@@ -204,7 +204,7 @@ def test_the_chain_runs_kernel_by_kernel(machine, tiny_gpt2, tiny_sd2, tiny_open
         if stage.name == "finetune":
             parameters["backbone"] = tiny
         if stage.name == "embed":
-            parameters["encoders"] = [tiny]
+            parameters["encoders"] = tiny
         said = here.run(name, **parameters)
         done[stage.name] = here
     assert "predicted by checkpoint" in said and "06-train-ensemble" in said

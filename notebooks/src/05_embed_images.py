@@ -13,7 +13,7 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-encoders = None  # None: the profile's; see image_to_prompts.encoders
+encoders = None  # None: the profile's; else names as in image_to_prompts.encoders, with spaces between them
 image_size = None
 
 # %%
@@ -24,7 +24,7 @@ import pandas as pd
 from image_to_prompts import embed, embeddings, ensemble, evaluate, images, profiles, report, workspace
 
 run, profile = workspace.start(run_folder, profile)
-overrides = {"encoders": encoders, "image_size": image_size}
+overrides = {"encoders": tuple((encoders or "").split()), "image_size": image_size}
 config = profiles.default_config(
     "embed", run, profile, images=run.rendered(run.train_images), **{k: v for k, v in overrides.items() if v}
 )

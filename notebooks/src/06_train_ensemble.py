@@ -13,7 +13,7 @@ run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
 preset = None  # 10k, 43k or 93k: the first seed's settings for so many rows
 epochs = None
-demo_folder = None  # images to show, with a prompts.csv beside them; None: the held-out pictures of notebook 03
+demo_folder = None  # has images/ and prompts.csv; None: pictures of the validating fold
 
 # %%
 from pathlib import Path
@@ -22,7 +22,18 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import embeddings, encoders, ensemble, fusion, images, infer, profiles, text_encoder, workspace
+from image_to_prompts import (
+    embeddings,
+    encoders,
+    ensemble,
+    fusion,
+    images,
+    infer,
+    profiles,
+    text_encoder,
+    validation,
+    workspace,
+)
 
 run, profile = workspace.start(run_folder, profile)
 overrides = {name: value for name, value in {"preset": preset, "epochs": epochs}.items() if value}
@@ -45,13 +56,17 @@ Image(filename=str(config.out / "history.png"))
 # embedding, and the nearest prompts of the training set.
 
 # %%
-shown_folder = Path(demo_folder) / "images" if demo_folder else run.rendered(run.test_images)[0]
-key = Path(demo_folder) / "prompts.csv" if demo_folder else run.have(run.test_metadata)
-files = images.find(shown_folder)[:8]
+if demo_folder:
+    files = images.find(Path(demo_folder) / "images")[:8]
+    prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files)
+else:
+    validated = validation.read(config.out)[0].head(8)
+    found = {file.stem: file for folder in run.rendered(run.train_images) for file in images.find(folder)}
+    files = [found[Path(name).stem] for name in validated["image_name"]]
+    prompts = validated["prompt"].tolist()
 model = ensemble.load(config.out)
 about = model.config["ensemble"]["encoders"]
 seen = [one.vectors for one in encoders.encode([encoders.rebuild(one) for one in about.values()], files)]
-prompts = infer.read_key(key, files)
 targets = text_encoder.encode(prompts)
 {name: vectors.shape for name, vectors in [*zip(about, seen, strict=True), ("prompts", targets)]}
 
