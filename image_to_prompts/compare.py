@@ -21,6 +21,7 @@ from .errors import UserError
 
 log = logging.getLogger(__name__)
 Predict = Callable[[list[np.ndarray]], np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -79,7 +80,7 @@ def _ways(
     train, targets = [array[rows.train] for array in arrays], rows.targets[rows.train]
     mean = evaluate.unit(targets.mean(0))
     yield "constant", lambda some: np.broadcast_to(mean, (len(some[0]), len(mean)))
-    alone = [_ridge(train[number : number + 1], targets) for number in range(len(arrays))]
+    alone = [_linear(*_fitted([one], targets)) for one in train]
 
     def each(some: list[np.ndarray]) -> list[np.ndarray]:
         return [predict([one]) for predict, one in zip(alone, some, strict=True)]
@@ -87,9 +88,8 @@ def _ways(
     for number, name in enumerate(names):
         yield f"{name}, ridge", lambda some, number=number: each(some)[number]
     yield "mean of these", lambda some: evaluate.blend(each(some), [1.0] * len(some))
-    yield "ridge on all", _ridge(train, targets)
-    scale = ensemble.scale_of(train)
-    ridge = evaluate.ridge(ensemble.stacked(train, scale), targets)
+    scale, ridge = _fitted(train, targets)
+    yield "ridge on all", _linear(scale, ridge)
     preset = ensemble.PRESETS[config.preset]
     settings = fusion_training.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
     for attention, way in {"seed": "attention across images", "modalities": "attention across embeddings"}.items():
@@ -99,11 +99,14 @@ def _ways(
         yield way, lambda some, network=network, at_once=at_once: fusion_training.predict(network, some, at_once)
 
 
-def _ridge(arrays: list[np.ndarray], targets: np.ndarray) -> Predict:
-    """Ridge regression on embeddings, standardised."""
+def _fitted(arrays: list[np.ndarray], targets: np.ndarray) -> tuple[Pair, Pair]:
+    """The scale of embeddings, and the ridge regression on them, standardised."""
     scale = ensemble.scale_of(arrays)
-    weight, bias = evaluate.ridge(ensemble.stacked(arrays, scale), targets)
-    return lambda some: ensemble.stacked(some, scale) @ weight + bias
+    return scale, evaluate.ridge(ensemble.stacked(arrays, scale), targets)
+
+
+def _linear(scale: Pair, ridge: Pair) -> Predict:
+    return lambda some: ensemble.stacked(some, scale) @ ridge[0] + ridge[1]
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
