@@ -64,18 +64,16 @@ def ours() -> Prepared:
     import torch
 
     from image_to_prompts import ensemble, fusion, fusion_training
-    from image_to_prompts.devices import process_state
     from image_to_prompts.training import batches
 
-    device, preset = process_state().device, ensemble.PRESETS["10k"]
+    preset = ensemble.PRESETS["10k"]
     arrays, targets = data()
-    network = fusion.Fusion(WIDTHS)
-    optimizer = fusion_training.optimizer_for(network, preset.learning_rate, device)
+    trainer = fusion_training.Trainer(fusion.Fusion(WIDTHS), preset.learning_rate)
     tensors, truth = [torch.from_numpy(array) for array in arrays], torch.from_numpy(targets)
 
     def run() -> None:
         order = batches(np.arange(ROWS), 0, 1, preset.batch_size)
-        fusion_training._epoch(network, optimizer, tensors, truth, order, [preset.learning_rate] * len(order))
+        trainer.epoch(tensors, truth, order, [preset.learning_rate] * len(order))
 
     return run
 

@@ -7,6 +7,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -54,10 +55,14 @@ def only_cpus() -> bool:
 
 
 def process_state() -> PartialState:
-    """accelerate's view of this process: its device, and its process group, opened on first use."""
+    """accelerate's view of this process: its device, and its process group, opened on first use.
+
+    Processes may wait a week for each other, where PyTorch would give up after ten minutes: some have more to do than
+    others, and the launcher ends all of them when one fails.
+    """
     from accelerate import PartialState
 
-    state = PartialState(cpu=only_cpus())
+    state = PartialState(cpu=only_cpus(), timeout=timedelta(days=7))
     if state.device.type == "cpu":
         keep_memory()
     return state

@@ -151,7 +151,7 @@ def _joined_blocks(encoders: int, count: int, work: Path) -> list[Encoded]:
         texts, arrays = _block_files(work, start, encoders)
         said = json.loads(texts.read_text(encoding="utf-8"))
         for part, array, one in zip(parts, arrays, said, strict=True):
-            part.append(Encoded(np.load(array), one))
+            part.append(Encoded(np.load(array, mmap_mode="r"), one))
     return [_joined(part) for part in parts]
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validation
 from . import model as models
+from .devices import process_state
 from .errors import UserError
 from .files import Stamp, atomic_path, make_folder, write_json, write_text
 from .profiles import StageConfig
@@ -132,8 +133,13 @@ def stacked(arrays: list[np.ndarray], scale: tuple[np.ndarray, np.ndarray]) -> n
 
 def scale_of(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of each number of the embeddings: two float32 (d,)."""
-    joined = np.concatenate(arrays, 1).astype(np.float64)
-    return np.nanmean(joined, 0).astype(np.float32), np.maximum(np.nanstd(joined, 0), 1e-6).astype(np.float32)
+    means, deviations = [], []
+    for array in arrays:
+        for start in range(0, array.shape[1], 64):  # in double precision, but never all of it
+            part = array[:, start : start + 64].astype(np.float64)
+            means.append(np.nanmean(part, 0))
+            deviations.append(np.maximum(np.nanstd(part, 0), 1e-6))
+    return np.concatenate(means).astype(np.float32), np.concatenate(deviations).astype(np.float32)
 
 
 def load_rows(table: embeddings.Table, fold: int, test_fold: int) -> tuple[dataset.Rows, np.ndarray]:
@@ -160,7 +166,7 @@ def load_rows(table: embeddings.Table, fold: int, test_fold: int) -> tuple[datas
 
 
 def run(config: Config) -> pd.DataFrame:
-    """Runs the stage.
+    """Runs the stage. Of several processes the main one trains; the others wait for what it wrote.
 
     Returns:
         member, weight (in the blend), validation and test (mean cosine; NaN without a test fold): what the mean
@@ -169,10 +175,15 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad input or settings.
     """
-    from . import fusion, fusion_training
-
     if config.epochs < 1 or config.patience < 0:
         raise UserError("--epochs must be at least 1, --patience not negative; correct them")
+    with process_state().main_process_first():
+        return _run(config)
+
+
+def _run(config: Config) -> pd.DataFrame:
+    from . import fusion, fusion_training
+
     table = embeddings.load(config.embeddings, config.arrays)
     names = list(table.arrays)
     inputs = [config.embeddings / f"{name}{end}" for name in [*names, embeddings.PROMPTS] for end in embeddings.ENDS]

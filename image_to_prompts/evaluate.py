@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
+RIDGE_BLOCK = 8192  # rows in double precision at once
 CEILING_DRAWS = 16
 
 
@@ -77,21 +78,29 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     Returns:
         Weight float64 (d, 384) and bias float64 (384,).
     """
-    x = features.astype(np.float64)
-    centre, middle = x.mean(0), targets.mean(0)
-    held_out = np.arange(len(x)) % 10 == 0
+    centre, middle = features.mean(0, dtype=np.float64), targets.mean(0, dtype=np.float64)
+    held_out = np.arange(len(features)) % 10 == 0
 
-    def fit(rows: np.ndarray, penalty: float) -> np.ndarray:
-        inner = x[rows] - centre
-        gram = inner.T @ inner
-        gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram) + 1e-9
-        return np.linalg.solve(gram, inner.T @ (targets[rows] - middle))
+    def products(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        gram, cross = np.zeros((len(centre), len(centre))), np.zeros((len(centre), targets.shape[1]))
+        for block in np.array_split(rows, len(rows) // RIDGE_BLOCK + 1):
+            inner = features[block] - centre
+            gram += inner.T @ inner
+            cross += inner.T @ (targets[block] - middle)
+        return gram, cross
+
+    def solve(gram: np.ndarray, cross: np.ndarray, penalty: float) -> np.ndarray:
+        added = penalty * np.trace(gram) / len(gram) + 1e-9
+        return np.linalg.solve(gram + added * np.eye(len(gram)), cross)
+
+    inside, outside = products(np.flatnonzero(~held_out)), products(np.flatnonzero(held_out))
 
     def held_out_score(penalty: float) -> float:
-        predicted = (x[held_out] - centre) @ fit(~held_out, penalty) + middle
-        return mean_cosine(predicted, targets[held_out])
+        weight = solve(*inside, penalty)
+        return mean_cosine(features[held_out] @ weight + (middle - centre @ weight), targets[held_out])
 
-    weight = fit(np.ones(len(x), bool), max(PENALTIES, key=held_out_score))
+    gram, cross = (one + other for one, other in zip(inside, outside, strict=True))
+    weight = solve(gram, cross, max(PENALTIES, key=held_out_score))
     return weight, middle - centre @ weight
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import dropout, elu
+from torch.nn.functional import elu
 
 from .text_encoder import DIMENSION
 
@@ -70,7 +70,8 @@ class Fusion(nn.Module):
         """Maps embeddings, float32 (n, widths[i]) with NaN rows where one is missing, to float32 (n, 384)."""
         missing = torch.stack([values[:, 0].isnan() for values in inputs], 1)
         values = ((torch.cat(list(inputs), 1) - self.mean) / self.std).nan_to_num()
-        values = dropout(values, DROPPED, self.training)
+        if self.training:  # functional.dropout draws one number after the other: 2.5 ms of a step's 70 on two cores
+            values = values * (torch.rand_like(values) >= DROPPED) / (1 - DROPPED)
         parts = values.split(self.widths, 1)
         tokens = torch.stack([project(part) for project, part in zip(self.projections, parts, strict=True)], 1)
         tokens = self.encoder(tokens + self.marks, src_key_padding_mask=missing if missing.any() else None)
@@ -100,7 +101,7 @@ class SeedFusion(nn.Module):
         tokens = list(inputs)
         for number, project in self.projections.items():
             tokens[int(number)] = elu(project(inputs[int(number)]))
-        return self.head(self.encoder(torch.stack(tokens, 1))[:, 0])
+        return self.head(self.encoder(torch.stack(tokens, 1).to(self.head.weight.dtype))[:, 0])
 
     def load_published(self, state: dict[str, torch.Tensor]) -> None:
         """Takes the state dict of a published checkpoint.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import evaluate
 from .dataset import Rows
@@ -38,9 +40,71 @@ class Settings:
     save_minutes: float = 10.0
 
 
-def _precision(device: torch.device) -> contextlib.AbstractContextManager:
-    """bf16 where the hardware has it, else float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")
+@contextlib.contextmanager
+def _precision(device: torch.device) -> Iterator[None]:
+    """bf16 where the hardware has it, else float32; attention among a few embeddings needs no flash kernel."""
+    half = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")
+    with half, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class Trainer:
+    """Steps of AdamW on a network, with its weights in bf16 within a step where the hardware has that.
+
+    Casting float32 weights and activations back and forth, as autocast does, would take a fifth of a step on two
+    cores, and an optimiser that makes several passes over the parameters another fifth (docs/log.md).
+
+    Attributes:
+        network: The network, whose weights stay float32.
+        optimizer: Its optimiser.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+        """Takes a network on its device."""
+        self.network, self._device = network, next(network.parameters()).device
+        fused = self._device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=WEIGHT_DECAY, fused=fused)
+        self._within = network
+        if mixed_precision(self._device) == "bf16":
+            self._within = copy.deepcopy(network)
+            for parameter in self._within.parameters():
+                parameter.data = parameter.data.bfloat16()
+
+    def epoch(
+        self, tensors: list[torch.Tensor], targets: torch.Tensor, order: list[np.ndarray], rates: list[float]
+    ) -> float:
+        """Trains on batches of row numbers, each with its learning rate.
+
+        Args:
+            tensors: float32 (n, d), one an embedding, NaN in rows where one is missing.
+            targets: float32 (n, 384).
+            order: Row numbers of each batch.
+            rates: Learning rate of each batch.
+
+        Returns:
+            Mean loss, 1 - cosine.
+        """
+        own, within = list(self.network.parameters()), list(self._within.parameters())
+        self._within.train()
+        losses = []
+        for batch, rate in zip(order, rates, strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            if within[0] is not own[0]:
+                with torch.no_grad():
+                    torch._foreach_copy_(within, own)
+            index = torch.from_numpy(batch).to(self._device)
+            with _precision(self._device):
+                predicted = self._within([tensor[index] for tensor in tensors])
+            loss = 1 - nn.functional.cosine_similarity(predicted.float(), targets[index]).mean()
+            loss.backward()
+            if within[0] is not own[0]:
+                for one, other in zip(own, within, strict=True):
+                    one.grad, other.grad = other.grad.float(), None
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean().item()
 
 
 def predict(network: nn.Module, arrays: list[np.ndarray], batch_size: int = AT_ONCE) -> np.ndarray:
@@ -58,12 +122,6 @@ def predict(network: nn.Module, arrays: list[np.ndarray], batch_size: int = AT_O
             part = [torch.from_numpy(array[start : start + batch_size]).to(device) for array in arrays]
             found.append(network(part).float().cpu().numpy())
     return np.concatenate(found)
-
-
-def optimizer_for(network: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW in one pass over the parameters, where PyTorch has that: a fifth of a step's time on two cores."""
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(network.parameters(), learning_rate, weight_decay=WEIGHT_DECAY, fused=fused)
 
 
 def fit(
@@ -90,7 +148,7 @@ def fit(
     network = make().to(device)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     targets = torch.from_numpy(rows.targets).to(device)
-    optimizer = optimizer_for(network, settings.learning_rate, device)
+    trainer = Trainer(network, settings.learning_rate)
     valid, truth = [array[rows.valid] for array in arrays], rows.targets[rows.valid]
     history: list[dict[str, float]] = []
     best: dict[str, torch.Tensor] = {}
@@ -106,7 +164,7 @@ def fit(
     if state and state.is_file():
         stored = torch.load(state, map_location=device, weights_only=True)
         network.load_state_dict(stored["network"])
-        optimizer.load_state_dict(stored["optimizer"])
+        trainer.optimizer.load_state_dict(stored["optimizer"])
         history, best = stored["history"], stored["best"]
     else:
         finish_epoch(math.nan)  # before the first step
@@ -121,39 +179,12 @@ def fit(
                 * learning_rate_factor((begun + step) / (settings.epochs * len(order)), cycles=1)
                 for step in range(len(order))
             ]
-            finish_epoch(
-                _epoch(network, optimizer, tensors, targets, order, [settings.learning_rate * f for f in factors])
-            )
+            finish_epoch(trainer.epoch(tensors, targets, order, [settings.learning_rate * f for f in factors]))
             if state and time.monotonic() - saved > settings.save_minutes * 60:
                 saved = time.monotonic()
-                content = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+                content = {"network": network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
                 with atomic_path(state) as part:
                     torch.save({**content, "history": history, "best": best}, part)
             advance(1)
     network.load_state_dict(best)
     return network.eval(), pd.DataFrame(history)
-
-
-def _epoch(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: list[torch.Tensor],
-    targets: torch.Tensor,
-    order: list[np.ndarray],
-    rates: list[float],
-) -> float:
-    """Trains on batches of row numbers, each with its learning rate; returns the mean loss, 1 - cosine."""
-    network.train()
-    losses = []
-    for batch, rate in zip(order, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        index = torch.from_numpy(batch).to(targets.device)
-        with _precision(targets.device):
-            predicted = network([tensor[index] for tensor in tensors])
-        loss = 1 - nn.functional.cosine_similarity(predicted.float(), targets[index]).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).mean().item()

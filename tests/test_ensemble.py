@@ -1,7 +1,10 @@
 """The ensemble stage: its members, its blend, its checkpoint; resumed; bad input; the comparison of all ways."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -78,7 +81,7 @@ def test_a_second_run_does_nothing_and_a_killed_one_goes_on(trained, made, tmp_p
     pd.testing.assert_frame_equal(ensemble.run(config(made, out)).round(4), members.round(4))
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
-    epochs, epoch = [], fusion_training._epoch
+    epochs, epoch = [], fusion_training.Trainer.epoch
 
     def stopped(*arguments):
         if len(epochs) == 2:
@@ -87,10 +90,10 @@ def test_a_second_run_does_nothing_and_a_killed_one_goes_on(trained, made, tmp_p
         return epoch(*arguments)
 
     torn = config(made, tmp_path / "torn", save_minutes=0)
-    monkeypatch.setattr(fusion_training, "_epoch", stopped)
+    monkeypatch.setattr(fusion_training.Trainer, "epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         ensemble.run(torn)
-    monkeypatch.setattr(fusion_training, "_epoch", lambda *arguments: epochs.append(1) or epoch(*arguments))
+    monkeypatch.setattr(fusion_training.Trainer, "epoch", lambda *arguments: epochs.append(1) or epoch(*arguments))
     ensemble.run(torn)
     assert len(epochs) == 3
     for name in ("model.safetensors", "config.json", "history.csv", "members.csv", "validation.csv"):
@@ -176,3 +179,14 @@ def test_ways_are_compared_on_the_same_rows(made, command):
     assert constant["test"] == pytest.approx(evaluate.constant_score(mean, table.targets[test]))
     with pytest.raises(UserError, match="lacks images"):
         compare.run(compare.Config(made))
+
+
+def test_of_two_processes_one_trains(made, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    words = ["-m", "image_to_prompts", "ensemble", "--embeddings", made, "--epochs", 2, "--out", tmp_path / "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*torchrun, *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("rows train") == 1 and result.stderr.count("is up to date") == 1
+    assert ensemble.load(tmp_path / "out").config["rows"]["train"]

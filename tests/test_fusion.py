@@ -123,3 +123,22 @@ def test_no_checkpoint_of_the_seed_is_one_line(tmp_path):
     with pytest.raises(UserError, match="not a file of weights"):
         (tmp_path / "torn.ckpt").write_bytes(b"torn")
         ensemble.import_published(tmp_path / "torn.ckpt", tmp_path / "c")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("attention", ["modalities", "seed"])
+def test_training_lowers_the_loss_with_and_without_half_precision(precision, attention, monkeypatch):
+    monkeypatch.setattr(fusion_training, "mixed_precision", lambda device: precision)
+    torch.manual_seed(0)
+    widths = (512, 40)
+    network = fusion.build(attention, widths)
+    trainer = fusion_training.Trainer(network, 1e-3)
+    some = inputs(48, widths)
+    targets = torch.nn.functional.normalize(some[1] @ torch.randn(40, 384))
+    order = list(np.arange(48).reshape(3, 16))
+    losses = [trainer.epoch(some, targets, order, [1e-3] * 3) for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.1
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    with torch.no_grad():  # what was trained is the network itself
+        after = 1 - torch.nn.functional.cosine_similarity(network.eval()(some), targets).mean()
+    assert after < losses[0] - 0.1
