@@ -22,6 +22,7 @@ EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
     "explain": "a prompt's nearest neighbours, and why dedupe kept or removed it: explain PROMPT",
     "compare": "what each embedding, their ridge regression and both kinds of attention score, over several seeds",
+    "catalogue": "metadata CSVs by source, which of them are there, and the commands that rebuild the others",
     "import-checkpoint": "converts the references' .pt and .ckpt files: import-checkpoint FILE --out DIR",
     "import-embeddings": "takes over bare .npy arrays of the first seed: import-embeddings FILE... --list TXT",
     "export-embeddings": "writes such bare arrays: export-embeddings DIR --out DIR",
@@ -165,6 +166,11 @@ def _dispatch(words: list[str]) -> None:
         )
         _set_up(config.quiet)
         sys.stdout.write(compare.summary(compare.run(config)).to_string() + "\n")
+    elif words[0] == "catalogue":
+        from . import catalogue
+
+        config = _parse(catalogue.Config, words[1:], words[0])
+        sys.stdout.write(catalogue.describe(catalogue.read(config.data)) + "\n")
     elif words[0] == "import-embeddings":
         from . import embeddings
 

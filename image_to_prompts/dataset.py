@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import images, metadata, text_encoder
+from . import evaluate, images, metadata, text_encoder
 from .dedupe import add_groups
 from .errors import UserError
 from .render.store import BLANK, FAILED, NSFW
@@ -83,7 +83,7 @@ def load_rows(
     Raises:
         UserError: If a row has no image, a side of the split is empty, or a source does not occur.
     """
-    frame = with_images(tables(csvs, folders), folders)
+    frame = load_metadata(tables(csvs, folders), folders)
     paths = frame.pop("path").tolist()
     targets = text_encoder.encode(frame["prompt"].tolist())
     return split(frame, paths, targets, fold, leave_out, source_weights)
@@ -114,25 +114,58 @@ def split(
     too_near = near_training(targets[valid], targets[rows.train])
     rows.valid, rows.left_out = valid[~too_near], int(too_near.sum())
     rows.weights = sources.map(weights).fillna(1.0).to_numpy(np.float32)
+    if "group" in frame:
+        log.info("the largest group has %.1f %% of the rows", 100 * frame["group"].value_counts(normalize=True).max())
+    if sources.nunique() > 1:
+        log.info("training: %s; validation: %s", *(_shares(sources.iloc[side]) for side in (rows.train, rows.valid)))
     return rows
 
 
-def with_images(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> pd.DataFrame:
-    """Metadata CSVs, one after the other, with the `path` of every row's image; see `load_rows`.
+def load_metadata(csvs: tuple[Path, ...], folders: tuple[Path, ...] = ()) -> pd.DataFrame:
+    """Loads any mix of metadata CSVs, the reference's own files included, as one table.
+
+    A row whose image_name stood before, in its file or in an earlier one, is left out and counted in the log, and so
+    are rows without an image. Equal prompts stay, for an image each; `dedupe` knows which prompts are alike.
+
+    Args:
+        csvs: Metadata CSVs; a file's name is the `source` of rows that have none.
+        folders: Folders of images or archives, one a CSV or one for all; none: no images are looked for.
+
+    Returns:
+        The rows, with `source`, and with `path` where images were looked for.
 
     Raises:
-        UserError: If there is none, or a row has no image.
+        UserError: If there is no CSV, folders and CSVs do not match, or no row of a CSV has an image.
     """
-    if not csvs or len(folders) not in (1, len(csvs)):
+    if not csvs or len(folders) not in (0, 1, len(csvs)):
         raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
-    folders = folders * len(csvs) if len(folders) == 1 else folders
-    frames = [_with_images(csv, folder) for csv, folder in zip(csvs, folders, strict=True)]
-    return pd.concat(frames, ignore_index=True).drop_duplicates("image_name", ignore_index=True)
+    frames = []
+    for number, csv in enumerate(csvs):
+        frame = metadata.read(csv, unique=False)
+        frame = frame.assign(source=frame.get("source", csv.stem))
+        twice = frame["image_name"].duplicated()
+        if twice.any():
+            first = frame["image_name"][twice.to_numpy().argmax()]
+            log.warning("%s: %d rows repeat an image_name (%s, ...) and were left out", csv, twice.sum(), first)
+        frame = frame[~twice].reset_index(drop=True)
+        if folders:
+            frame = _with_images(frame, csv, folders[number if len(folders) > 1 else 0])
+        frames.append(frame.assign(_file=csv.name))
+    frame = pd.concat(frames, ignore_index=True)
+    again = frame["image_name"].duplicated()
+    for name, count in frame.loc[again, "_file"].value_counts().items():
+        log.warning("%s: %d rows stand in an earlier file and were left out", name, count)
+    frame = frame[~again].reset_index(drop=True).drop(columns="_file")
+    log.info("%d rows of %d prompts, %s", len(frame), frame["prompt"].nunique(), _shares(frame["source"]))
+    return frame
 
 
-def _with_images(csv: Path, folder: Path) -> pd.DataFrame:
-    """A metadata CSV with the `path` of every row's image; rows whose image shows nothing are left out."""
-    frame = metadata.read(csv)
+def _shares(names: pd.Series) -> str:
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in names.value_counts(normalize=True).items())
+
+
+def _with_images(frame: pd.DataFrame, csv: Path, folder: Path) -> pd.DataFrame:
+    """The rows of a CSV with the `path` of their images; those whose image is missing or shows nothing are left out."""
     manifest = folder / MANIFEST
     if manifest.is_file():
         flags = metadata.read_table(manifest, ("image_name", "flag")).set_index("image_name")["flag"]
@@ -141,20 +174,20 @@ def _with_images(csv: Path, folder: Path) -> pd.DataFrame:
             log.warning("%s: %d rows left out: blank, blacked or failed images", csv, useless.sum())
         frame = frame[~useless].reset_index(drop=True)
     found = {path.stem: path for path in images.find(folder)}
-    paths = [found.get(Path(metadata.image_file(name)).stem) for name in frame["image_name"]]
-    missing = [row for row, path in enumerate(paths) if path is None]
-    if missing:
-        raise UserError(
-            f"{csv}: row {missing[0] + 1}: no image of {frame['image_name'][missing[0]]} in {folder} ({len(missing)} "
-            f"of {len(frame)} rows have none); run render first or correct --images"
-        )
-    return frame.assign(path=paths)
+    frame = frame.assign(path=[found.get(Path(metadata.image_file(name)).stem) for name in frame["image_name"]])
+    missing = frame["path"].isna()
+    if missing.any():
+        row = int(missing.to_numpy().argmax())
+        counts = f"{missing.sum()} of {len(frame)} rows have none"
+        said = f"{csv}: row {row + 1}: no image of {frame['image_name'][row]} in {folder} ({counts}"
+        if missing.all():
+            raise UserError(f"{said}); run render first or correct --images")
+        log.warning("%s and were left out)", said)
+    return frame[~missing].reset_index(drop=True)
 
 
 def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     """Which rows of `targets` (n, 384) reach cosine 0.8 with a row of `train_targets` (m, 384): bool (n,)."""
-    import faiss
+    from .dedupe.exact import near
 
-    index = faiss.IndexFlatIP(targets.shape[1])
-    index.add(train_targets)
-    return index.search(targets, 1)[0][:, 0] >= NEAR
+    return near(evaluate.unit(targets), evaluate.unit(train_targets), NEAR)

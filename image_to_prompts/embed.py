@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import dataset, embeddings, encoders, tars, text_encoder, weights
+from . import archives, dataset, embeddings, encoders, text_encoder, weights
 from .devices import local_rank_and_processes, process_state
 from .encoders import Encoded
 from .errors import UserError
@@ -75,8 +75,8 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     if config.image_size < 1 or config.batch_size < 1 or not config.encoders:
         raise UserError("--image-size and --batch-size must be at least 1, --encoders must name one; correct them")
     tables = dataset.tables(config.metadata, config.images)
-    rows = dataset.with_images(tables, config.images)
-    listing = [(str(path), *tars.stat(path)) for path in rows["path"]]
+    rows = dataset.load_metadata(tables, config.images)
+    listing = [(str(path), *archives.stat(path)) for path in rows["path"]]
     settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}
     places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
     settings["weights"] = [weights.digest(place) for place in places if place.is_dir()]

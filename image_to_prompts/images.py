@@ -1,11 +1,10 @@
-"""Reading images of any kind that people have, as RGB; from folders and from tar shards alike."""
+"""Reading images of any kind that people have, as RGB; from folders, tar shards and DiffusionDB's zip files alike."""
 
 from __future__ import annotations
 
 import io
 import logging
 import random
-import tarfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from . import tars
+from . import archives
 from .devices import cores
 from .errors import UserError
 from .metadata import IMAGE_SUFFIXES
@@ -34,13 +33,13 @@ class BrokenImageError(ValueError):
 
 
 def find(folder: Path) -> list[Path]:
-    """All images below a folder and in tar shards there, hidden files left out, sorted by path relative to it.
+    """All images below a folder and in the archives there, hidden files left out, sorted by path relative to it.
 
     Returns:
-        Paths that `read` accepts; an image in a shard is called `<shard>.tar/<name>`.
+        Paths that `read` accepts; an image in an archive is called `<shard>.tar/<name>`.
 
     Raises:
-        UserError: If the folder is missing or holds no image, or if a tar file cannot be read.
+        UserError: If the folder is missing or holds no image, or if an archive cannot be read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of images")
@@ -50,11 +49,11 @@ def find(folder: Path) -> list[Path]:
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             found.append(path)
-        elif path.suffix == ".tar":
+        elif archives.is_archive(path):
             try:
-                found += [path / name for name in tars.index(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-            except (OSError, tarfile.TarError) as error:
-                raise UserError(f"{path}: not a whole tar file ({error}); render it again or delete it") from error
+                found += [path / name for name in archives.index(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            except OSError as error:
+                raise UserError(f"{path}: {error}; render or download it again, or delete it") from error
     if not found:
         raise UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it or below; check the path")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -70,7 +69,7 @@ def read(path: Path) -> Image.Image:
         BrokenImageError: If the file is empty, truncated or no image.
     """
     try:
-        with Image.open(io.BytesIO(tars.read(path)) if tars.is_member(path) else path) as file:
+        with Image.open(io.BytesIO(archives.read(path)) if archives.is_member(path) else path) as file:
             file.seek(0)
             image = ImageOps.exif_transpose(file)
             if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):

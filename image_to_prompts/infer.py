@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata, predictors, submission, tars, text_encoder, validation
+from . import archives, evaluate, images, metadata, predictors, submission, text_encoder, validation
 from .errors import UserError
 from .files import Stamp, make_folder, write_json
 from .predictors import Rung
@@ -185,7 +185,7 @@ def run(config: Config) -> Prediction:
             own += [_checkpoint_rung([folder], [1.0]) for folder in folders]
         rungs = [*own, *rungs]
     make_folder(config.out.parent)
-    listing = [(str(file.relative_to(config.images)), *tars.stat(file)) for file in files]
+    listing = [(str(file.relative_to(config.images)), *archives.stat(file)) for file in files]
     inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
     stamp = Stamp(
         config.out.with_name(f".{config.out.stem}.done"),

@@ -53,8 +53,13 @@ def _bad_byte(path: Path) -> int:
     return 0
 
 
-def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",)) -> pd.DataFrame:
+def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",), unique: bool = True) -> pd.DataFrame:
     """Reads a CSV with a `prompt` column and what else is `required`; `image_name` and the rest are optional.
+
+    Args:
+        path: The file.
+        required: Columns that must be there.
+        unique: Whether an `image_name` that stands twice is bad.
 
     Raises:
         UserError: As `read_table`, or if a prompt is blank or the text NaN, or an `image_name` is bad (see `check`).
@@ -64,12 +69,16 @@ def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",)) -> pd.Data
         if not prompt.strip() or prompt.strip().lower() in ("nan", "null"):
             raise UserError(f"{path}: row {row}: the prompt is blank ({prompt!r}); fill it in or delete the row")
     if "image_name" in frame:
-        check_names(frame, path)
+        check_names(frame, path, unique)
     return frame
 
 
-def read(path: Path) -> pd.DataFrame:
+def read(path: Path, unique: bool = True) -> pd.DataFrame:
     """Reads a metadata CSV, that is `read_prompts` with `image_name` required.
+
+    Args:
+        path: The file.
+        unique: See `read_prompts`.
 
     Returns:
         A frame with `image_name` and `prompt` first, `seed` (int, derived from the row where the file has none) and,
@@ -78,19 +87,19 @@ def read(path: Path) -> pd.DataFrame:
     Raises:
         UserError: See `read_prompts`.
     """
-    frame = with_keys(read_prompts(path, ("image_name", "prompt")), path)
+    frame = with_keys(read_prompts(path, ("image_name", "prompt"), unique), path)
     if "fold" in frame:
         frame["fold"] = _integers(frame["fold"], path, "fold")
     return frame
 
 
-def check_names(frame: pd.DataFrame, path: Path) -> None:
-    """Refuses image names that are blank, hold a path or stand twice; raises UserError naming the row."""
+def check_names(frame: pd.DataFrame, path: Path, unique: bool = True) -> None:
+    """Refuses image names that are blank, hold a path or, if `unique`, stand twice; raises UserError naming the row."""
     seen: dict[str, int] = {}
     for row, name in enumerate(frame["image_name"], start=1):
         if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
             raise UserError(f"{path}: row {row}: image_name {name!r} must be a bare file name; rename it")
-        if name in seen:
+        if unique and name in seen:
             raise UserError(f"{path}: row {row}: image_name {name!r} stands in row {seen[name]} too; make it unique")
         seen[name] = row
 

@@ -251,6 +251,39 @@ def _from_hub(repository: str, weights: Weights) -> Path | None:
     return folder / weights.marker if weights.single_file else folder
 
 
+def dataset_files(given: str) -> list[Path]:
+    """Files of a data set.
+
+    Args:
+        given: A file or folder, or `hf://datasets/<owner>/<name>/<path>` on the Hugging Face hub, where the path may
+            hold `*`; such files come into the hub's cache once.
+
+    Raises:
+        UserError: If there is no such file, or the hub cannot be reached.
+    """
+    if not given.startswith("hf://"):
+        if not Path(given).exists():
+            raise UserError(f"{given}: no such file or folder; correct --input")
+        return [Path(given)]
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    owner, name, path = [*given.removeprefix("hf://").removeprefix("datasets/").split("/", 2), "", ""][:3]
+    if not path:
+        raise UserError(f"{given}: must be hf://datasets/<owner>/<name>/<path>; correct --input")
+    try:
+        files = [path]
+        if "*" in path:
+            prefix = f"datasets/{owner}/{name}/"
+            files = [found.removeprefix(prefix) for found in HfFileSystem().glob(prefix + path)]
+        found = [Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")) for file in sorted(files)]
+    except (OSError, ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{given}: {said}; download it where the hub can be reached, and give --input FILE") from error
+    if not found:
+        raise UserError(f"{given}: no such file on the hub; correct --input")
+    return found
+
+
 def _verified(weights: Weights, path: Path) -> Path:
     for name, expected in weights.sha256.items():
         file = path / name if path.is_dir() else path

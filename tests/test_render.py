@@ -307,7 +307,7 @@ def test_blank_and_near_uniform_images_are_flagged_and_not_trained_on(tmp_path, 
     csv.write_text("image_name,prompt,seed\na.png,x,0\nb.png,y,1\nc.png,z,2\n")
     manifest = render.run(config(csv, out))
     assert manifest["flag"].tolist() == ["blank", "near_uniform", "blank"]
-    assert dataset.with_images((csv,), (out,))["image_name"].tolist() == ["b.png"]
+    assert dataset.load_metadata((csv,), (out,))["image_name"].tolist() == ["b.png"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ CHANGES = (1, 2, 4, 8, 3, 16)  # kill when the run's folders have changed this o
 STAGES = {
     "generate": {"count": 3000, "batch_size": 16},
     "magicprompt": {"source": "magicprompt", "count": 48, "batch_size": 4},
+    "collect": {"source": "table"},
     "dedupe": {},
     "render": {"workers": 2},
     "render-sd2": {"backend": "sd2", "steps": 2, "batch_size": 2},
@@ -41,13 +42,15 @@ def work(stage: str, run: Path, values: dict) -> None:
 
     from image_to_prompts import embed, predictors, profiles, text_cache, text_encoder, workspace
     from image_to_prompts.render.scenes import SceneBackend
+    from image_to_prompts.sources import readers
 
     torch.set_num_threads(1)
-    text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block = 16, 8, 8, 4
+    text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
     os.environ[text_cache.FOLDER] = str(cache_of(run))
     stages = {
         "generate": "generate",
         "magicprompt": "generate",
+        "collect": "generate",
         "render-sd2": "render",
         "finetune-uncached": "finetune",
     }
@@ -139,6 +142,7 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, small_embe
     metadata.write_table(few, metadata.read(small_run.metadata).head(10))
     values |= {
         "magicprompt": {"weights": tiny_gpt2},
+        "collect": {"input": (str(small_run.prompts),)},
         "dedupe": {"prompts": (small_run.prompts,)},
         "render": {"metadata": small_run.metadata},
         "render-sd2": {"metadata": few, "weights": tiny_sd2},

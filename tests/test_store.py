@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import tars
+from image_to_prompts import archives
 from image_to_prompts.errors import UserError
 from image_to_prompts.render.store import RECORDED, FolderStore, Row, TarStore, read_shard
 
@@ -95,7 +95,7 @@ def test_members_are_read_by_name(tmp_path):
     rows = rows_of(5)
     fill(TarStore(tmp_path, SETTINGS, "j", 5, 5), rows)
     member = tmp_path / "00000.tar" / "n3.png"
-    assert tars.is_member(member) and tars.read(member) == data_of(rows[3])
-    assert tars.stat(member)[0] == len(data_of(rows[3]))
+    assert archives.is_member(member) and archives.read(member) == data_of(rows[3])
+    assert archives.stat(member)[0] == len(data_of(rows[3]))
     with pytest.raises(OSError, match=r"no readable member n9.png"):
-        tars.read(tmp_path / "00000.tar" / "n9.png")
+        archives.read(tmp_path / "00000.tar" / "n9.png")

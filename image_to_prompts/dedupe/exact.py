@@ -118,6 +118,28 @@ def pairs(vectors: np.ndarray, threshold: float) -> Pairs:
     return joined(found)
 
 
+def near(vectors: np.ndarray, others: np.ndarray, threshold: float) -> np.ndarray:
+    """Which vectors reach a cosine with one of others: bool (n,).
+
+    Args:
+        vectors: float32 unit vectors (n, d).
+        others: float32 unit vectors (m, d).
+        threshold: Least cosine.
+
+    Raises:
+        ValueError: As `leaders`.
+    """
+    search, count = _Search(np.concatenate([others, vectors]), threshold), len(others)
+    found = np.zeros(len(vectors), bool)
+    with one_core_each(search.device) as threads:
+        for start in range(count, count + len(vectors), BLOCK):
+            rows = np.arange(start, min(start + BLOCK, count + len(vectors)))
+            coarse = search.coarse[start : rows[-1] + 1]
+            some = search.pairs(threads, rows, coarse, np.arange(count), search.coarse[:count])
+            found[some.later - count] = True
+    return found
+
+
 def joined(parts: Iterable[Pairs]) -> Pairs:
     """Several sets of pairs in one, in the same order."""
     none = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))

@@ -1,6 +1,9 @@
-"""Stage 1, generate: writes new prompts, with MagicPrompt or with the embedded grammar.
+"""Stage 1, generate: writes new prompts, with MagicPrompt or the embedded grammar, or collects them from a source.
 
     image-to-prompts generate --source magicprompt --count 1000 --out prompts/x.csv
+    image-to-prompts generate --source diffusiondb --input metadata.parquet --out prompts/diffusiondb.csv
+
+`sources` reads and cleans what others wrote. Of new prompts the following holds.
 
 Candidate i depends on the seed and i alone. Empty candidates and exact repetitions are passed over until there are as
 many prompts as were asked for; asking for more later keeps the ones already written.
@@ -13,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 
@@ -27,16 +30,20 @@ from ..progress import Estimate, progress_to
 log = logging.getLogger(__name__)
 # A source runs dry when fewer than LEAST_NEW of a window of candidates are new.
 WINDOW, LEAST_NEW = 1000, 10
+Collected = Literal["diffusiondb", "diffusiondb-parts", "captions-tsv", "laion-coco", "captions-json", "table"]
 
 
 @dataclass
 class Config(StageConfig):
-    """Writes new prompts with MagicPrompt (GPT-2) or with the embedded grammar."""
+    """Writes new prompts with MagicPrompt (GPT-2) or the embedded grammar, or collects them from a public source."""
 
-    source: Literal["grammar", "magicprompt"] = "grammar"
-    """Who writes the prompts."""
+    source: Literal["grammar", "magicprompt", Collected] = "grammar"
+    """Who writes the prompts, or the format of --input: DiffusionDB's metadata or image parts, Conceptual Captions,
+    LAION-COCO, COCO and VizWiz, or any table (CSV, TSV, JSONL, JSON, Parquet, text)."""
+    input: tuple[str, ...] = ()
+    """Files of a source, folders of DiffusionDB's parts, or hf://datasets/<owner>/<name>/<path>."""
     count: int = 3800
-    """How many different prompts to write."""
+    """How many different prompts to write; a source gives all that it has."""
     seed: int = 0
     """Seed of the whole set; prompt i depends on (seed, i)."""
     out: Path = Path("prompts/generated.csv")
@@ -53,6 +60,14 @@ class Config(StageConfig):
     """Draw from the likeliest tokens that make up this share of the probability."""
     starts: Path | None = None
     """Text file with one phrase a line to start prompts from, taken in turn (magicprompt)."""
+    name: str = ""
+    """What the column source says of collected prompts; left out: the name of the source."""
+    prompt_column: str = "prompt"
+    """Column of the prompts in a table."""
+    rules: tuple[str, ...] = ()
+    """Rules that clean collected prompts, in their order, or file.py:function; left out: those of the source."""
+    limit: int = 0
+    """Collect at most so many prompts; 0: all."""
 
 
 def read_starts(path: Path) -> tuple[str, ...]:
@@ -156,6 +171,10 @@ def _stamp(config: Config) -> Stamp:
         raise UserError(f"--count {config.count}, --batch-size {config.batch_size}: both must be at least 1")
     if config.starts and config.source != "magicprompt":
         raise UserError("--starts needs --source magicprompt; the grammar knows no start phrases")
+    if config.input:
+        raise UserError(
+            f"--input: {config.source} writes new prompts; give --source {' or '.join(get_args(Collected))}"
+        )
     inputs = [path for path in (config.starts,) if path]
     settings = config.settings("out", "batch_size", "starts")
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), settings, inputs)
@@ -167,6 +186,8 @@ def estimate(config: Config) -> Estimate:
     Raises:
         UserError: As `run`.
     """
+    if config.source in get_args(Collected):
+        raise UserError(f"--source {config.source}: no estimate of what reads files; run it")
     stamp = _stamp(config)
     if stamp.is_current():
         return Estimate("prompts", config.count, 0, 0.0, 0)
@@ -178,16 +199,35 @@ def estimate(config: Config) -> Estimate:
     return Estimate("prompts", config.count, left, seconds * found.seen / max(len(found.prompts), 1), size)
 
 
+def _collect(config: Config) -> pd.DataFrame:
+    from .. import sources
+
+    if not config.input:
+        raise UserError(f"--source {config.source}: no input; give --input FILE [FILE ...]")
+    if config.limit < 0:
+        raise UserError(f"--limit {config.limit}: must not be negative")
+    if config.starts:
+        raise UserError("--starts needs --source magicprompt; a source has its own prompts")
+    if rank_and_processes()[1] > 1:
+        raise UserError(f"--source {config.source}: one process reads and cleans; start it without a launcher")
+    return sources.collect(
+        *(config.source, config.input, config.out, config.name),
+        *(config.prompt_column, config.rules, config.limit),
+    )
+
+
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage.
 
     Returns:
         The prompts as written to `config.out`: `config.count` different ones, or fewer, with a warning that says why,
-        where the source repeats itself.
+        where the source repeats itself. Of collected ones, which may be many millions, what `sources.collect` returns.
 
     Raises:
         UserError: On bad settings or missing weights, or if the source wrote nothing.
     """
+    if config.source in get_args(Collected):
+        return _collect(config)
     stamp = _stamp(config)
     if stamp.is_current():
         log.info("%s is up to date", config.out)

@@ -23,7 +23,7 @@ from .kernels import PLACEHOLDER
 NAME = "image-to-prompts"
 # What Kaggle's image has of ours (August 2026); what these need is there too.
 IMAGE = (
-    *("accelerate", "diffusers", "numpy", "pandas", "sentence-transformers"),
+    *("accelerate", "diffusers", "numpy", "pandas", "polars", "pyarrow", "sentence-transformers"),
     *("timm", "torch", "torchvision", "transformers"),
 )
 PYTHONS = ("3.12", "3.13")

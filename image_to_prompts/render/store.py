@@ -16,7 +16,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import metadata, tars
+from .. import archives, metadata
 from ..errors import UserError
 from ..files import append_line, atomic_path, read_journal, write_text
 from ..progress import progress
@@ -115,7 +115,7 @@ class FolderStore:
             return True
         path = self.out / record["file"]
         try:
-            data = tars.read(path) if tars.is_member(path) else path.read_bytes()
+            data = archives.read(path) if archives.is_member(path) else path.read_bytes()
         except OSError:
             return False
         return hashlib.sha256(data).hexdigest() == record["sha256"]

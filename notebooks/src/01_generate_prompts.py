@@ -15,14 +15,17 @@
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None  # None: kaggle on Kaggle, embedded elsewhere
 count = None  # None: 100,000 with MagicPrompt, 3,800 with the grammar
+collect = None  # "<source>:<file> ..." of public sources; None: data_meta's 10,000 prompts, in a clone
 
 # %%
 from collections import Counter
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from image_to_prompts import generate, profiles, workspace
+from image_to_prompts import generate, metadata, profiles, workspace
 from image_to_prompts.generate import grammar
+from image_to_prompts.sources import look
 
 run, profile = workspace.start(run_folder, profile)
 overrides = {"count": count} if count else {}
@@ -70,6 +73,41 @@ right.loglog(range(1, len(named) + 1), [n for _, n in named.most_common()], ".-"
 right.set(xlabel="rank of a thing", ylabel="prompts that name it")
 plt.show()
 print(f"{len(named)} different things; most frequent: {', '.join(name for name, _ in named.most_common(8))}")
+
+# %% [markdown]
+# ## Prompts that others wrote
+#
+# The winners trained on millions of prompts and captions from public sources. `generate --source NAME --input FILE`
+# reads each in its own format: DiffusionDB's metadata and image parts, Conceptual Captions, LAION-COCO, COCO and
+# VizWiz, and any table. Rules clean the prompts, one after the other; each says how many it changed and dropped.
+# `image-to-prompts catalogue` lists the CSVs that the reference trained on and the commands that rebuild them.
+
+# %%
+if collect is None:
+    collect = "table:data_meta/embedded_meta_10k.csv" if Path("data_meta").is_dir() else ""
+written, reports = {config.source: prompts["prompt"].tolist()}, {}
+for number, (source, file) in enumerate(given.split(":", 1) for given in collect.split()):
+    out = run.prompts.with_name(f"{number}_{Path(file).stem}.csv")
+    reading = profiles.default_config("generate", run, profile, source=source, input=(file,), out=out)
+    reports[Path(file).stem] = generate.run(reading)
+    written[Path(file).stem] = metadata.read(out)["prompt"].tolist()
+look.by_rule(reports) if reports else "nothing to collect; give collect"
+
+# %%
+for name, report in reports.items():
+    print(f"{name}: {len(written[name]):,} prompts, for example: {written[name][0]}")
+    if len(shown := look.examples(report)):
+        print(shown.to_string(index=False, max_colwidth=60))
+
+# %% [markdown]
+# How long are they, and how many prompts of one source (row) are within cosine 0.8 of one of another (column)? What
+# overlaps much adds little; `dedupe --against` drops it.
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+look.plot_lengths(written, axes)
+plt.show()
+look.overlap(written).style.format("{:.1%}").background_gradient(vmin=0, vmax=1, axis=None)
 
 # %% [markdown]
 # Next: `02_dedupe_prompts` drops the ones that say the same.

@@ -97,6 +97,13 @@ for attention in ("seed", "modalities"):
 pd.DataFrame(changes).astype(float).round(6)
 
 # %% [markdown]
-# `image-to-prompts compare` trains both on the same rows, three seeds each; the README has the table.
+# `image-to-prompts compare` trains both on the same rows. Of 13,005 scenes and three seeds it found, on the test fold:
+#
+# | | cosine |
+# | --- | --- |
+# | best embedding alone, ridge regression | .5928 ± .0065 |
+# | ridge regression on all three | .6120 ± .0053 |
+# | attention across images, as published | .4827 ± .0061 |
+# | attention across embeddings, ours | .6153 ± .0048 |
 #
 # Next: `07_infer_submission` blends this with the fine-tuned backbone.

@@ -1,0 +1,355 @@
+"""Readers of public sources in their native formats, and what collects their prompts."""
+
+import gzip
+import json
+import logging
+import zipfile
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from image_to_prompts import archives, dataset, generate, images, metadata, sources, weights
+from image_to_prompts.errors import UserError
+from image_to_prompts.sources import readers
+
+
+def read(source, path, column="prompt"):
+    reading = readers.Reading(path, column)
+    blocks = list(readers.SOURCES[source].read(reading))
+    return (pl.concat(blocks) if blocks else None), reading.broken
+
+
+@pytest.fixture
+def collect(tmp_path):
+    """Collects from files; returns the rows and the report by rule."""
+
+    def run(source, *files, **options):
+        out = tmp_path / "out.csv"
+        report = sources.collect(source, tuple(map(str, files)), out, **options)
+        return metadata.read(out), report.set_index("rule")
+
+    return run
+
+
+def diffusiondb_metadata(path, count=6):
+    """DiffusionDB's own schema."""
+    prompts = [f"a wide painting of {number} red foxes in snow" for number in range(count)]
+    columns = {
+        "image_name": [f"{number:08x}-aaaa.png" for number in range(count)],
+        "prompt": prompts,
+        "part_id": pl.Series([1] * count, dtype=pl.UInt16),
+        "seed": pl.Series([4_294_967_290 - number for number in range(count)], dtype=pl.UInt32),
+        "step": pl.Series([50] * count, dtype=pl.UInt16),
+        "cfg": pl.Series([7.0] * count, dtype=pl.Float32),
+        "sampler": pl.Series([8] * count, dtype=pl.UInt8),
+        "width": pl.Series([512] * count, dtype=pl.UInt16),
+        "height": pl.Series([512] * (count - 1) + [1024], dtype=pl.UInt16),
+        "user_name": ["x"] * count,
+        "timestamp": pl.Series([0] * count, dtype=pl.Datetime("us", "UTC")),
+        "image_nsfw": pl.Series([0.1] * (count - 2) + [2.0, 0.1], dtype=pl.Float32),
+        "prompt_nsfw": pl.Series([0.0] * count, dtype=pl.Float32),
+    }
+    pl.DataFrame(columns).write_parquet(path)
+    return prompts
+
+
+def test_diffusiondb(tmp_path, collect):
+    prompts = diffusiondb_metadata(tmp_path / "metadata.parquet")
+    frame, report = collect("diffusiondb", tmp_path / "metadata.parquet")
+    assert list(frame.columns) == list(sources.COLUMNS)
+    assert frame["prompt"].tolist() == prompts[:4]
+    assert frame["image_name"][0] == frame["source_id"][0] == "00000000-aaaa.png"
+    assert frame["seed"][0] == 4_294_967_290 and set(frame["source"]) == {"diffusiondb"}
+    assert report.loc["size", "dropped"] == 1 and report.loc["nsfw", "dropped"] == 1
+
+
+def part(folder, count=3, **changes):
+    """A part of DiffusionDB, as a zip file."""
+    path, records = folder / "part-000007.zip", {}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(count):
+            name = f"{number}f47c66c.png"
+            records[name] = {"p": f"fox number {number}", "se": 100 + number, "c": 7.0, "st": 50, "sa": "k_lms"}
+            image = folder / name
+            Image.new("RGB", (24, 16), (40 * number, 0, 0)).save(image)
+            archive.write(image, name)
+            image.unlink()
+        archive.writestr("part-000007.json", json.dumps(records | changes))
+    return path
+
+
+def test_diffusiondb_parts_and_their_images(tmp_path, collect):
+    path = part(tmp_path, gone={"p": "has no image", "se": 1})
+    frame, report = collect("diffusiondb-parts", path)
+    assert frame["seed"].tolist() == [100, 101, 102] and report.loc["broken", "dropped"] == 1
+    folder = tmp_path / "folder" / "part-000007"
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+    again, _ = read("diffusiondb-parts", tmp_path / "folder")
+    assert again["prompt"].to_list() == frame["prompt"].tolist()
+
+
+def test_conceptual_captions_in_both_orders(tmp_path, collect):
+    three, twelve = tmp_path / "Train_GCC-training.tsv", tmp_path / "cc12m.tsv"
+    three.write_text('a "red fox" in the snow\thttp://a/1.jpg\nno address here\na calm sea\thttps://a/2.jpg\n')
+    twelve.write_text("http://a/3.jpg\tan owl in a tree\n")
+    frame, report = collect("captions-tsv", three, twelve, name="cc")
+    assert frame["prompt"].tolist() == ['a "red fox" in the snow', "a calm sea", "an owl in a tree"]
+    assert frame["source_id"].tolist() == ["http://a/1.jpg", "https://a/2.jpg", "http://a/3.jpg"]
+    assert set(frame["source"]) == {"cc"} and report.loc["broken", "dropped"] == 1
+    assert frame["image_name"].tolist() == metadata.with_keys(frame[["prompt"]], three)["image_name"].tolist()
+
+
+def test_laion_coco(tmp_path, collect):
+    columns = {
+        "URL": ["http://a/1", "http://a/2"],
+        "TEXT": ["alt text", "other"],
+        "top_caption": ["a painting of a red fox", "a photo of a calm sea"],
+        "all_captions": [["x", "y"], ["z"]],
+        "all_similarities": [[0.3, 0.2], [0.1]],
+        "WIDTH": [512, 100],
+        "HEIGHT": [512, 100],
+        "similarity": [0.3, 0.2],
+        "hash": [1, 2],
+        "pwatermark": [0.1, 0.1],
+        "punsafe": pl.Series([0.01, 0.99], dtype=pl.Float32),
+    }
+    pl.DataFrame(columns).write_parquet(tmp_path / "part-00000.parquet")
+    frame, _ = collect("laion-coco", tmp_path / "part-00000.parquet")
+    assert frame[["prompt", "source_id"]].to_numpy().tolist() == [["a painting of a red fox", "http://a/1"]]
+
+
+def test_coco_and_vizwiz(tmp_path, collect):
+    coco = {"info": {}, "images": [{"id": 9, "file_name": "9.jpg"}], "licenses": []}
+    coco["annotations"] = [{"image_id": 9, "id": 48, "caption": "A red fox on a chair."}, {"image_id": 9, "id": 49}]
+    flags = [(False, False), (True, False), (False, True)]
+    vizwiz = {"images": [], "annotations": [
+        {"caption": f"A can of {number} beans.", "image_id": 1, "id": number, "is_precanned": canned,
+         "is_rejected": rejected, "text_detected": True}
+        for number, (canned, rejected) in enumerate(flags)
+    ]}  # fmt: skip
+    (tmp_path / "captions_train2017.json").write_text(json.dumps(coco))
+    (tmp_path / "val.json").write_text(json.dumps(vizwiz))
+    frame, report = collect("captions-json", tmp_path / "captions_train2017.json", tmp_path / "val.json")
+    assert frame["prompt"].tolist() == ["A red fox on a chair.", "A can of 0 beans."]
+    assert report.loc["rejected", "dropped"] == 2 and report.loc["broken", "dropped"] == 1
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.csv.gz", "a.txt.gz"])
+def test_any_table(tmp_path, name):
+    texts = ["a red fox, asleep", 'an "owl"', "ein Fuchs\tmit ü"]
+    path, kind = tmp_path / name, name.split(".")[1]
+    written = {
+        "csv": pd.DataFrame({"id": [1, 2, 3], "text": texts}).to_csv(index=False),
+        "tsv": pd.DataFrame({"id": [1, 2, 3], "text": texts}).to_csv(index=False, sep="\t"),
+        "jsonl": "\n".join(json.dumps({"text": text}) for text in texts),
+        "json": json.dumps([{"text": text} for text in texts]),
+        "txt": "\n".join(texts) + "\n\n",
+    }
+    if kind == "parquet":
+        pl.DataFrame({"text": texts}).write_parquet(path)
+    else:
+        data = written[kind].encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    frame, broken = read("table", path, "text")
+    assert frame["prompt"].to_list() == texts and frame["source_id"].to_list() == ["1", "2", "3"] and not broken
+
+
+def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collect):
+    (tmp_path / "a.txt").write_text("a red fox asleep\nan owl in a tree\n", encoding="utf-16")
+    assert collect("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox asleep", "an owl in a tree"]
+    (tmp_path / "b.csv").write_bytes(
+        b'prompt,x\na red fox asleep,1\n\xff\xfe owl,2\na,b,c\n"a never ending,3\nan owl,4\n'
+    )
+    frame, broken = read("table", tmp_path / "b.csv")
+    assert frame["prompt"].to_list() == ["a red fox asleep"] and broken == 3
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a red fox"}\n{"prompt": 3}\n{"pro\n' + "[" * 9000 + "\n")
+    frame, broken = read("table", tmp_path / "c.jsonl")
+    assert frame["prompt"].to_list() == ["a red fox"] and broken == 3
+
+
+def test_repeats_and_limits(tmp_path, collect, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK", 4)
+    (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 7} birds" for number in range(20)))
+    frame, report = collect("table", tmp_path / "a.txt")
+    assert frame["prompt"].tolist() == [f"a red fox beside {number} birds" for number in range(7)]
+    assert report.loc["repeats", ["rows", "dropped"]].tolist() == [20, 13]
+    assert len(collect("table", tmp_path / "a.txt", limit=5)[0]) == 5
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.sampled_from(["a red fox", "an owl", "a bee", "the sea", "a hut"]), min_size=1, max_size=40))
+def test_the_first_of_equal_prompts_stays(tmp_path, monkeypatch, prompts):
+    monkeypatch.setattr(readers, "BLOCK", 3)
+    (tmp_path / "a.txt").write_text("\n".join(prompts))
+    sources.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "out.csv", rule_names=("unicode",))
+    assert metadata.read(tmp_path / "out.csv")["prompt"].tolist() == list(dict.fromkeys(prompts))
+
+
+def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK", 5)
+    (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 17} birds" for number in range(40)))
+    given_ = ("table", (str(tmp_path / "a.txt"),))
+    sources.collect(*given_, tmp_path / "whole.csv")
+    real, written = sources._write_block, []
+
+    def torn(*arguments):
+        real(*arguments)
+        written.append(arguments[5].name)
+        if len(written) % 2 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sources, "_write_block", torn)
+    for _ in range(9):
+        try:
+            sources.collect(*given_, tmp_path / "torn.csv")
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(written) == len(set(written)) == 8  # no block twice
+    for name in ("{}.csv", "{}.rules.json"):
+        assert (tmp_path / name.format("torn")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
+    assert not list(tmp_path.glob(".torn.done-*"))
+    real_read = sources._read
+    monkeypatch.setattr(sources, "_read", lambda *arguments: pytest.fail("read again"))
+    sources.collect(*given_, tmp_path / "torn.csv")
+    monkeypatch.setattr(sources, "_read", real_read)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.sampled_from(["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.parquet", "a.csv.gz", "part-1.zip"]),
+    st.one_of(
+        st.binary(max_size=400),
+        st.text('prompt,"\n\r\t\x00{}[]: é猫', max_size=200).map(lambda text: ("prompt\n" + text).encode("utf-16")),
+        st.text('prompt,"\n\r\t\x00{}[]: é猫', max_size=200).map(lambda text: ("prompt,x\n" + text).encode()),
+    ),
+    st.sampled_from(list(readers.SOURCES)),
+)
+def test_whatever_is_in_a_file_there_is_one_clear_line(tmp_path, name, data, source):
+    path = tmp_path / name
+    path.write_bytes(data)
+    try:
+        sources.collect(source, (str(path),), tmp_path / "out.csv")
+    except UserError as error:
+        assert "\n" not in str(error) and name in str(error)
+
+
+def test_huge_fields_end(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,x\n"' + "a " * 300_000 + "\nan owl in a tree,2\n")
+    frame, broken = read("table", tmp_path / "a.csv")
+    assert broken >= 1 and (frame is None or len(frame) <= 1)
+    (tmp_path / "a.txt").write_text("a" * 1_000_000 + "\nan owl\n")
+    frame, broken = read("table", tmp_path / "a.txt")
+    assert frame["prompt"].to_list()[-1] == "an owl" and broken
+
+
+def test_what_cannot_be_used_is_refused(tmp_path, refused):
+    (tmp_path / "a.csv").write_text("text\na fox\n")
+    (tmp_path / "a.xyz").write_text("text\na fox\n")
+    pl.DataFrame({"prompt": [1, 2]}).write_parquet(tmp_path / "a.parquet")
+    words = ["generate", "--run", tmp_path / "r", "--out", tmp_path / "o.csv", "--source"]
+    refused([*words, "table"], "--source table: no input; give --input FILE")
+    refused([*words, "table", "--input", tmp_path / "none.csv"], "no such file or folder; correct --input")
+    refused([*words, "table", "--input", tmp_path / "a.csv"], "no column 'prompt', found text; give --prompt-column")
+    refused([*words, "table", "--input", tmp_path / "a.xyz"], "ends with none of .csv")
+    refused([*words, "table", "--input", tmp_path / "a.parquet"], "the prompts are Int64, not text")
+    refused([*words, "diffusiondb", "--input", tmp_path / "a.parquet"], "no column 'image_name'")
+    refused([*words, "captions-json", "--input", tmp_path / "a.csv"], "not JSON")
+    refused([*words, "diffusiondb-parts", "--input", tmp_path], "no part-*.zip and no part-*.json in it")
+    refused([*words, "grammar", "--input", tmp_path / "a.csv"], "--input: grammar writes new prompts")
+    refused(
+        [*words, "table", "--input", tmp_path / "a.csv", "--prompt-column", "text", "--rules", "nap"], "no such rule"
+    )
+    refused([*words, "table", "--input", "hf://datasets/x"], "must be hf://datasets/<owner>/<name>/<path>")
+
+
+def test_files_on_the_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def download(repository, file, repo_type):
+        asked.append((repository, file, repo_type))
+        return str(tmp_path / file)
+
+    class FileSystem:
+        def glob(self, pattern):
+            assert pattern == "datasets/owner/name/data/*.parquet"
+            return ["datasets/owner/name/data/b.parquet", "datasets/owner/name/data/a.parquet"]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
+    assert weights.dataset_files("hf://datasets/owner/name/metadata.parquet") == [tmp_path / "metadata.parquet"]
+    found = weights.dataset_files("hf://datasets/owner/name/data/*.parquet")
+    assert [path.name for path in found] == ["a.parquet", "b.parquet"]
+    assert asked[0] == ("owner/name", "metadata.parquet", "dataset")
+
+    def unreachable(*_, **__):
+        raise OSError("cannot reach\nthe hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match="cannot reach; download it where the hub can be reached"):
+        weights.dataset_files("hf://datasets/owner/name/metadata.parquet")
+
+
+def test_the_command_line_knows_all_sources():
+    assert set(generate.get_args(generate.Collected)) == set(readers.SOURCES)
+    for source in readers.SOURCES.values():
+        assert set(source.rules) <= set(sources.rules.RULES)
+
+
+def test_parts_are_image_folders_too(tmp_path):
+    path = part(tmp_path)
+    frame = pd.DataFrame({"image_name": ["0f47c66c.png", "2f47c66c.png", "gone.png"], "prompt": ["a", "b", "c"]})
+    metadata.write_table(tmp_path / "m.csv", frame)
+    found = dataset.load_metadata((tmp_path / "m.csv",), (tmp_path,))
+    assert found["path"].tolist() == [path / "0f47c66c.png", path / "2f47c66c.png"]
+    assert images.read(path / "2f47c66c.png").getpixel((3, 3)) == (80, 0, 0)
+    assert archives.stat(path / "2f47c66c.png")[0] == len(archives.read(path / "2f47c66c.png"))
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(30)
+    path.write_bytes(data)
+    with pytest.raises(images.BrokenImageError):
+        images.read(path / "0f47c66c.png")
+    path.write_bytes(data[:-40])
+    with pytest.raises(UserError, match="not a whole archive"):
+        images.find(tmp_path)
+    path.rename(tmp_path / "other.zip")
+    with pytest.raises(UserError, match="no images"):
+        images.find(tmp_path)
+
+
+def test_metadata_of_several_files_is_merged(tmp_path, caplog):
+    caplog.set_level("INFO", "image_to_prompts")
+    logging.getLogger("image_to_prompts").propagate = True
+    (tmp_path / "sd2_meta_hard_filter.csv").write_text("image_name,prompt\na.png,a fox\nb.png,an owl\na.png,a fox\n")
+    (tmp_path / "own.csv").write_text("image_name,prompt,source\nb.png,an owl,x\nc.png,a fox,y\n")
+    found = dataset.load_metadata((tmp_path / "sd2_meta_hard_filter.csv", tmp_path / "own.csv"))
+    assert found["image_name"].tolist() == ["a.png", "b.png", "c.png"]
+    assert found["source"].tolist() == ["sd2_meta_hard_filter", "sd2_meta_hard_filter", "y"]
+    assert "1 rows repeat an image_name (a.png, ...)" in caplog.text
+    assert "own.csv: 1 rows stand in an earlier file" in caplog.text
+    assert "3 rows of 2 prompts, sd2_meta_hard_filter 66.7 %, y 33.3 %" in caplog.text
+    for name in ("a", "c"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match="2 files, --images 3 folders"):
+        dataset.load_metadata((tmp_path / "own.csv",) * 2, (tmp_path,) * 3)
+    assert len(dataset.load_metadata((tmp_path / "own.csv",), (tmp_path,))) == 1
+    assert "row 1: no image of b.png" in caplog.text and "(1 of 2 rows have none and were left out)" in caplog.text
+
+
+def test_hashes_seen():
+    seen, rng = sources.Seen(), np.random.default_rng(0)
+    blocks = [rng.integers(0, 60, 20).astype(np.uint64) for _ in range(6)]
+    taken = []
+    for block in blocks:
+        first = seen.first(block)
+        taken += block[first].tolist()
+        seen.add(np.sort(block[first]))
+    assert taken == list(dict.fromkeys(np.concatenate(blocks).tolist()))
