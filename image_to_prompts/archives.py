@@ -48,18 +48,18 @@ def _index(archive: Path, modified: int) -> dict[str, Member]:
     else:
         with tarfile.open(archive, "r:") as file:
             members = {Path(one.name).name: Member(one.offset_data, one.size, one.size) for one in file if one.isfile()}
-    return {name: member for name, member in members.items() if not name.endswith(".json")}
+    return {name: member for name, member in members.items() if not name.startswith(".") and not name.endswith(".json")}
 
 
 def index(archive: Path) -> dict[str, Member]:
-    """Every member but the JSON records, by its bare name.
+    """Every member but hidden ones and the JSON records, by its bare name; of equal names the last.
 
     Raises:
         OSError: If the file cannot be read, or is torn or no such archive.
     """
     try:
         return _index(archive, archive.stat().st_mtime_ns)
-    except (tarfile.TarError, zipfile.BadZipFile, ValueError, struct.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
         raise OSError(f"not a whole archive: {error}") from error
 
 
@@ -83,7 +83,7 @@ def read(path: Path) -> bytes:
     if not member.deflated:
         return data
     try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size)
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(member.size, 1))
     except zlib.error as error:
         raise OSError(f"{path.name} is damaged: {error}") from error
 

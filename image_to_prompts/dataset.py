@@ -81,7 +81,7 @@ def load_rows(
         source_weights: How much the rows of a source count in training; 1 where nothing is said.
 
     Raises:
-        UserError: If a row has no image, a side of the split is empty, or a source does not occur.
+        UserError: If no row of a CSV has an image, a side of the split is empty, or a source does not occur.
     """
     frame = load_metadata(tables(csvs, folders), folders)
     paths = frame.pop("path").tolist()
@@ -142,7 +142,8 @@ def load_metadata(csvs: tuple[Path, ...], folders: tuple[Path, ...] = ()) -> pd.
     frames = []
     for number, csv in enumerate(csvs):
         frame = metadata.read(csv, unique=False)
-        frame = frame.assign(source=frame.get("source", csv.stem))
+        own = frame["source"] if "source" in frame else pd.Series("", frame.index)
+        frame = frame.assign(source=own.replace("", csv.stem), _row=range(1, len(frame) + 1))
         twice = frame["image_name"].duplicated()
         if twice.any():
             first = frame["image_name"][twice.to_numpy().argmax()]
@@ -155,7 +156,7 @@ def load_metadata(csvs: tuple[Path, ...], folders: tuple[Path, ...] = ()) -> pd.
     again = frame["image_name"].duplicated()
     for name, count in frame.loc[again, "_file"].value_counts().items():
         log.warning("%s: %d rows stand in an earlier file and were left out", name, count)
-    frame = frame[~again].reset_index(drop=True).drop(columns="_file")
+    frame = frame[~again].reset_index(drop=True).drop(columns=["_file", "_row"])
     log.info("%d rows of %d prompts, %s", len(frame), frame["prompt"].nunique(), _shares(frame["source"]))
     return frame
 
@@ -179,7 +180,7 @@ def _with_images(frame: pd.DataFrame, csv: Path, folder: Path) -> pd.DataFrame:
     if missing.any():
         row = int(missing.to_numpy().argmax())
         counts = f"{missing.sum()} of {len(frame)} rows have none"
-        said = f"{csv}: row {row + 1}: no image of {frame['image_name'][row]} in {folder} ({counts}"
+        said = f"{csv}: row {frame['_row'][row]}: no image of {frame['image_name'][row]} in {folder} ({counts}"
         if missing.all():
             raise UserError(f"{said}); run render first or correct --images")
         log.warning("%s and were left out)", said)

@@ -276,8 +276,8 @@ def dataset_files(given: str) -> list[Path]:
             prefix = f"datasets/{owner}/{name}/"
             files = [found.removeprefix(prefix) for found in HfFileSystem().glob(prefix + path)]
         found = [Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")) for file in sorted(files)]
-    except (OSError, ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0]
+    except Exception as error:  # of the hub's library and of whichever one it talks HTTP with
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{given}: {said}; download it where the hub can be reached, and give --input FILE") from error
     if not found:
         raise UserError(f"{given}: no such file on the hub; correct --input")

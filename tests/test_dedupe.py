@@ -80,6 +80,21 @@ def test_the_law_in_blocks_of_any_size(count, seed, width, threshold, fixed, blo
         np.testing.assert_array_equal(result.resolved(pairs, count, threshold, fixed)[0], leader)
 
 
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 10**6), st.sampled_from([0.5, 0.8, 1.0]))
+@settings(max_examples=60)
+def test_what_is_near_others(count, others, seed, threshold):
+    vectors = clustered(count + others + 1, seed, 6)
+    one, other = vectors[:count], vectors[count:]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(("BLOCK", "TALL", "WIDE"), (7, 3, 5), strict=True):
+            patch.setattr(exact, name, value)
+        found = exact.near(one, other, threshold)
+    highest = np.array([max(float(vector @ some) for some in other) for vector in one]).reshape(-1)
+    sure = np.abs(highest - threshold) > 1e-6
+    assert found.shape == (count,)
+    np.testing.assert_array_equal(found[sure], (highest >= threshold)[sure])
+
+
 def test_threads_and_precision_change_nothing(monkeypatch):
     vectors = clustered(3000, 3, 384)
     whole = exact.leaders(vectors, 0.8)

@@ -1,8 +1,12 @@
 """Readers of public sources in their native formats, and what collects their prompts."""
 
+import contextlib
 import gzip
 import json
 import logging
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -13,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import archives, dataset, generate, images, metadata, sources, weights
+from image_to_prompts import archives, dataset, embed, embeddings, generate, images, metadata, sources, weights
 from image_to_prompts.errors import UserError
-from image_to_prompts.sources import readers
+from image_to_prompts.sources import look, readers
 
 
 def read(source, path, column="prompt"):
@@ -168,6 +172,9 @@ def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collect):
     )
     frame, broken = read("table", tmp_path / "b.csv")
     assert frame["prompt"].to_list() == ["a red fox asleep"] and broken == 3
+    (tmp_path / "d.csv").write_text('id,prompt\n1,a fox\n\n2,"an owl\n3,a bee\n4,a cat\n')
+    frame, broken = read("table", tmp_path / "d.csv")
+    assert frame["prompt"].to_list() == ["a fox"] and broken == 1
     (tmp_path / "c.jsonl").write_text('{"prompt": "a red fox"}\n{"prompt": 3}\n{"pro\n' + "[" * 9000 + "\n")
     frame, broken = read("table", tmp_path / "c.jsonl")
     assert frame["prompt"].to_list() == ["a red fox"] and broken == 3
@@ -200,7 +207,7 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
 
     def torn(*arguments):
         real(*arguments)
-        written.append(arguments[5].name)
+        written.append(arguments[4].name)
         if len(written) % 2 == 0:
             raise KeyboardInterrupt
 
@@ -228,25 +235,32 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
         st.binary(max_size=400),
         st.text('prompt,"\n\r\t\x00{}[]: é猫', max_size=200).map(lambda text: ("prompt\n" + text).encode("utf-16")),
         st.text('prompt,"\n\r\t\x00{}[]: é猫', max_size=200).map(lambda text: ("prompt,x\n" + text).encode()),
+        st.lists(st.text(max_size=20)).map(lambda texts: json.dumps([{"prompt": text} for text in texts]).encode()),
+        st.lists(st.text(max_size=20)).map(lambda texts: "\n".join(json.dumps({"prompt": t}) for t in texts).encode()),
     ),
     st.sampled_from(list(readers.SOURCES)),
+    st.sampled_from([(), ("words",), ("short", "html"), ("unicode",)]),
 )
-def test_whatever_is_in_a_file_there_is_one_clear_line(tmp_path, name, data, source):
+def test_whatever_is_in_a_file_there_is_one_clear_line(tmp_path, name, data, source, rule_names):
     path = tmp_path / name
     path.write_bytes(data)
+    out = tmp_path / "out.csv"
     try:
-        sources.collect(source, (str(path),), tmp_path / "out.csv")
+        sources.collect(source, (str(path),), out, rule_names=rule_names)
+        assert len(metadata.read(out)) == len(pl.read_csv(out))  # what any later stage takes
     except UserError as error:
-        assert "\n" not in str(error) and name in str(error)
+        assert "\n" not in str(error) and name in str(error) and "run" not in str(error)
 
 
 def test_huge_fields_end(tmp_path):
-    (tmp_path / "a.csv").write_text('prompt,x\n"' + "a " * 300_000 + "\nan owl in a tree,2\n")
-    frame, broken = read("table", tmp_path / "a.csv")
-    assert broken >= 1 and (frame is None or len(frame) <= 1)
-    (tmp_path / "a.txt").write_text("a" * 1_000_000 + "\nan owl\n")
-    frame, broken = read("table", tmp_path / "a.txt")
-    assert frame["prompt"].to_list()[-1] == "an owl" and broken
+    endless = "a " * 123_456
+    (tmp_path / "a.csv").write_text(f"prompt,x\n{endless},1\nan owl in a tree,2\n")
+    (tmp_path / "a.txt").write_text(f"a fox\n{endless}\nan owl in a tree\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": endless}) + '\n{"prompt": "an owl in a tree"}\n')
+    for name, before in (("a.csv", []), ("a.txt", ["a fox"]), ("a.jsonl", [])):
+        frame, broken = read("table", tmp_path / name)
+        assert frame["prompt"].to_list() == [*before, "an owl in a tree"] and broken == 1
+    assert frame["source_id"].to_list() == ["2"]
 
 
 def test_what_cannot_be_used_is_refused(tmp_path, refused):
@@ -262,7 +276,9 @@ def test_what_cannot_be_used_is_refused(tmp_path, refused):
     refused([*words, "diffusiondb", "--input", tmp_path / "a.parquet"], "no column 'image_name'")
     refused([*words, "captions-json", "--input", tmp_path / "a.csv"], "not JSON")
     refused([*words, "diffusiondb-parts", "--input", tmp_path], "no part-*.zip and no part-*.json in it")
-    refused([*words, "grammar", "--input", tmp_path / "a.csv"], "--input: grammar writes new prompts")
+    refused(
+        [*words, "grammar", "--input", tmp_path / "a.csv"], "grammar writes new prompts; give --source diffusiondb, "
+    )
     refused(
         [*words, "table", "--input", tmp_path / "a.csv", "--prompt-column", "text", "--rules", "nap"], "no such rule"
     )
@@ -294,8 +310,123 @@ def test_files_on_the_hub(tmp_path, monkeypatch):
         raise OSError("cannot reach\nthe hub")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(UserError, match="cannot reach; download it where the hub can be reached"):
+    with pytest.raises(UserError, match="cannot reach the hub; download it where the hub can be reached"):
         weights.dataset_files("hf://datasets/owner/name/metadata.parquet")
+
+
+def test_the_hub_cannot_be_reached_for_many_files(tmp_path):
+    code = "import sys; from image_to_prompts import weights; weights.dataset_files(sys.argv[1])"
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    words = [sys.executable, "-c", code, "hf://datasets/owner/name/data/*.parquet"]
+    said = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120).stderr.splitlines()[-1]
+    assert "UserError: hf://datasets/owner/name/data/*.parquet" in said and "give --input FILE" in said
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.sampled_from(["a.txt.gz", "a.parquet", "part-000007.zip"]), st.data())
+def test_a_few_flipped_bytes_never_end_in_a_traceback(tmp_path, name, data):
+    path = tmp_path / name
+    if name == "a.txt.gz":
+        path.write_bytes(gzip.compress("\n".join(f"a red fox beside {n} birds" for n in range(400)).encode()))
+    elif name == "a.parquet":
+        pl.DataFrame({"prompt": [f"a red fox beside {n} birds" for n in range(400)]}).write_parquet(path)
+    else:
+        part(tmp_path)
+    content = bytearray(path.read_bytes())
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=20)):
+        content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    source = "diffusiondb-parts" if name.endswith(".zip") else "table"
+    try:
+        sources.collect(source, (str(path),), tmp_path / "out.csv")
+        metadata.read(tmp_path / "out.csv")
+    except UserError as error:
+        assert "\n" not in str(error)
+    if name.endswith(".zip"):
+        with contextlib.suppress(UserError):
+            for image in images.find(tmp_path):
+                with contextlib.suppress(images.BrokenImageError):
+                    images.read(image)
+
+
+def test_odd_values_are_skipped_or_missing(tmp_path, collect):
+    path = part(tmp_path, 2, **{"x.png": []})
+    for odd in ("abc", [], 1e300, 2**70, -1, None):
+        records = {"0f47c66c.png": {"p": "fox \ud83d number", "se": odd}}
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("0f47c66c.png", b"")
+            archive.writestr("p.json", json.dumps(records))
+        frame, _ = collect("diffusiondb-parts", path)
+        assert frame["prompt"].tolist() == ["fox number"] and frame["seed"][0] < 2**31
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("p.json", "[]")
+    with pytest.raises(UserError, match="no prompt is left"):
+        collect("diffusiondb-parts", path)
+    diffusiondb_metadata(tmp_path / "m.parquet", 8)
+    table = pl.read_parquet(tmp_path / "m.parquet").with_columns(
+        pl.col("seed").cast(pl.Float64),
+        image_name=pl.Series(["a.png", "..", "b/c.png", None, " ", "a.png", "d.png", "e.png"]),
+        image_nsfw=pl.Series([float("nan")] * 8),
+        width=pl.lit(512),
+        height=pl.lit(512),
+    )
+    table.write_parquet(tmp_path / "m.parquet")
+    frame, report = collect("diffusiondb", tmp_path / "m.parquet")
+    assert frame["image_name"].tolist() == ["a.png", "d.png", "e.png"]
+    assert report.loc["broken", "dropped"] == 4 and report.loc["repeats", "dropped"] == 1
+
+
+def test_a_part_that_comes_later_is_collected_too(tmp_path, collect):
+    folder = tmp_path / "parts" / "images"
+    folder.mkdir(parents=True)
+    part(folder)
+    assert len(collect("diffusiondb-parts", tmp_path / "parts")[0]) == 3
+    os.utime(tmp_path / "parts", (1, 1))
+    (folder / "part-000007.zip").rename(folder / "part-000008.zip")
+    part(folder, 5)
+    assert len(collect("diffusiondb-parts", tmp_path / "parts")[0]) == 5
+
+
+def test_nothing_is_left_of_a_block(tmp_path, collect, monkeypatch):
+    monkeypatch.setattr(readers, "BLOCK", 2)
+    (tmp_path / "a.txt").write_text("NULL\n123\nnan\nein roter Fuchs sitzt auf einem Stuhl\na red fox on a chair\n")
+    assert collect("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox on a chair"]
+
+
+def test_own_rules_through_the_command_line(tmp_path, command, refused):
+    (tmp_path / "a.txt").write_text("a red fox\nan owl\n")
+    own = tmp_path / "own.py"
+    own.write_text("def shout(frame):\n    return frame['prompt'].str.to_uppercase()\n"
+                   "def lazily(frame):\n    import polars\n    return polars.col('prompt')\n"
+                   "def not_a_number(frame):\n    return frame['prompt'].str.replace('an owl', 'NaN')\n")  # fmt: skip
+    words = ["generate", "--run", tmp_path / "r", "--source", "table", "--input", tmp_path / "a.txt", "--out"]
+    assert command(*words, tmp_path / "o.csv", "--rules", "unicode", f"{own}:shout")[0] == 0
+    assert metadata.read(tmp_path / "o.csv")["prompt"].tolist() == ["A RED FOX", "AN OWL"]
+    assert command(*words, tmp_path / "o.csv", "--rules", f"{own}:not_a_number")[0] == 0
+    assert metadata.read(tmp_path / "o.csv")["prompt"].tolist() == ["a red fox"]
+    refused([*words, tmp_path / "o.csv", "--rules", f"{own}:lazily"], "a rule returns a Series, not Expr")
+    refused([*words, tmp_path / "a.txt"], "is one of --input; choose another file")
+    refused(["generate", "--run", tmp_path / "r", "--limit", 3], "grammar writes new prompts")
+
+
+def test_pictures_and_overlap(tmp_path):
+    import matplotlib.pyplot as plt
+
+    texts = {"one": ["a red fox in snow", "an owl"], "two": ["a red fox in the snow", "a bee", "the sea"]}
+    shares = look.overlap(texts)
+    assert shares.loc["one", "two"] == 0.5 and shares.loc["two", "one"] == pytest.approx(1 / 3)
+    assert shares.loc["one", "one"] == 1
+    (tmp_path / "a.txt").write_text("a  red fox\nan owl\nan owl\n")
+    report = sources.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "o.csv", rule_names=("unicode",))
+    assert look.by_rule({"a": report}).loc["unicode", ("a", "changed")] == 1
+    assert look.examples(report).to_numpy().tolist() == [
+        ["unicode", "a  red fox", "a red fox"],
+        ["repeats", "an owl", "(dropped)"],
+    ]
+    _, axes = plt.subplots()
+    look.plot_lengths(texts, axes)
+    assert axes.get_legend_handles_labels()[1] == ["one", "two"]
+    plt.close()
 
 
 def test_the_command_line_knows_all_sources():
@@ -325,6 +456,22 @@ def test_parts_are_image_folders_too(tmp_path):
         images.find(tmp_path)
 
 
+def test_real_pairs_are_embedded_like_rendered_ones(tmp_path, collect):
+    (tmp_path / "parts").mkdir()
+    part(tmp_path / "parts")
+    frame, _ = collect("diffusiondb-parts", tmp_path / "parts")
+    settings_ = {"encoders": ("timm:tf_efficientnet_lite0",), "image_size": 64}
+    config = embed.Config(
+        images=(tmp_path / "parts",), metadata=(tmp_path / "out.csv",), out=tmp_path / "e", **settings_
+    )
+    assert embed.run(config)["timm-tf_efficientnet_lite0"] == (3, 1280)
+    table = embeddings.load(tmp_path / "e")
+    assert table.frame["prompt"].tolist() == frame["prompt"].tolist()
+    assert (
+        np.abs(table.arrays["timm-tf_efficientnet_lite0"][0] - table.arrays["timm-tf_efficientnet_lite0"][2]).max() > 0
+    )
+
+
 def test_metadata_of_several_files_is_merged(tmp_path, caplog):
     caplog.set_level("INFO", "image_to_prompts")
     logging.getLogger("image_to_prompts").propagate = True
@@ -344,12 +491,15 @@ def test_metadata_of_several_files_is_merged(tmp_path, caplog):
     assert "row 1: no image of b.png" in caplog.text and "(1 of 2 rows have none and were left out)" in caplog.text
 
 
-def test_hashes_seen():
-    seen, rng = sources.Seen(), np.random.default_rng(0)
-    blocks = [rng.integers(0, 60, 20).astype(np.uint64) for _ in range(6)]
-    taken = []
-    for block in blocks:
-        first = seen.first(block)
-        taken += block[first].tolist()
-        seen.add(np.sort(block[first]))
-    assert taken == list(dict.fromkeys(np.concatenate(blocks).tolist()))
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=40), st.integers(1, 9))
+def test_rows_repeat_no_key_of_a_row_that_stayed(rows, size):
+    seen, kept, expected = sources.Seen(("prompt", "image_name")), [], []
+    for start in range(0, len(rows), size):
+        frame = pl.DataFrame(rows[start : start + size], ["prompt", "image_name"], orient="row").cast(pl.String)
+        first, hashes = seen.first(frame)
+        kept += frame.filter(pl.Series(first)).rows()
+        seen.add(hashes[:, first])
+    for row in ((str(one), str(other)) for one, other in rows):
+        if all(row[0] != one and row[1] != other for one, other in expected):
+            expected.append(row)
+    assert kept == expected

@@ -171,10 +171,9 @@ def _stamp(config: Config) -> Stamp:
         raise UserError(f"--count {config.count}, --batch-size {config.batch_size}: both must be at least 1")
     if config.starts and config.source != "magicprompt":
         raise UserError("--starts needs --source magicprompt; the grammar knows no start phrases")
-    if config.input:
-        raise UserError(
-            f"--input: {config.source} writes new prompts; give --source {' or '.join(get_args(Collected))}"
-        )
+    if config.input or config.rules or config.limit or config.name:
+        known = ", ".join(get_args(Collected))
+        raise UserError(f"--input, --rules, --limit, --name: {config.source} writes new prompts; give --source {known}")
     inputs = [path for path in (config.starts,) if path]
     settings = config.settings("out", "batch_size", "starts")
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), settings, inputs)

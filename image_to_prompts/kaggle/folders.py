@@ -173,7 +173,7 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
             if name not in known.index:
                 raise UserError(f"{csv}: column {name!r} is not in {described}; describe it there")
             columns[name] = (known["type"][name], known["description"][name])
-        files[csv.name] = (f"{csv.stem}: one row a prompt", columns)
+        files[csv.name] = (f"{csv.stem}: one row a {'prompt' if 'prompt' in columns else 'file'}", columns)
         with atomic_path(out / csv.name) as part:
             shutil.copyfile(csv, part)
     subtitle = "Prompts with the names of their images, deduplicated"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,8 @@ def collect(
         out: CSV to write; `report_path` says what the rules did.
         name: What the column `source` says; "" for `source`.
         column: Column of the prompts, for the source `table`.
-        rule_names: Rules in their order, names or `file.py:function`; none: the source's usual ones.
+        rule_names: Rules in their order, names or `file.py:function`; none: the source's usual ones. `blank` always
+            comes last, since no later stage takes a blank prompt.
         limit: Stop after so many rows; 0: never.
 
     Returns:
@@ -67,24 +68,29 @@ def collect(
     """
     kind = SOURCES[source]
     paths = [path for given in inputs for path in weights.dataset_files(given)]
+    if out.resolve() in {path.resolve() for path in paths}:
+        raise UserError(f"--out {out}: is one of --input; choose another file")
     names = rule_names or kind.rules
+    names = (*(one for one in names if one != "blank"), "blank")
     chosen = {one: rules.load(one) for one in names}
     own = [Path(one.rpartition(":")[0]) for one in names if one not in rules.RULES]
     settings = {"source": source, "name": name, "column": column, "rules": names, "limit": limit}
-    settings["files"] = [(path.name, *(_facts(path))) for path in paths]
+    files = [(path, file) for path in paths for file in readers.files(path)]
+    settings["files"] = [(path.name, str(file.relative_to(path)), *_facts(file)) for path, file in files]
     stamp = Stamp(out.with_name(f".{out.stem}.done"), settings, own)
     if stamp.is_current():
         log.info("%s is up to date", out)
         return _frame(json.loads(report_path(out).read_text(encoding="utf-8")))
-    work, seen, reports, total = stamp.work_folder(), Seen(), [], 0
+    work, reports, total = stamp.work_folder(), [], 0
+    seen = Seen(("image_name",) if kind.pairs else ("prompt", "image_name"))
     readings = [Reading(path, column) for path in paths]
     for number, block in enumerate(progress(_read(kind, readings), f"blocks of {name or source}", _blocks(paths))):
         part = work / f"part-{number:06d}.csv"
         if not part.with_suffix(".json").is_file():
-            _write_block(block, kind, chosen, name or source, seen, part, limit - total if limit else len(block))
+            _write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block))
         hashes = np.load(part.with_suffix(".npy"))
         seen.add(hashes)
-        total += len(hashes)
+        total += hashes.shape[1]
         reports.append(json.loads(part.with_suffix(".json").read_text(encoding="utf-8")))
         if limit and total >= limit:
             break
@@ -110,10 +116,11 @@ def _blocks(paths: list[Path]) -> int | None:
     return None if None in counts else sum(-(-rows // readers.BLOCK) for rows in counts)
 
 
-def _facts(path: Path) -> tuple[int, int]:
-    """Size and time of the last change: hashing terabytes of images would take hours."""
+def _facts(path: Path) -> tuple[int, ...]:
+    """Size and time of the last change, of a JSON beside its images of their folder too; hashing would take hours."""
     found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    beside = [path.parent.stat().st_mtime_ns] if path.match("part-*.json") else []
+    return (found.st_size, found.st_mtime_ns, *beside)
 
 
 def _frame(report: list[dict[str, Any]]) -> pd.DataFrame:
@@ -126,53 +133,72 @@ def _read(kind: Source, readings: list[Reading]) -> Iterator[pl.DataFrame]:
 
 
 class Seen:
-    """Which texts were there already, by 8 bytes of each: a million need 8 MB."""
+    """What was there already, by 8 bytes of each key: a million rows need 8 MB a key."""
 
-    def __init__(self) -> None:
-        self._hashes = np.empty(0, np.uint64)
+    def __init__(self, keys: Sequence[str]) -> None:
+        """Takes the columns none of whose values may stand twice."""
+        self.keys = keys
+        self._hashes = [np.empty(0, np.uint64) for _ in keys]
 
     def add(self, hashes: np.ndarray) -> None:
-        """Takes sorted hashes that are not there yet."""
-        self._hashes = np.insert(self._hashes, np.searchsorted(self._hashes, hashes), hashes)
+        """Takes what `first` returned of rows that stay."""
+        for number, some in enumerate(np.sort(hashes)):
+            self._hashes[number] = np.insert(self._hashes[number], np.searchsorted(self._hashes[number], some), some)
 
-    def first(self, hashes: np.ndarray) -> np.ndarray:
-        """Which of a block's hashes are neither there nor earlier in the block: bool (n,)."""
-        found = np.zeros(len(hashes), bool)
-        found[np.unique(hashes, return_index=True)[1]] = True
-        where = np.minimum(np.searchsorted(self._hashes, hashes), max(len(self._hashes) - 1, 0))
-        return found & (self._hashes[where] != hashes) if len(self._hashes) else found
+    def first(self, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows repeat none that is there and none of the frame that stays: bool (n,); uint64 (keys, n) hashes."""
+        columns = [frame[key].fill_null("").to_numpy().astype(object) for key in self.keys]
+        hashes = np.stack([pd.util.hash_array(column, categorize=False) for column in columns])
+        new = np.ones(len(frame), bool)
+        for some, there in zip(hashes, self._hashes, strict=True):
+            if len(there):  # sorted, so that looking up a block takes no time that grows with what is there
+                new &= there[np.minimum(np.searchsorted(there, some), len(there) - 1)] != some
+        own: list[set[int]] = [set() for _ in self.keys]
+        for row in np.flatnonzero(new):
+            values = hashes[:, row].tolist()
+            if any(value in some for value, some in zip(values, own, strict=True)):
+                new[row] = False
+            else:
+                for value, some in zip(values, own, strict=True):
+                    some.add(value)
+        return new, hashes
 
 
 def _write_block(
-    block: pl.DataFrame, kind: Source, chosen: dict[str, rules.Rule], name: str, seen: Seen, part: Path, most: int
+    block: pl.DataFrame, chosen: dict[str, rules.Rule], name: str, seen: Seen, part: Path, most: int
 ) -> None:
     """Cleans a block, and writes its rows, the hashes of their keys, and last what the rules did."""
     import polars as pl
 
     block, report = rules.clean(block, chosen)
-    keys = block["image_name" if kind.pairs else "prompt"].to_numpy().astype(object)
-    hashes = pd.util.hash_array(keys, categorize=False)
-    first = seen.first(hashes)
+    block = _with_keys(block)
+    first, hashes = seen.first(block)
     examples = [(prompt, None) for prompt in block.filter(pl.Series(~first))["prompt"].head(rules.EXAMPLES)]
     counts = {"rows": len(block), "changed": 0, "dropped": int((~first).sum())}
     report.append({"rule": "repeats", **counts, "examples": examples})
-    block, hashes = block.filter(pl.Series(first)).head(most), hashes[first][:most]
-    block = block.with_columns(source=pl.lit(name))
-    prompts = block["prompt"].to_list()
-    names = block["image_name"].to_list() if "image_name" in block.columns else [""] * len(prompts)
-    if "seed" not in block.columns:
-        seeds = [metadata.row_seed(f"{one}\n{prompt}") for one, prompt in zip(names, prompts, strict=True)]
-        block = block.with_columns(pl.Series("seed", seeds, pl.Int64))
-    if "image_name" not in block.columns:
-        names = [
-            metadata.hash_text(f"{prompt}\n{seed}")[:16] + ".png"
-            for prompt, seed in zip(prompts, block["seed"].to_list(), strict=True)
-        ]
-        block = block.with_columns(pl.Series("image_name", names, pl.String))
+    block = block.filter(pl.Series(first)).head(most).with_columns(source=pl.lit(name))
     with atomic_path(part) as file:
         block.select(COLUMNS).write_csv(file, include_header=False)
-    write_array(part.with_suffix(".npy"), np.sort(hashes))
+    write_array(part.with_suffix(".npy"), hashes[:, first][:, :most])
     write_json(part.with_suffix(".json"), report)
+
+
+def _with_keys(block: pl.DataFrame) -> pl.DataFrame:
+    """Adds `image_name` and `seed` where a row has none, as `metadata.with_keys` does."""
+    import polars as pl
+
+    none = [None] * len(block)
+    names, seeds = (block[key].to_list() if key in block.columns else none for key in ("image_name", "seed"))
+    prompts = block["prompt"].to_list()
+    seeds = [
+        metadata.row_seed(f"{name or ''}\n{prompt}") if seed is None else seed
+        for name, prompt, seed in zip(names, prompts, seeds, strict=True)
+    ]
+    names = [
+        name or metadata.hash_text(f"{prompt}\n{seed}")[:16] + ".png"
+        for name, prompt, seed in zip(names, prompts, seeds, strict=True)
+    ]
+    return block.with_columns(pl.Series("seed", seeds, pl.Int64), pl.Series("image_name", names, pl.String))
 
 
 def _join(parts: list[Path], out: Path) -> None:

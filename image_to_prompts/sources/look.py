@@ -30,8 +30,9 @@ def by_rule(reports: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def examples(report: pd.DataFrame) -> pd.DataFrame:
-    """Rule, text before and text after (None: dropped) of the examples in a report."""
-    rows = [(rule, *pair) for rule, pairs in zip(report["rule"], report["examples"], strict=True) for pair in pairs]
+    """Rule, text before and text after of the examples in a report."""
+    examples = zip(report["rule"], report["examples"], strict=True)
+    rows = [(rule, before, after or "(dropped)") for rule, pairs in examples for before, after in pairs]
     return pd.DataFrame(rows, columns=["rule", "before", "after"])
 
 
@@ -39,7 +40,7 @@ def overlap(prompts: Mapping[str, list[str]], threshold: float = 0.8) -> pd.Data
     """Share of the prompts of each source (rows) that reach a cosine with a prompt of each other one (columns).
 
     Args:
-        prompts: By source; of more than 20,000 as many are taken, evenly over the list.
+        prompts: By source, none empty; of more than 20,000 every second, third, ... is taken.
         threshold: Least cosine.
     """
     from ..dedupe.exact import near

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import logging
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +29,8 @@ log = logging.getLogger(__name__)
 BLOCK = 65_536  # rows
 LONGEST = 100_000  # characters of a field; longer ones are a broken quote, not a prompt
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python stands in for such bytes
+HALF = re.compile("[\ud800-\udfff]")  # of a character of two
+LARGEST = 100_000_000  # bytes of the JSON of a part; real ones have about 300,000
 SHOWN = 5  # broken rows that are told one by one
 
 
@@ -59,21 +62,24 @@ class Source(NamedTuple):
         read: Streams a file of it.
         rules: Names of the rules that clean it, unless others are asked for.
         pairs: Whether each row is an image that exists, so that equal prompts are no repeats.
-        about: What it is.
     """
 
     read: Callable[[Reading], Iterator[pl.DataFrame]]
     rules: tuple[str, ...]
-    pairs: bool
-    about: str
+    pairs: bool = False
 
 
 def diffusiondb(reading: Reading) -> Iterator[pl.DataFrame]:
     """DiffusionDB's metadata.parquet and metadata-large.parquet (Wang et al. 2022)."""
     kept = {"image_name": "image_name", "prompt": "prompt", "seed": "seed", "width": "width", "height": "height"}
     kept |= {"image_nsfw": "image_nsfw", "prompt_nsfw": "prompt_nsfw"}
+    start = 0
     for block in _parquet(reading, kept, ("image_name", "prompt")):
-        yield block.with_columns(source_id=block["image_name"])
+        good = ~block["image_name"].fill_null("").str.contains(r"^\s*\.{0,2}$|[/\\]")
+        for row in (~good).arg_true():
+            reading.skip(start + row + 1, f"image_name {block['image_name'][row]!r} is no bare file name")
+        start += len(block)
+        yield block.with_columns(source_id=block["image_name"]).filter(good)
 
 
 def laion_coco(reading: Reading) -> Iterator[pl.DataFrame]:
@@ -86,7 +92,7 @@ def captions_tsv(reading: Reading) -> Iterator[pl.DataFrame]:
     """Conceptual Captions: without header, caption and address (3M) or address and caption (12M), nothing quoted."""
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(_lines(reading), start=1):
+        for number, line in _lines(reading):
             parts = line.rstrip("\r\n").split("\t")
             addresses = [part.startswith(("http://", "https://")) for part in parts]
             if len(parts) < 2 or not any(addresses[:2]):
@@ -117,24 +123,22 @@ def captions_json(reading: Reading) -> Iterator[pl.DataFrame]:
 
 def diffusiondb_parts(reading: Reading) -> Iterator[pl.DataFrame]:
     """DiffusionDB's image parts, zip files or folders, by their JSON: p is the prompt, se the seed."""
-    parts = [reading.path]
-    if reading.path.is_dir():
-        parts = sorted([*reading.path.rglob("part-*.zip"), *reading.path.rglob("part-*.json")])
-        if not parts:
-            raise UserError(f"{reading.path}: no part-*.zip and no part-*.json in it; give DiffusionDB's image parts")
+    if not files(reading.path):
+        raise UserError(f"{reading.path}: no part-*.zip and no part-*.json in it; give DiffusionDB's image parts")
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, part in enumerate(parts, start=1):
+        for number, part in enumerate(files(reading.path), start=1):
             try:
                 records, images = _part(part)
-            except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+            except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
                 reading.skip(number, f"{part.name}: {error}")
                 continue
             for name, record in records.items():
-                if name not in images or not isinstance(record, dict) or not isinstance(record.get("p"), str):
+                said = record.get("p") if isinstance(record, dict) else None
+                if name not in images or name != Path(name).name or "\\" in name or not isinstance(said, str):
                     reading.skip(number, f"{part.name}: {name} has no image or no prompt")
                     continue
-                yield {"prompt": record["p"], "source_id": name, "image_name": name, "seed": record.get("se")}
+                yield {"prompt": said, "source_id": name, "image_name": name, "seed": record.get("se")}
 
     yield from _blocks(rows(), ("prompt", "source_id", "image_name", "seed"))
 
@@ -152,22 +156,28 @@ def table(reading: Reading) -> Iterator[pl.DataFrame]:
     yield from _blocks(rows, ("prompt", "source_id"))
 
 
-USUAL = ("rejected", "mojibake", "unicode", "interface", "html", "urls", "blank", "nsfw", "english", "truncate")
-FILTER = ("mojibake", "unicode", "blank", "words", "characters", "size", "nsfw")
+MENDED = ("mojibake", "html", "unicode", "interface", "urls")
+USUAL = ("rejected", *MENDED, "nsfw", "english", "truncate", "blank")
+FILTER = ("mojibake", "unicode", "words", "characters", "size", "nsfw", "blank")  # the reference's
 SOURCES = {
-    "diffusiondb": Source(diffusiondb, FILTER, False, "DiffusionDB's metadata.parquet, metadata-large.parquet"),
-    "diffusiondb-parts": Source(diffusiondb_parts, USUAL[1:7], True, "DiffusionDB's part-*.zip, or a folder of them"),
-    "captions-tsv": Source(captions_tsv, USUAL, False, "Conceptual Captions 3M and 12M"),
-    "laion-coco": Source(laion_coco, USUAL, False, "LAION-COCO's parquet files"),
-    "captions-json": Source(captions_json, USUAL, False, "captions of COCO and VizWiz"),
-    "table": Source(table, USUAL, False, "any CSV, TSV, JSONL, JSON, Parquet or text file with --prompt-column"),
+    "diffusiondb": Source(diffusiondb, FILTER),
+    "diffusiondb-parts": Source(diffusiondb_parts, (*MENDED, "blank"), pairs=True),
+    "captions-tsv": Source(captions_tsv, USUAL),
+    "laion-coco": Source(laion_coco, USUAL),
+    "captions-json": Source(captions_json, USUAL),
+    "table": Source(table, USUAL),
 }
+
+
+def files(path: Path) -> list[Path]:
+    """The files that a file or a folder of DiffusionDB's parts stands for."""
+    return sorted([*path.rglob("part-*.zip"), *path.rglob("part-*.json")]) if path.is_dir() else [path]
 
 
 def count(path: Path) -> int | None:
     """About how many rows a file has, where that is quickly told: for the bar that shows how far a run is."""
     if path.is_dir():
-        return 1000 * sum(1 for _ in path.rglob("part-*.zip")) or None
+        return 1000 * len(files(path))
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
@@ -199,6 +209,8 @@ def _parquet(
             groups = range(file.num_row_groups)  # one by one, for a reader of all keeps all that it has read
             for batch in (one for group in groups for one in file.iter_batches(BLOCK, [group], chosen)):
                 block = pl.DataFrame(pl.from_arrow(batch)).rename({column: columns[column] for column in chosen})
+                types = {name: kind for name, kind in _types().items() if name in block.columns}
+                block = block.with_columns(pl.col(name).cast(kind, strict=False) for name, kind in types.items())
                 if block["prompt"].dtype != pl.String:
                     raise UserError(
                         f"{reading.path}: the prompts are {block['prompt'].dtype}, not text; correct --prompt-column"
@@ -209,24 +221,41 @@ def _parquet(
                 start += len(block)
                 yield block
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        said = str(error).splitlines()[0]
+        said = " ".join(str(error).split())
         raise UserError(f"{reading.path}: not a whole Parquet file: {said}; download it again") from error
 
 
-def _blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[pl.DataFrame]:
+def _types() -> dict[str, Any]:
+    """Types of the columns besides `prompt`; what is not of its type counts as missing."""
     import polars as pl
 
-    types = {"rejected": pl.Boolean, "seed": pl.Int64}
-    while block := list(islice(rows, BLOCK)):
-        yield pl.DataFrame(block, {column: types.get(column, pl.String) for column in columns}, strict=False)
+    texts = dict.fromkeys(("image_name", "source_id"), pl.String)
+    numbers = dict.fromkeys(("width", "height", "image_nsfw", "prompt_nsfw"), pl.Float64)
+    return {**texts, **numbers, "rejected": pl.Boolean, "seed": pl.Int64}
+
+
+def _blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[pl.DataFrame]:
+    """Rows as blocks; half of a character that stands alone, as JSON may have it, is taken out."""
+    import polars as pl
+
+    types = {column: _types().get(column, pl.String) for column in columns}
+    while block := list(itertools.islice(rows, BLOCK)):
+        lists = {column: [_plain(row[column], column) for row in block] for column in columns}
+        yield pl.DataFrame(lists, types)
+
+
+def _plain(value: Any, column: str) -> Any:
+    if column == "seed":
+        return value if type(value) is int and 0 <= value < 2**63 else None
+    return HALF.sub("", value) if isinstance(value, str) and not value.isascii() else value
 
 
 def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(reading: Reading, universal: bool = False) -> Iterator[str]:
-    """Lines of a text file, UTF-8 or, with its mark, UTF-16; one that is neither is skipped.
+def _lines(reading: Reading, universal: bool = False) -> Iterator[tuple[int, str]]:
+    """Lines of a text file and their numbers, UTF-8 or, with its mark, UTF-16; broken and endless ones are skipped.
 
     Args:
         reading: The file.
@@ -235,26 +264,31 @@ def _lines(reading: Reading, universal: bool = False) -> Iterator[str]:
     try:
         with _open(reading.path) as file:
             mark = file.read(2)
-        encoding = "utf-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-        with io.TextIOWrapper(
-            _open(reading.path),
-            encoding,
-            "surrogateescape" if encoding != "utf-16" else "replace",
-            newline=None if universal else "\n",
-        ) as file:
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
-                if not line.isascii() and NOT_UTF8.search(line):
+        encoding, errors = "utf-8-sig", "surrogateescape"
+        if mark in (b"\xff\xfe", b"\xfe\xff"):
+            encoding, errors = "utf-16", "replace"
+        newline = None if universal else "\n"
+        with io.TextIOWrapper(_open(reading.path), encoding, errors, newline) as file:
+            for number in itertools.count(1):
+                line = part = file.readline(LONGEST)
+                if not line:
+                    return
+                while len(part) == LONGEST and not part.endswith("\n"):
+                    part = file.readline(LONGEST)
+                if part is not line:
+                    reading.skip(number, f"a line of {LONGEST} characters or more")
+                elif not line.isascii() and NOT_UTF8.search(line):
                     reading.skip(number, "bytes that are not UTF-8")
-                    continue
-                yield line
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
+                else:
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{reading.path}: cannot be read: {error}; download it again") from error
 
 
 def _delimited(reading: Reading) -> Iterator[tuple[int, str]]:
     """Row number and prompt of each row of a CSV or TSV with a header."""
-    comma = "\t" if ".tsv" in reading.path.suffixes else ","
-    rows = csv.reader(_lines(reading), delimiter=comma)
+    comma = "\t" if ".tsv" in reading.path.name.lower() else ","
+    rows = csv.reader((line for _, line in _lines(reading)), delimiter=comma, strict=True)
     csv.field_size_limit(LONGEST)
     header: list[str] | None = None
     number = 0
@@ -266,6 +300,8 @@ def _delimited(reading: Reading) -> Iterator[tuple[int, str]]:
         except csv.Error as error:
             number += 1
             reading.skip(number, f"{error}")
+            continue
+        if not row:
             continue
         if header is None:
             header = row
@@ -282,7 +318,7 @@ def _delimited(reading: Reading) -> Iterator[tuple[int, str]]:
 
 
 def _json_lines(reading: Reading) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_lines(reading), start=1):
+    for number, line in _lines(reading):
         if line.strip():
             try:
                 yield number, _field(json.loads(line), reading.column)
@@ -308,10 +344,8 @@ def _field(record: Any, column: str) -> str:
 
 
 def _text(reading: Reading) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_lines(reading, universal=True), start=1):
-        if len(line) >= LONGEST:
-            reading.skip(number, f"a line of {LONGEST} characters or more")
-        elif line.strip():
+    for number, line in _lines(reading, universal=True):
+        if line.strip():
             yield number, line.rstrip("\n")
 
 
@@ -319,17 +353,23 @@ def _json(path: Path) -> Any:
     try:
         with _open(path) as file:
             return json.load(file)
-    except (OSError, EOFError, ValueError, RecursionError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}: not JSON: {error}; download it again") from error
 
 
 def _part(path: Path) -> tuple[dict[str, dict[str, Any]], set[str]]:
     """The records of a part of DiffusionDB by image name, and the names of its images."""
     if path.suffix == ".json":
-        return json.loads(path.read_text(encoding="utf-8")), {file.name for file in path.parent.iterdir()}
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        listing = next((name for name in names if name.endswith(".json")), None)
-        if listing is None:
-            raise ValueError("no JSON of the images in it")
-        return json.loads(archive.read(listing)), {Path(name).name for name in names}
+        records, names = json.loads(path.read_bytes()), [file.name for file in path.parent.iterdir()]
+    else:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            listing = next((name for name in names if name.endswith(".json")), None)
+            if listing is None:
+                raise ValueError("no JSON of the images in it")
+            if archive.getinfo(listing).file_size > LARGEST:
+                raise ValueError(f"a JSON of more than {LARGEST} bytes")
+            records = json.loads(archive.read(listing))
+    if not isinstance(records, dict):
+        raise ValueError("its JSON is no object with a record for each image")
+    return records, {Path(name).name for name in names}

@@ -28,6 +28,12 @@ NSFW = 0.5  # of DiffusionDB's scores between 0 and 1; images that it blurred ha
 CLIP_TOKENS = 75  # of 77, the first and the last of which mark the ends
 FOREIGN = 0.5  # confidence from which a prompt counts as of another language (docs/log.md)
 EXAMPLES = 5
+ENTITY = r"&#?\w+;"
+FLAGS = (  # Midjourney's
+    r"(?i)(?:^|\s)--(?:(?:ar|aspect|v|version|q|quality|s|stylize|c|chaos|seed|stop|iw|w|h|weird|repeat|cw|sw)[\s=]+"
+    r"[\d:.x/]+|(?:style|niji)(?:\s+(?:raw|cute|expressive|original|scenic|4[abc]|\d+))?|testp?|creative|upbeta|uplight|"
+    r"upanime|hd|tile|video|fast|relax|turbo|raw|stealth|public|beta)\b"
+)
 
 
 def mojibake(frame: pl.DataFrame) -> pl.Series:
@@ -38,16 +44,18 @@ def mojibake(frame: pl.DataFrame) -> pl.Series:
 
 
 def unicode(frame: pl.DataFrame) -> pl.Series:
-    """Composes accents (NFC), takes out control and invisible characters, and makes one space of any white space."""
-    prompts = frame["prompt"].str.normalize("NFC").str.replace_all(r"[\s\x00]+", " ")
-    return prompts.str.replace_all(r"[\p{Cc}\p{Cf}\p{Co}\p{Cn}\x{FFFD}]", "").str.strip_chars()
+    """Takes out control and invisible characters, composes accents (NFC), and makes one space of any white space."""
+    prompts = frame["prompt"].str.replace_all(r"[\p{Cc}\p{Cf}\p{Co}\p{Cn}\x{FFFD}&&[^\s]]", "")
+    return prompts.str.normalize("NFC").str.replace_all(r"\s+", " ").str.strip_chars()
 
 
 def interface(frame: pl.DataFrame) -> pl.Series:
     """Takes out what prompt interfaces read as orders: `<lora:x:1>`, `(word:1.2)`, `[word]`, `word::2`, `--ar 16:9`."""
-    prompts = frame["prompt"].str.replace_all(r"(?i)<(lora|lyco|hypernet|lyra):[^>]*>", "")
-    prompts = prompts.str.replace_all(r"(?:^|\s)--[a-z]+(?: [\d:.]+)?", "")
-    prompts = prompts.str.replace_all(r"\s*:\s*-?\d*\.?\d+\s*([)\]}])", "$1").str.replace_all(r"::-?[\d.]*", " ")
+    prompts = frame["prompt"].str.replace_all(r"(?i)<(lora|lyco|hypernet):[^>]*>", "")
+    prompts = prompts.str.replace_all(r"(?i)\s--no\s.*?(\s--|$)", "$1").str.replace_all(FLAGS, "")
+    prompts = prompts.str.replace_all(r"\s*:\s*-?\d{0,2}\.\d+\s*([)\]}])", "$1")
+    prompts = prompts.str.replace_all(r"([^\d\s])\s*:\s*-?\d\s*([)\]}])", "$1$2")  # but neither 16:9 nor 10:30
+    prompts = prompts.str.replace_all(r"::-?\d*\.?\d*", " ")
     for _ in range(2):  # brackets side by side share the character before the second
         prompts = prompts.str.replace_all(r"(^|[^\\])[()\[\]{}]+", "$1")
     return _tidy(frame["prompt"], prompts.str.replace_all(r"\\([()\[\]{}])", "$1"))
@@ -55,7 +63,7 @@ def interface(frame: pl.DataFrame) -> pl.Series:
 
 def html(frame: pl.DataFrame) -> pl.Series:
     """Decodes entities (`&amp;`) and takes out tags (`<br/>`)."""
-    prompts = _only(frame["prompt"], r"&#?\w+;", entities.unescape)
+    prompts = _only(frame["prompt"], ENTITY, lambda text: re.sub(ENTITY, lambda one: entities.unescape(one[0]), text))
     return _tidy(frame["prompt"], prompts.str.replace_all(r"</?[A-Za-z!][^<>]*>", " "))
 
 
@@ -93,7 +101,7 @@ def nsfw(frame: pl.DataFrame) -> pl.Series:
     """Drops rows whose image or prompt the source scores as not safe for work."""
     keep = frame["prompt"].is_not_null()
     for column in {"image_nsfw", "prompt_nsfw"} & set(frame.columns):
-        keep &= (frame[column] < NSFW).fill_null(True)
+        keep &= (frame[column].fill_nan(None) < NSFW).fill_null(True)
     return _kept(frame["prompt"], keep)
 
 
@@ -114,17 +122,24 @@ def english(frame: pl.DataFrame) -> pl.Series:
 
 
 def artists(frame: pl.DataFrame) -> pl.Series:
-    """Takes out the names in clip-interrogator's list of artists, with the `art by` before them."""
+    """Takes out the names in clip-interrogator's list of artists with the `art by` before them.
+
+    Names of one word (`Constant`, `Disney`) go only where a `by` stands before them.
+    """
     from ..encoders import terms
 
     names = [name.removeprefix("by ") for name in terms.read()["artists"] if name.startswith("by ")]
+    names = [name for name in names if name.lower() not in ("artist", "artists")]
     found = frame["prompt"].str.extract_many(names, ascii_case_insensitive=True, leftmost=True)
     prompts = frame["prompt"].to_list()
     for row, some in enumerate(found.to_list()):
         if some:
             any_of = r"\b(?:" + "|".join(map(re.escape, some)) + r")\b"
-            by = r"(?:\b(?:(?:art|artwork|painting|illustration)\s+)?by\s+)?"
-            prompts[row] = re.sub(rf"(?i){by}{any_of}(?:\s*,?\s*\band\s+{any_of})*", "", prompts[row])
+            by = r"\b(?:(?:art|artwork|painting|illustration) )?by "
+            text = re.sub(rf"(?i){by}{any_of}(?:,? and {any_of})*", "", prompts[row])
+            for name in (one for one in some if " " in one):
+                text = re.sub(rf"(?i)\b{re.escape(name)}\b", "", text)
+            prompts[row] = text
     return _tidy(frame["prompt"], _series(prompts))
 
 
@@ -150,13 +165,14 @@ def short(frame: pl.DataFrame) -> pl.Series:
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
-        *(rejected, mojibake, unicode, interface, html, urls, artists, blank, words, characters, size, nsfw),
-        *(english, truncate, short),
+        *(rejected, mojibake, html, unicode, interface, urls, artists, words, characters, size, nsfw),
+        *(english, truncate, short, blank),
     )
 }
 
 
 def _series(values: Sequence[Any]) -> pl.Series:
+    """A column, not empty."""
     import polars as pl
 
     return pl.Series("prompt", values)
@@ -243,7 +259,11 @@ def load(name: str) -> Rule:
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:
-        raise UserError(f"--rules {name}: {type(error).__name__}: {error}; correct the file") from error
+        raise UserError(f"--rules {name}: {_said(error)}; correct the file") from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def clean(frame: pl.DataFrame, rules: dict[str, Rule]) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
@@ -266,11 +286,14 @@ def clean(frame: pl.DataFrame, rules: dict[str, Rule]) -> tuple[pl.DataFrame, li
     for name, rule in rules.items():
         before = frame["prompt"]
         try:
-            after = rule(frame).cast(pl.String)
+            after = rule(frame) if len(frame) else before
+            if not isinstance(after, pl.Series):
+                raise TypeError(f"a rule returns a Series, not {type(after).__name__}")
+            after = after.cast(pl.String)
         except Exception as error:
             if name in RULES:
                 raise
-            raise UserError(f"--rules {name}: {type(error).__name__}: {error}; correct the function") from error
+            raise UserError(f"--rules {name}: {_said(error)}; correct the function") from error
         if len(after) != len(before):
             raise UserError(f"--rules {name}: {len(after)} prompts for {len(before)} rows; return one a row")
         after = after.set((after == "").fill_null(True), None)
