@@ -111,7 +111,7 @@ def _blocks(paths: list[Path]) -> int | None:
     """About how many blocks there will be."""
     try:
         counts = [readers.count(path) for path in paths]
-    except (OSError, ValueError):  # what is wrong with a file, its reader says
+    except Exception:  # what is wrong with a file, its reader says
         return None
     return None if None in counts else sum(-(-rows // readers.BLOCK) for rows in counts)
 

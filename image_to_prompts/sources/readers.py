@@ -193,7 +193,6 @@ def _parquet(
 ) -> Iterator[pl.DataFrame]:
     """Streams columns of a Parquet file under new names; those not required may be missing."""
     import polars as pl
-    import pyarrow as pa
     from pyarrow import parquet
 
     try:
@@ -208,6 +207,7 @@ def _parquet(
             chosen, start = [column for column in columns if column in there], 0
             groups = range(file.num_row_groups)  # one by one, for a reader of all keeps all that it has read
             for batch in (one for group in groups for one in file.iter_batches(BLOCK, [group], chosen)):
+                batch.validate(full=True)  # else Polars would take any bytes for text
                 block = pl.DataFrame(pl.from_arrow(batch)).rename({column: columns[column] for column in chosen})
                 types = {name: kind for name, kind in _types().items() if name in block.columns}
                 block = block.with_columns(pl.col(name).cast(kind, strict=False) for name, kind in types.items())
@@ -220,7 +220,9 @@ def _parquet(
                     block = block.with_columns(pl.Series("source_id", ids, pl.String))
                 start += len(block)
                 yield block
-    except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # what pyarrow raises of a damaged file is of many kinds
         said = " ".join(str(error).split())
         raise UserError(f"{reading.path}: not a whole Parquet file: {said}; download it again") from error
 
