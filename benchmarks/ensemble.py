@@ -10,15 +10,13 @@ to benchmarks/ensemble.json.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from turns import Prepared, in_turns, lines, ratio
+from turns import Prepared, in_turns, lines, ratio, record
 
 ROWS, WIDTHS = 10_000, (512, 768, 384)
 
@@ -119,10 +117,7 @@ def main() -> None:
     parser.add_argument("--embeddings", type=Path, default=Path("runs/default/embeddings"))
     options = parser.parse_args()
     found = {"epoch": epoch, "train": train}[options.what](options)
-    file = Path(__file__).with_suffix(".json")
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    result |= {"machine": platform.processor() or platform.machine(), options.what: found}
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    record(__file__, options.what, found)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ process of its own.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -29,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from turns import Prepared, in_turns, lines, ratio
+from turns import Prepared, in_turns, lines, ratio, record
 
 LEARNING_RATE, WEIGHT_DECAY = 5e-5, 1e-4
 PLAIN = {"THP_MEM_ALLOC_ENABLE": "0"}  # memory pages as PyTorch takes them by itself
@@ -300,12 +298,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--backbone", default="open_clip:convnext_xxlarge")
     options = parser.parse_args()
-    path = Path(__file__).with_suffix(".json")
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    result["machine"] = platform.processor() or platform.machine()
     for part in options.parts:
-        result[part] = parts[part](options)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        record(__file__, part, parts[part](options))
 
 
 if __name__ == "__main__":

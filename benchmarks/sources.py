@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from turns import Prepared, in_turns
+from turns import Prepared, in_turns, record
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_prompts.txt.gz"
 MESS = (
@@ -137,10 +135,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     found = {"collect": collect, "rules": rules}[options.what](options)
-    file = Path(__file__).with_suffix(".json")
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    result |= {"machine": platform.processor() or platform.machine(), options.what: found}
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    record(__file__, options.what, found)
 
 
 if __name__ == "__main__":

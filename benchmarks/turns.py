@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import platform
 import resource
 import statistics
 import time
@@ -72,6 +74,14 @@ def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> dict[str, fl
     """How many times as fast `fast` is as `slow`: minimum, median and maximum over the rounds."""
     ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
     return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+
+
+def record(script: str, what: str, found: object) -> None:
+    """Puts the figures of a part of a benchmark into the JSON file beside its script."""
+    file = Path(script).with_suffix(".json")
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    result |= {"machine": platform.processor() or platform.machine(), what: found}
+    file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def lines(seconds: dict[str, list[float]], memory: dict[str, float], slow: str) -> str:

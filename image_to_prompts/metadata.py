@@ -116,14 +116,21 @@ def with_keys(frame: pd.DataFrame, path: Path) -> pd.DataFrame:
         frame["seed"] = _integers(frame["seed"], path, "seed")
     else:
         names = frame["image_name"] if "image_name" in frame else [""] * len(frame)
-        frame["seed"] = [row_seed(f"{name}\n{prompt}") for name, prompt in zip(names, frame["prompt"], strict=True)]
+        frame["seed"] = [own_seed(name, prompt) for name, prompt in zip(names, frame["prompt"], strict=True)]
     if "image_name" not in frame:
-        frame["image_name"] = [
-            hash_text(f"{prompt}\n{seed}")[:16] + ".png"
-            for prompt, seed in zip(frame["prompt"], frame["seed"], strict=True)
-        ]
+        frame["image_name"] = [own_name(*row) for row in zip(frame["prompt"], frame["seed"], strict=True)]
     front = ["image_name", "prompt"]
     return frame[front + [column for column in frame.columns if column not in front]]
+
+
+def own_seed(image_name: str, prompt: str) -> int:
+    """Seed of a row that has none; `image_name` is "" where it has no name either."""
+    return row_seed(f"{image_name}\n{prompt}")
+
+
+def own_name(prompt: str, seed: int) -> str:
+    """Image name of a row that has none."""
+    return hash_text(f"{prompt}\n{seed}")[:16] + ".png"
 
 
 def _integers(column: pd.Series, path: Path, name: str) -> list[int]:

@@ -191,13 +191,10 @@ def _with_keys(block: pl.DataFrame) -> pl.DataFrame:
     names, seeds = (block[key].to_list() if key in block.columns else none for key in ("image_name", "seed"))
     prompts = block["prompt"].to_list()
     seeds = [
-        metadata.row_seed(f"{name or ''}\n{prompt}") if seed is None else seed
+        metadata.own_seed(name or "", prompt) if seed is None else seed
         for name, prompt, seed in zip(names, prompts, seeds, strict=True)
     ]
-    names = [
-        name or metadata.hash_text(f"{prompt}\n{seed}")[:16] + ".png"
-        for name, prompt, seed in zip(names, prompts, seeds, strict=True)
-    ]
+    names = [name or metadata.own_name(prompt, seed) for name, prompt, seed in zip(names, prompts, seeds, strict=True)]
     return block.with_columns(pl.Series("seed", seeds, pl.Int64), pl.Series("image_name", names, pl.String))
 
 

@@ -126,11 +126,7 @@ def artists(frame: pl.DataFrame) -> pl.Series:
 
     Names of one word (`Constant`, `Disney`) go only where a `by` stands before them.
     """
-    from ..encoders import terms
-
-    names = [name.removeprefix("by ") for name in terms.read()["artists"] if name.startswith("by ")]
-    names = [name for name in names if name.lower() not in ("artist", "artists")]
-    found = frame["prompt"].str.extract_many(names, ascii_case_insensitive=True, leftmost=True)
+    found = frame["prompt"].str.extract_many(_artists(), ascii_case_insensitive=True, leftmost=True)
     prompts = frame["prompt"].to_list()
     for row, some in enumerate(found.to_list()):
         if some:
@@ -195,6 +191,14 @@ def _tidy(before: pl.Series, after: pl.Series) -> pl.Series:
     some = after.gather(rows).str.replace_all(r"\s+", " ").str.replace_all(r" ([,.])", "$1")
     some = some.str.replace_all(r",[\s,]*,", ",").str.strip_chars(" ,")
     return after.scatter(rows, some) if len(rows) else after
+
+
+@cache
+def _artists() -> list[str]:
+    from ..encoders import terms
+
+    names = [name.removeprefix("by ") for name in terms.read()["artists"] if name.startswith("by ")]
+    return [name for name in names if name.lower() not in ("artist", "artists")]
 
 
 @cache
