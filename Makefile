@@ -20,7 +20,7 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 	$(COMMAND) run --quick
 
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
-	$(VENV)/bin/python -m pytest -m 'not gpu and not network'
+	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu and not network'
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \

@@ -1,13 +1,30 @@
 """Given a Stable Diffusion image, recover its prompt.
 
-One module a stage (see `stages.py`): generate, dedupe, render, finetune, infer. Each offers plain functions for
-notebooks and a `Config` dataclass plus `run(config)` for the command line.
+One module a stage (see `stages.py`). Each offers plain functions for notebooks and a `Config` dataclass plus
+`run(config)` for the command line. For the prompt of one image:
+
+    from image_to_prompts import describe
+    describe("cat.png").prompt
 """
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .describer import describe
 
 # PyTorch then asks Linux for large memory pages, which spares a large model on a CPU page faults (docs/log.md). It has
 # no effect on GPUs.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
+__all__ = ["describe"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `describe` when it is asked for; it needs pandas and more."""
+    if name == "describe":
+        from .describer import describe
+
+        return describe
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

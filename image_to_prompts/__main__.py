@@ -15,12 +15,14 @@ from typing import Annotated, Any
 import tyro
 
 from . import __version__, progress, workspace
+from .devices import rank_and_processes
 from .errors import UserError
 from .stages import STAGES
 
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
     "explain": "a prompt's nearest neighbours, and why dedupe kept or removed it: explain PROMPT",
+    "demo": "a page in the browser: drop an image, edit its prompt, render it again",
     "compare": "what each embedding, their ridge regression and both kinds of attention score, over several seeds",
     "catalogue": "metadata CSVs by source, which of them are there, and the commands that rebuild the others",
     "import-checkpoint": "converts the references' .pt and .ckpt files: import-checkpoint FILE --out DIR",
@@ -125,6 +127,10 @@ def _dispatch(words: list[str]) -> None:
         sys.stdout.write(usage() + "\n")
     elif words[0] == "--version":
         sys.stdout.write(f"{__version__}\n")
+    elif words[0] == "describe":
+        found = _run_stage(words[0], words[1:])
+        if rank_and_processes()[0] == 0:
+            sys.stdout.writelines(f"{one.path}\t{one.prompt}\n" for one in found)
     elif words[0] in {s.name for s in STAGES}:
         _run_stage(words[0], words[1:])
     elif words[0] == "run":
@@ -143,6 +149,14 @@ def _dispatch(words: list[str]) -> None:
         _set_up(quiet=True)
         kept, removed = look.read(config.metadata, removed_path(config.metadata))
         sys.stdout.write(look.explain(config.prompt, kept, removed, config.threshold, config.fast) + "\n")
+    elif words[0] == "demo":
+        from . import demo
+
+        folder = Path(_value_of("--run", words) or workspace.default_run())
+        profile = workspace.profile_of(folder, _value_of("--profile", words))
+        config = _parse(demo.Config, words[1:], words[0], demo.Config(folder, profile))
+        _set_up(quiet=False)
+        demo.launch(config)
     elif words[0] == "check-submission":
         from . import submission
 
@@ -187,7 +201,7 @@ def _dispatch(words: list[str]) -> None:
         raise UserError(f"unknown command {words[0]!r}; choose one of {known}")
 
 
-def _run_stage(name: str, words: list[str]) -> None:
+def _run_stage(name: str, words: list[str]) -> Any:
     from . import profiles
 
     folder = Path(_value_of("--run", words) or workspace.default_run())
@@ -197,7 +211,7 @@ def _run_stage(name: str, words: list[str]) -> None:
     _set_up(config.quiet)
     stage = sys.modules[type(config).__module__]
     workspace.open_run(folder, profile)
-    stage.run(config)
+    return stage.run(config)
 
 
 def _run_kaggle(words: list[str]) -> None:

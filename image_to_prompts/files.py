@@ -69,10 +69,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line to a journal; the line break comes first, so that a line torn by a kill stays alone."""
+def append_line(path: Path, *records: dict[str, Any]) -> None:
+    """Appends a JSON line a record to a journal, all in one write.
+
+    The line break comes first, so that a line torn by a kill stays alone.
+    """
     with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(record, ensure_ascii=False))
+        file.write("".join("\n" + json.dumps(record, ensure_ascii=False) for record in records))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .stages import stage as stage_called
 from .workspace import Run, on_kaggle
 
 
@@ -46,6 +47,7 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "ensemble": {"epochs": 40, "patience": 10},
         "infer": {"views": ("whole",), "fallback": True},
+        "describe": {"views": ("whole",)},
     },
 }
 
@@ -74,12 +76,13 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
             "out": run.submission,
             **({"max_hours": SUBMISSION_HOURS} if on_kaggle() else {}),
         },
+        "describe": {},
     }[stage]
 
 
 def config_class(stage: str) -> type[StageConfig]:
     """The `Config` dataclass of a stage's module."""
-    return importlib.import_module(f"image_to_prompts.{stage}").Config
+    return importlib.import_module(stage_called(stage).module).Config
 
 
 def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:

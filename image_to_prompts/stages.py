@@ -35,7 +35,7 @@ class Stage:
 
     Attributes:
         number: Position, and the prefix of the notebook and the kernel.
-        name: Subcommand and module, `image_to_prompts.<name>`.
+        name: Subcommand.
         notebook: Stem of the notebook and of its text source.
         does: What it does, in a few words.
         reads: What it reads, relative to the run's folder.
@@ -50,6 +50,11 @@ class Stage:
     reads: str
     writes: str
     kernel: Kernel
+
+    @property
+    def module(self) -> str:
+        """Name of its module; `image_to_prompts.describe` is a function."""
+        return f"image_to_prompts.{'describer' if self.name == 'describe' else self.name}"
 
 
 STAGES = (
@@ -121,6 +126,15 @@ STAGES = (
             datasets=("weights", "metadata", "embeddings"),
             competition=True,
         ),
+    ),
+    Stage(
+        8,
+        "describe",
+        "08_edit_prompts",
+        "says the prompt of any image in words that can be edited",
+        "any images, checkpoints/",
+        "prompts.csv, prompts.jsonl or a .txt beside each image",
+        Kernel(gpu=True, after=("dedupe", "render", "finetune", "ensemble"), datasets=("weights", "metadata")),
     ),
 )
 BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/gpu.py

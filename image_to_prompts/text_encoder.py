@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from .progress import progress_to
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import Tensor
 
     from .minilm import MiniLM
 
@@ -79,10 +81,7 @@ def _fill(
     cache: text_cache.TextCache,
 ) -> None:
     """Embeds the texts that are not there, blocks of like length one after the other."""
-    from .minilm import batches
-
     by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    tokenizer, most = load().tokenizer, load().max_seq_length
     with (
         progress_to(len(texts), "encode prompts", int(there.sum())) as advance,
         one_core_each(model.device) as threads,
@@ -91,11 +90,33 @@ def _fill(
             block = [row for row in by_characters[start : start + BLOCK] if not there[row]]
             if not block:
                 continue
-            tokens = tokenizer([texts[row] for row in block], truncation=True, max_length=most)["input_ids"]
-            order = sorted(range(len(block)), key=lambda row: len(tokens[row]))
-            parts = list(batches(tokens, order))
-            encoded = threads.map(lambda part: model.encode([tokens[row] for row in part]), parts)  # noqa: B023
-            for part, found in zip(parts, encoded, strict=True):
+            for part, found in _embed(model, [texts[row] for row in block], threads):
                 vectors[[block[row] for row in part]] = found
                 advance(len(part))
             cache.write([keys[row] for row in block], vectors[block])
+
+
+def encode_once(texts: Sequence[str]) -> np.ndarray:
+    """Embeds texts as `encode` does with `fast`, but leaves the disk alone: for many texts that nobody asks for again.
+
+    Returns:
+        float32 array (len(texts), 384) of unit vectors.
+    """
+    vectors = np.zeros((len(texts), DIMENSION), np.float32)
+    if len(texts):
+        model, _ = _encoder(True)
+        with one_core_each(model.device) as threads:
+            for part, found in _embed(model, texts, threads):
+                vectors[part] = found
+    return vectors
+
+
+def _embed(model: MiniLM, texts: Sequence[str], threads: ThreadPoolExecutor) -> Iterator[tuple[list[int], Tensor]]:
+    """Row numbers and embeddings, batch by batch; texts of like length share one."""
+    from .minilm import batches
+
+    tokenizer, most = load().tokenizer, load().max_seq_length
+    tokens = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+    parts = list(batches(tokens, sorted(range(len(texts)), key=lambda row: len(tokens[row]))))
+    encoded = threads.map(lambda part: model.encode([tokens[row] for row in part]), parts)
+    yield from zip(parts, encoded, strict=True)

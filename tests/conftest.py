@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -87,6 +90,16 @@ def small_checkpoint(small_run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("checkpoint") / "convnext"
     finetune.run(profiles.default_config("finetune", small_run, "embedded", out=out, epochs=1, image_size=64))
     return out
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_run, small_checkpoint, tmp_path_factory) -> workspace.Run:
+    """A run with a checkpoint and known prompts, and nothing else."""
+    run = workspace.open_run(tmp_path_factory.mktemp("trained"), "embedded")
+    shutil.copytree(small_checkpoint, run.checkpoint)
+    run.metadata.parent.mkdir()
+    shutil.copyfile(small_run.metadata, run.metadata)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ STAGES = {
     "embed": {"image_size": 64, "encoders": ("timm:tf_efficientnet_lite0", "classes")},
     "ensemble": {"epochs": 3, "save_minutes": 0},
     "infer": {"batch_size": 4},
+    "describe": {"batch_size": 4, "views": ("whole",)},
 }
 
 context = multiprocessing.get_context("forkserver")
@@ -40,12 +41,13 @@ def work(stage: str, run: Path, values: dict) -> None:
     """One run of a stage in a process of its own, with one thread so that floating point is reproducible."""
     import torch
 
-    from image_to_prompts import embed, predictors, profiles, text_cache, text_encoder, workspace
+    from image_to_prompts import describer, embed, predictors, profiles, text_cache, text_encoder, workspace
     from image_to_prompts.render.scenes import SceneBackend
     from image_to_prompts.sources import readers
 
     torch.set_num_threads(1)
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
+    describer.BLOCK = 8
     os.environ[text_cache.FOLDER] = str(cache_of(run))
     stages = {
         "generate": "generate",
@@ -55,8 +57,10 @@ def work(stage: str, run: Path, values: dict) -> None:
         "finetune-uncached": "finetune",
     }
     name = stages.get(stage, stage)
+    if stage == "describe":
+        values = {**values, "out": run / "prompts.csv"}
     config = profiles.default_config(name, workspace.open_run(run, "embedded"), "embedded", **values)
-    importlib.import_module(f"image_to_prompts.{name}").run(config)
+    importlib.import_module(type(config).__module__).run(config)
 
 
 def cache_of(run: Path) -> Path:
@@ -130,6 +134,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if not path.name.startswith(".")}
 
 
+def few_words(folder: Path) -> Path:
+    """A vocabulary that is embedded in no time."""
+    folder.mkdir()
+    for kind in ("subjects", "mediums", "movements", "flavors", "artists"):
+        (folder / f"{kind}.txt").write_text(f"a piece of {kind}\na cat with {kind}\n")
+    return folder
+
+
 def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob(".*") if path.is_dir() or path.suffix == ".part"]
 
@@ -151,12 +163,18 @@ def test_killed_and_started_again(stage, small_run, small_checkpoint, small_embe
         "embed": {"images": (small_run.images,)},
         "ensemble": {"embeddings": small_embeddings},
         "infer": {"images": small_run.images, "checkpoint": (small_checkpoint,)},
+        "describe": {
+            "paths": (small_run.images,),
+            "checkpoint": (small_checkpoint,),
+            "prompts": (small_run.metadata,),
+            "vocabulary": few_words(tmp_path / "words"),
+        },
     }.get(stage, {})
 
     whole = start(stage, tmp_path / "whole", values)
     whole.join()
     assert whole.exitcode == 0
-    assert len(contents(tmp_path / "whole")) > 1
+    assert len(contents(tmp_path / "whole")) > 1  # run.json and what the stage makes
 
     changes = itertools.cycle(CHANGES)
     torn = kill_often(stage, values, tmp_path, 5, lambda process, run: kill_after(process, run, next(changes)))

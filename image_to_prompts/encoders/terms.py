@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ..errors import UserError
 from ..weights import package_folder
@@ -15,16 +17,19 @@ SITES = (
 KINDS = ("artists", "flavors", "mediums", "movements", "trendings")  # in the order in which it merges them
 
 
-def read(folder: Path | None = None, artists: bool = True) -> dict[str, list[str]]:
+def read(
+    folder: Path | None = None, artists: bool = True, more: Mapping[str, list[str]] = MappingProxyType({})
+) -> dict[str, list[str]]:
     """Reads term lists.
 
     Args:
         folder: Files `<kind>.txt`, a phrase a line, in place of the wheel's lists of these kinds; an empty file leaves
             a kind out.
         artists: Whether names of artists are used.
+        more: Further kinds and their phrases where the folder has none.
 
     Returns:
-        Phrases of each of `KINDS`; names of artists as "by ..." and "inspired by ...".
+        Phrases of each of `KINDS` and of `more`; names of artists as "by ..." and "inspired by ...".
 
     Raises:
         UserError: If the folder has none of these files, or one is not UTF-8.
@@ -38,13 +43,15 @@ def read(folder: Path | None = None, artists: bool = True) -> dict[str, list[str
     found["trendings"] += [f"{site} contest winner" for site in SITES]
     for kind in KINDS[:-1]:
         found[kind] = _lines(wheel / "data" / f"{kind}.txt")
-    own = {kind: folder / f"{kind}.txt" for kind in KINDS if (folder / f"{kind}.txt").is_file()} if folder else {}
+    found |= more
+    kinds = (*KINDS, *more)
+    own = {kind: folder / f"{kind}.txt" for kind in kinds if (folder / f"{kind}.txt").is_file()} if folder else {}
     if folder and not own:
-        raise UserError(f"{folder}: none of {', '.join(f'{kind}.txt' for kind in KINDS)} there; correct --terms")
+        raise UserError(f"{folder}: none of {', '.join(f'{kind}.txt' for kind in kinds)} there; give another folder")
     found |= {kind: _lines(path) for kind, path in own.items()}
     names = found["artists"] if artists else []
     found["artists"] = [f"by {name}" for name in names] + [f"inspired by {name}" for name in names]
-    return {kind: found[kind] for kind in KINDS}
+    return {kind: found[kind] for kind in kinds}
 
 
 def _lines(path: Path) -> list[str]:

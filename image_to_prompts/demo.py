@@ -1,0 +1,194 @@
+"""A page on which the prompt of an image can be edited and rendered again: `image-to-prompts demo`.
+
+It answers on this machine alone unless --host says otherwise, and reads no file but those that are uploaded to it. What
+is uploaded is checked before it is decoded, and deleted after an hour.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from . import metadata, profiles, text_encoder, workspace
+from .describer import Describer
+from .errors import UserError
+from .render import scenes
+from .render.store import Row
+
+if TYPE_CHECKING:
+    import gradio
+
+log = logging.getLogger(__name__)
+MEGABYTES, MEGAPIXELS = 20, 40  # of an upload
+FORMATS = ("PNG", "JPEG", "WEBP")
+WAITING = 64  # requests in the queue
+KEPT, SWEPT = 3600, 600  # seconds for which uploads and sessions are kept, and between two looks at them
+MOST_LETTERS = 1000  # of an edited prompt; all-MiniLM-L6-v2 reads the first 256 tokens
+
+
+@dataclass
+class Config:
+    """Opens the page."""
+
+    run: Path = Path("runs/default")
+    """Run whose checkpoints and known prompts to use."""
+    profile: str = "embedded"
+    """`embedded` or `kaggle`; left out: the run's own."""
+    host: str = "127.0.0.1"
+    """Address to answer on; 0.0.0.0 lets others in, without any password."""
+    port: int = 7860
+    """Port to answer on."""
+    no_artists: bool = False
+    """No names of artists."""
+
+
+def check_upload(path: Path) -> None:
+    """Refuses what is no image, or too large to decode, from its first bytes.
+
+    Raises:
+        ValueError: Says why.
+    """
+    try:
+        with warnings.catch_warnings():  # Pillow warns of, and then refuses, what is large; our limit is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                pixels = file.width * file.height
+    except Image.DecompressionBombError:
+        pixels = np.inf
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"This is no readable image; give a {', '.join(FORMATS)} file.") from error
+    if pixels > MEGAPIXELS * 1e6:
+        raise ValueError(f"The image has more than {MEGAPIXELS} megapixels; make it smaller.")
+
+
+def painter(profile: str) -> Callable[[str], Image.Image]:
+    """What draws a prompt: in the profile `kaggle` Stable Diffusion 2 if its weights are at hand, else scenes."""
+    if profile == "kaggle":
+        from .render.stable_diffusion import StableDiffusionBackend
+
+        try:
+            backend = StableDiffusionBackend(fast=True)
+            backend.start()
+        except UserError as error:
+            log.warning("embedded scenes instead of Stable Diffusion 2: %s", error)
+        else:
+            return lambda prompt: backend.render([Row(0, "", prompt, _seed(prompt), "")])[0][0]
+    return lambda prompt: scenes.picture(prompt, _seed(prompt))[0]
+
+
+def _seed(prompt: str) -> int:
+    return metadata.own_seed("", prompt)
+
+
+def page(describer: Describer, paint: Callable[[str], Image.Image]) -> gradio.Blocks:
+    """The page; what it shows of a user's image lives in that user's session."""
+    import gradio as gr
+
+    def path_of(payload: Any) -> str | None:
+        """In place of what Gradio would do with an upload, namely decode it."""
+        if payload is None or not payload.path:
+            return None
+        try:
+            check_upload(Path(payload.path))
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return payload.path
+
+    def look(path: str | None) -> tuple[Any, ...]:
+        if path is None:
+            return None, "", "", [], None
+        (found,) = describer.describe([Path(path)])
+        if found.error:
+            raise gr.Error("The image is damaged and cannot be read.", print_exception=False)
+        nearest = [[f"{cosine:.3f}", prompt] for prompt, cosine in found.nearest]
+        return found.vector, found.prompt, similarity(found.prompt, found.vector), nearest, None
+
+    def similarity(prompt: str, vector: np.ndarray | None) -> str:
+        if vector is None or not prompt.strip():
+            return ""
+        return f"{float(text_encoder.encode_once([prompt[:MOST_LETTERS]])[0] @ vector):.3f}"
+
+    def draw(prompt: str) -> Image.Image:
+        if not prompt.strip():
+            raise gr.Error("Write a prompt first.", print_exception=False)
+        return paint(prompt[:MOST_LETTERS])
+
+    with gr.Blocks(title="image-to-prompts", analytics_enabled=False, delete_cache=(SWEPT, KEPT)) as blocks:
+        gr.Markdown("# The prompt of an image\nDrop an image, edit what was found, render it again.")
+        vector = gr.State(None, time_to_live=KEPT)
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(
+                    label="image", sources=["upload", "clipboard"], height=384, elem_id="image", buttons=[]
+                )
+                image.preprocess = path_of
+            with gr.Column():
+                again = gr.Image(
+                    label="rendered again",
+                    type="pil",
+                    interactive=False,
+                    height=384,
+                    format="png",
+                    elem_id="again",
+                    buttons=["download", "fullscreen"],
+                )
+        prompt = gr.Textbox(label="prompt", lines=2, max_length=MOST_LETTERS, elem_id="prompt")
+        with gr.Row(equal_height=True):
+            cosine = gr.Textbox(label="similarity to the prediction", interactive=False, elem_id="similarity", scale=1)
+            button = gr.Button("Render again", variant="primary", elem_id="render", scale=1)
+        nearest = gr.Dataframe(
+            headers=["similarity", "known prompt"], label="nearest known prompts", interactive=False, elem_id="nearest"
+        )
+        one = {"concurrency_id": "models", "concurrency_limit": 1}  # they share the models
+        image.change(look, image, [vector, prompt, cosine, nearest, again], api_name="describe", **one)
+        prompt.change(similarity, [prompt, vector], cosine, trigger_mode="always_last", show_progress="hidden", **one)
+        button.click(draw, prompt, again, api_name="render", **one)
+    return blocks
+
+
+def launch(config: Config, wait: bool = True) -> gradio.Blocks:
+    """Serves the page until it is stopped.
+
+    Args:
+        config: Settings.
+        wait: Whether to return only when the server has been stopped.
+
+    Raises:
+        UserError: If gradio is not installed, the port is taken, or see `Describer`.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="image-to-prompts-")  # lives as long as the page, see below
+    os.environ |= {"GRADIO_TEMP_DIR": folder.name, "GRADIO_ANALYTICS_ENABLED": "False"}
+    try:
+        import gradio as gr
+    except ModuleNotFoundError as error:
+        raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
+    run = workspace.Run(config.run)
+    describer = Describer(profiles.default_config("describe", run, config.profile, no_artists=config.no_artists))
+    blocks = page(describer, painter(config.profile)).queue(max_size=WAITING)
+    blocks.uploads = folder
+    try:
+        blocks.launch(
+            server_name=config.host,
+            server_port=config.port,
+            max_file_size=MEGABYTES * gr.FileSize.MB,
+            ssr_mode=False,
+            footer_links=[],
+            quiet=True,
+            share=False,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise UserError(f"--port {config.port}: taken; give another one") from error
+    log.info("open %s (Ctrl-C stops it)", blocks.local_url)
+    if wait:
+        blocks.block_thread()
+    return blocks

@@ -1,0 +1,362 @@
+"""Stage 8, describe: says the prompt of any image in words that can be edited.
+
+    image-to-prompts describe PATH... [--out prompts.csv | --out prompts.jsonl | --txt] [--top 5] [--no-artists]
+
+The checkpoints predict an embedding, the known prompts nearest to it are looked up, and `compose` makes one prompt that
+is nearer. Without a checkpoint it is the text of the `embed` stage's interrogator. Prompts go to standard output, one
+image a line. In Python:
+
+    from image_to_prompts import describe
+    describe("cat.png").prompt
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd
+import tyro
+
+from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, workspace
+from .devices import gather, rank_and_processes
+from .errors import UserError
+from .files import append_line, make_folder, read_journal, sha256, write_text
+from .metadata import IMAGE_SUFFIXES
+from .profiles import StageConfig
+
+log = logging.getLogger(__name__)
+BLOCK = 64  # images described together
+TABLES = (".csv", ".jsonl")
+
+
+@dataclass
+class Config(StageConfig):
+    """Says the prompts of images; does only those that are not done yet."""
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Image files, and folders with all that is below them."""
+    out: Path | None = None
+    """Table to write, .csv or .jsonl."""
+    txt: bool = False
+    """Write a .txt beside each image."""
+    overwrite: bool = False
+    """Replace files that are not from here, or were edited."""
+    prompts: tuple[Path, ...] = ()
+    """CSVs of known prompts; left out: those that the run was trained on."""
+    checkpoint: tuple[Path, ...] = ()
+    """Checkpoint folders, blended; left out: the newest of finetune and of ensemble, in this run or attached."""
+    views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole", "centre", "mirror")
+    """What is shown of each image; the predictions of several are averaged."""
+    top: int = 5
+    """How many of the nearest known prompts to tell."""
+    vocabulary: Path | None = None
+    """Folder of own phrases: subjects, mediums, movements, flavors or artists .txt, one a line."""
+    no_artists: bool = False
+    """No names of artists."""
+    most_words: int = 30
+    """Words of a prompt."""
+    batch_size: int = 32
+    """Images at once."""
+    loader_workers: int = 0
+    """Threads that decode images; 0: one a core."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was found out about an image.
+
+    Attributes:
+        path: The image.
+        prompt: Its prompt; "" if it cannot be read.
+        cosine: Of the prompt's embedding with the predicted one; None without a checkpoint.
+        nearest: The nearest known prompts with their cosines, best first.
+        error: Why it cannot be read; "" if it can.
+        vector: float32 (384,), the predicted embedding; None if the description comes from an earlier run.
+    """
+
+    path: Path
+    prompt: str
+    cosine: float | None = None
+    nearest: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+    vector: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+
+class Describer:
+    """Models, known prompts and vocabulary, loaded once for any number of images."""
+
+    def __init__(self, config: Config) -> None:
+        """Loads everything; `config.paths` and the outputs play no role.
+
+        Raises:
+            UserError: If neither a checkpoint nor an interrogator is there, or a CSV or the vocabulary is bad.
+        """
+        from . import compose, retrieval
+
+        self.config = config
+        run = workspace.Run(config.run)
+        folders, csvs = sources(config)
+        self.weights = infer.blend_weights(folders) if folders else []
+        self.predictors = [predictors.checkpoint(folder) for folder in folders]
+        self.interrogator = None if folders else _interrogator(config.profile, run)
+        self.index = retrieval.open_index(csvs) if csvs else None
+        self.words = compose.vocabulary(config.vocabulary, not config.no_artists) if folders else None
+
+    def describe(self, files: Sequence[Path]) -> list[Description]:
+        """Describes images, `BLOCK` or so at once; one that cannot be read gets an error instead of a prompt."""
+        from . import compose
+
+        files = list(files)
+        vectors, texts = self._look(files)
+        readable = np.flatnonzero(np.isfinite(vectors[:, 0]))
+        count = max(compose.NEIGHBOURS, self.config.top)
+        nearest = self.index.search(vectors[readable], count) if self.index else [[] for _ in readable]
+        if self.words:
+            known = [[prompt for prompt, _ in some] for some in nearest]
+            said = compose.compose(vectors[readable], known, self.words, self.config.most_words)
+            cosines = (text_encoder.encode_once(said) * vectors[readable]).sum(1).astype(float).round(4).tolist()
+        else:
+            said, cosines = [texts[row] for row in readable], [None] * len(readable)
+        found = [
+            Description(file, "", error=_why(file)) if row not in set(readable) else None
+            for row, file in enumerate(files)
+        ]
+        for row, prompt, cosine, some in zip(readable, said, cosines, nearest, strict=True):
+            near = tuple((text, round(value, 4)) for text, value in some[: self.config.top])
+            found[row] = Description(files[row], prompt, cosine, near, vector=vectors[row])
+        return found
+
+    def _look(self, files: list[Path]) -> tuple[np.ndarray, list[str]]:
+        """Unit vectors, NaN for images that cannot be read; without a checkpoint also what the interrogator says."""
+        config = self.config
+        if self.interrogator:
+            (seen,) = encoders.viewer([self.interrogator], config.batch_size, config.loader_workers)(files, "whole")
+            if seen.vectors.shape[1] == 1:  # none can be read
+                return np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32), [""] * len(files)
+            return seen.vectors, seen.texts
+        options = infer.Config(batch_size=config.batch_size, views=config.views, loader_workers=config.loader_workers)
+        seen = [predictors.predict(predictor, files, options)[0] for predictor in self.predictors]
+        return evaluate.blend(seen, self.weights), []
+
+
+def _why(file: Path) -> str:
+    try:
+        images.read(file)
+    except images.BrokenImageError as error:
+        return str(error)
+    return "could not be read"
+
+
+def sources(config: Config) -> tuple[list[Path], list[Path]]:
+    """The checkpoints, none if there is none, and the CSVs of known prompts.
+
+    Raises:
+        UserError: If there is a checkpoint but no known prompts.
+    """
+    run = workspace.Run(config.run)
+    folders = list(config.checkpoint) or infer.newest(run, may_miss=True)
+    known = [run.have(path) for path in (run.train_metadata, run.metadata)]
+    csvs = list(config.prompts) or [path for path in known if path.is_file()][:1]
+    if folders and not csvs:
+        raise UserError(f"no known prompts: {known[0]} is not there; run dedupe first or give --prompts CSV")
+    return folders, csvs
+
+
+def _interrogator(profile: str, run: workspace.Run) -> encoders.Encoder:
+    """What says something without a checkpoint: caption and ranking, or their stand-in of the embedded profile."""
+    if profile == "embedded":
+        log.warning("no checkpoint in %s: ImageNet classes must do; `image-to-prompts run` trains one", run.folder)
+        return encoders.build("classes", 224)
+    try:
+        return encoders.build("interrogator", 0)
+    except UserError as error:
+        hint = f"no checkpoint in {run.folder} (finetune makes one), and no interrogator in its place"
+        raise UserError(f"{hint}: {error}") from error
+
+
+@lru_cache(maxsize=1)
+def _loaded(run: Path, profile: str) -> Describer:
+    return Describer(profiles.default_config("describe", workspace.Run(run), profile))
+
+
+def describe(path: str | Path, run: str | Path | None = None, profile: str | None = None) -> Description:
+    """Describes one image; the models are loaded with the first one. For many: `Describer`, or `run` of this module.
+
+    Args:
+        path: The image.
+        run: Folder of the run whose checkpoints to use; left out: the default one.
+        profile: `embedded` or `kaggle`; left out: the run's own.
+
+    Raises:
+        UserError: If the image is not there or cannot be read, or see `Describer`.
+    """
+    (file,) = _files([Path(path)])
+    folder = Path(run) if run else workspace.default_run()
+    (found,) = _loaded(folder, workspace.profile_of(folder, profile)).describe([file])
+    if found.error:
+        raise UserError(found.error)
+    return found
+
+
+def run(config: Config) -> list[Description]:
+    """Runs the stage.
+
+    Returns:
+        The descriptions, in the order of the paths.
+
+    Raises:
+        UserError: If a path or a setting is bad, an output is not from here (unless `overwrite`), or see `Describer`.
+    """
+    if not config.paths:
+        raise UserError("give image files or folders to describe")
+    if config.out and config.out.suffix.lower() not in TABLES:
+        raise UserError(f"--out {config.out}: must end in {' or '.join(TABLES)}")
+    for name, least in (("top", 1), ("most_words", 1), ("batch_size", 1)):
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    files = _files(config.paths)
+    outputs = _Outputs(make_folder(config.run / "described"), config.overwrite)
+    if config.out:
+        outputs.check(config.out)
+    fingerprint = _fingerprint(config)
+    done = _done(outputs.folder, fingerprint)
+    keys = [_key(file) for file in files]
+    rank, processes = rank_and_processes()
+    journal = outputs.folder / f".{fingerprint}.{rank}.jsonl"
+    _work(config, files[rank::processes], keys[rank::processes], done, journal, outputs)
+    share = [
+        Description(file, **done[key]) for file, key in zip(files[rank::processes], keys[rank::processes], strict=True)
+    ]
+    found = gather(share, len(files))
+    if config.out and rank == 0:
+        outputs.write(config.out, _table(found, config))
+    broken = [one for one in found if one.error]
+    for one in broken:
+        log.warning("%s", one.error)
+    log.info("%d images described, %d cannot be read", len(found) - len(broken), len(broken))
+    return found
+
+
+def _work(
+    config: Config, files: list[Path], keys: list[str], done: dict[str, Any], journal: Path, outputs: _Outputs
+) -> None:
+    """Describes what is not done, block by block; writes the text files of all."""
+    from .progress import progress_to
+
+    todo = [row for row, key in enumerate(keys) if key not in done]
+    describer = Describer(config) if todo else None
+    stay = 0
+    if config.txt:
+        stay += sum(not outputs.beside(file, done[key]) for file, key in zip(files, keys, strict=True) if key in done)
+    with progress_to(len(files), "describe", len(files) - len(todo)) as advance:
+        for start in range(0, len(todo), BLOCK):
+            block = todo[start : start + BLOCK]
+            records = []
+            for row, one in zip(block, describer.describe([files[row] for row in block]), strict=True):
+                found = {"prompt": one.prompt, "cosine": one.cosine, "nearest": one.nearest, "error": one.error}
+                records.append({"key": keys[row], **found})
+                done[keys[row]] = found
+            append_line(journal, *records)  # all at once, so that a resumed run cuts the rest into the same blocks
+            if config.txt:
+                stay += sum(not outputs.beside(files[row], done[keys[row]]) for row in block)
+            advance(len(block))
+    if stay:
+        log.warning("%d .txt files are not from here or were edited, and stay; --overwrite replaces them", stay)
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Image files of paths, none twice; raises UserError."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += images.find(path)
+        elif not path.is_file() and not archives.is_member(path):
+            raise UserError(f"{path}: no such file or folder; correct the path")
+        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UserError(f"{path}: not an image ({', '.join(IMAGE_SUFFIXES)}); give image files or folders")
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def _key(file: Path) -> str:
+    return json.dumps([str(file.absolute()), *archives.stat(file)])
+
+
+def _fingerprint(config: Config) -> str:
+    """Tells descriptions from those of other settings, checkpoints, known prompts and vocabularies."""
+    folders, csvs = sources(config)
+    inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json")] + csvs
+    inputs += sorted(config.vocabulary.glob("*.txt")) if config.vocabulary else []
+    kept = {name: getattr(config, name) for name in ("views", "top", "no_artists", "most_words", "profile")}
+    text = json.dumps([kept, [sha256(path) for path in inputs if path.is_file()]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _done(folder: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
+    records = [record for path in sorted(folder.glob(f".{fingerprint}.*.jsonl")) for record in read_journal(path)]
+    for record in records:
+        record["nearest"] = tuple((prompt, cosine) for prompt, cosine in record["nearest"])
+    return {record.pop("key"): record for record in records}
+
+
+def _table(found: list[Description], config: Config) -> str:
+    """The text of the table."""
+    if config.out.suffix.lower() == ".jsonl":
+        rows = [{"image": str(one.path), **asdict(one)} for one in found]
+        for row in rows:
+            del row["path"], row["vector"]
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    frame = pd.DataFrame({"image": [str(one.path) for one in found], "prompt": [one.prompt for one in found]})
+    frame["cosine"] = [one.cosine for one in found]
+    for number in range(config.top):
+        some = [one.nearest[number] if number < len(one.nearest) else ("", None) for one in found]
+        frame[f"nearest_{number + 1}"] = [prompt for prompt, _ in some]
+        frame[f"cosine_{number + 1}"] = [cosine for _, cosine in some]
+    frame["error"] = [one.error for one in found]
+    return frame.to_csv(index=False, lineterminator="\n")
+
+
+class _Outputs:
+    """Files that were written from here, by their hash, so that those of others and edited ones are not replaced."""
+
+    def __init__(self, folder: Path, overwrite: bool) -> None:
+        self.folder, self.overwrite = folder, overwrite
+        self.journal = folder / ".written.jsonl"
+        self.written = {(record["path"], record["sha256"]) for record in read_journal(self.journal)}
+
+    def is_ours(self, path: Path) -> bool:
+        return not path.exists() or (str(path.absolute()), sha256(path)) in self.written
+
+    def check(self, path: Path) -> None:
+        """Raises UserError where a file must not be replaced."""
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a file")
+        if not self.overwrite and not self.is_ours(path):
+            raise UserError(f"{path}: is not from here or was edited; give another --out, or --overwrite to replace it")
+
+    def write(self, path: Path, text: str) -> None:
+        """Writes a text atomically, after its hash."""
+        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        if (str(path.absolute()), digest) not in self.written:
+            append_line(self.journal, {"path": str(path.absolute()), "sha256": digest})
+            self.written.add((str(path.absolute()), digest))
+        write_text(path, text)
+
+    def beside(self, file: Path, record: dict[str, Any]) -> bool:
+        """Writes the prompt of an image beside it; False if another file is there."""
+        path, text = file.with_suffix(".txt"), record["prompt"] + "\n"
+        if record["error"] or (path.is_file() and path.read_bytes() == text.encode("utf-8")):
+            return True
+        if not self.overwrite and not self.is_ours(path):
+            return False
+        self.write(path, text)
+        return True

@@ -1,0 +1,163 @@
+"""The known prompts nearest to a vector: an index of any number of prompts, exact, in memory-mapped files.
+
+A scan in half precision finds every prompt that may be among the nearest; those few are computed again in float32. Up
+to some million prompts no index structure is needed: a million take a thousand queries a second and a half, two cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from . import metadata, text_cache, text_encoder
+from .dedupe.exact import ROUNDING, places, reaches
+from .devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from .evaluate import unit
+from .files import Stamp, atomic_path, make_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+log = logging.getLogger(__name__)
+TILE, CHUNK = 2048, 16  # rows of a product, of which a CPU holds two in its cache; products between two looks at limits
+ASKED = 1024  # queries at once
+FIRST = 4096  # rows whose best cosines give the first limits
+GATHERED = 512  # pairs computed again at once
+BLOCK = 65_536  # prompts embedded at once
+ERROR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 0.0}
+"""Relative rounding to nearest; a product of unit vectors loses it three times: twice on its way in, once out."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Prompts and their embeddings, both on the disk.
+
+    Attributes:
+        prompts: An Arrow array of n texts, none twice.
+        vectors: float32 (n, 384), unit length.
+    """
+
+    prompts: pa.Array
+    vectors: np.ndarray
+
+    def search(self, queries: np.ndarray, count: int = 10) -> list[list[tuple[str, float]]]:
+        """The prompts nearest to each query, float32 (m, 384), with their cosines, best first."""
+        rows, cosines = nearest(queries, self.vectors, count)
+        return [
+            [(self.prompts[row].as_py(), cosine) for row, cosine in zip(*both, strict=True)]
+            for both in zip(rows.tolist(), cosines.tolist(), strict=True)
+        ]
+
+
+def open_index(csvs: Sequence[Path]) -> Index:
+    """The index of the prompts of metadata CSVs, built on first use and kept in the folder of `text_cache`.
+
+    It is built anew when a file has changed, whereby only prompts that no stage has embedded before are embedded.
+
+    Args:
+        csvs: Files with a `prompt` column.
+
+    Raises:
+        UserError: If one cannot be read; see `metadata.read_prompts`.
+    """
+    import pyarrow as pa
+
+    names = [str(path.resolve()) for path in csvs]
+    folder = text_cache.path().parent / "index" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
+    texts, vectors = folder / "prompts.arrow", folder / "vectors.npy"
+    stamp = Stamp(folder / ".index.done", {"encoder": text_encoder.NAME}, csvs)
+    if not all(path.is_file() for path in csvs) or not stamp.is_current():
+        prompts = list(dict.fromkeys(prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]))
+        log.info("index of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
+        make_folder(folder)
+        stamp.path.unlink(missing_ok=True)
+        with atomic_path(vectors) as part:
+            shape = (len(prompts), text_encoder.DIMENSION)
+            kept = np.lib.format.open_memmap(part, "w+", np.float32, shape)
+            for start in range(0, len(prompts), BLOCK):
+                kept[start : start + BLOCK] = text_encoder.encode(prompts[start : start + BLOCK])
+            kept.flush()
+        table = pa.table({"prompt": pa.array(prompts, pa.large_string())})
+        with atomic_path(texts) as part, pa.ipc.new_file(str(part), table.schema) as file:
+            file.write_table(table)
+        stamp.write([texts, vectors])
+    column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"]
+    return Index(column, np.load(vectors, mmap_mode="c"))
+
+
+def nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of largest cosine.
+
+    Args:
+        queries: float32 (m, d), of any length.
+        vectors: float32 (n, d) unit vectors, memory-mapped or not.
+        count: How many rows a query; fewer if there are fewer.
+
+    Returns:
+        int64 (m, count) rows, best first, the earlier of equals first; float32 (m, count) cosines.
+    """
+    count = min(count, len(vectors))
+    found = [_nearest(unit(queries[i : i + ASKED]), vectors, count) for i in range(0, len(queries), ASKED)]
+    none = np.empty((0, count), np.int64), np.empty((0, count), np.float32)
+    rows, cosines = (np.concatenate(part) for part in zip(none, *found, strict=True))
+    return rows, cosines
+
+
+def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same for at most `ASKED` unit vectors."""
+    device = local_device()
+    if device.type == "cpu":
+        keep_memory()
+    kind = type_of(mixed_precision(device))
+    coarse = torch.from_numpy(queries).to(device, kind).T.contiguous()
+    margin = 2 * (3 * ERROR[kind] + ROUNDING)  # by which the nearest may seem farther than another
+
+    def product(rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(rows).to(device, kind) @ coarse
+
+    def candidates(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries, rows and coarse cosines that reach the limits."""
+        cosines = product(vectors[start : start + TILE])
+        row, query = places(reaches(cosines, limits))
+        return query, row + start, cosines[torch.from_numpy(row), torch.from_numpy(query)].float().cpu().numpy()
+
+    sample = product(vectors[:: max(1, len(vectors) // FIRST)]).float()
+    limits = sample.topk(count, dim=0).values[-1] - margin
+    best = np.full((len(queries), count), -np.inf, np.float32)
+    found = []
+    with one_core_each(device) as threads:
+        for start in range(0, len(vectors), TILE * CHUNK):
+            tiles = range(start, min(start + TILE * CHUNK, len(vectors)), TILE)
+            some = [np.concatenate(column) for column in zip(*threads.map(candidates, tiles), strict=True)]
+            found.append(some)
+            best = _merged(best, some[0], some[2])
+            limits = torch.maximum(limits, torch.from_numpy(best[:, -1]).to(device) - margin)
+        query, row, cosine = (np.concatenate(column) for column in zip(*found, strict=True))
+        may = cosine >= limits.cpu().numpy()[query]
+        query, row, cosine = query[may], row[may], cosine[may]
+
+        def again(some: slice) -> None:
+            np.einsum("ij,ij->i", vectors[row[some]], queries[query[some]], out=cosine[some])
+
+        list(threads.map(again, (slice(start, start + GATHERED) for start in range(0, len(row), GATHERED))))
+    order = np.lexsort((row, -cosine, query))
+    order = order[np.searchsorted(query[order], np.arange(len(queries)))[:, None] + np.arange(count)]
+    return row[order], cosine[order]
+
+
+def _merged(best: np.ndarray, query: np.ndarray, cosine: np.ndarray) -> np.ndarray:
+    """The best cosines of each query, (m, count) in falling order, among those before and new ones."""
+    count = best.shape[1]
+    order = np.lexsort((-cosine, query))
+    query, cosine = query[order], cosine[order]
+    place = np.arange(len(query)) - np.searchsorted(query, query)
+    new = np.full_like(best, -np.inf)
+    new[query[place < count], place[place < count]] = cosine[place < count]
+    return -np.sort(-np.concatenate([best, new], 1), axis=1)[:, :count]

@@ -1,0 +1,87 @@
+# %% [markdown]
+# # 08 · A prompt that can be edited
+#
+# The competition asks for 384 numbers an image. What one wants to have is a text, to change a word of it and render it
+# again. Two steps lead there. *Retrieval* looks up the known prompts whose embeddings are nearest to the predicted one.
+# *Composition* starts from the nearest, cuts it into phrases, and drops, swaps and adds phrases, of the other known
+# prompts and of a vocabulary, as long as the embedding of the text comes nearer to the prediction.
+#
+# Reads: images, `checkpoints/`, known prompts. Writes: `prompts.csv`.
+
+# %% tags=["parameters"]
+run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
+profile = None
+image_folder = None  # None: the held-out pictures of notebook 03
+scored = 200  # held-out pictures on which the ways are compared
+
+# %%
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import Image, display
+
+from image_to_prompts import describer, metadata, profiles, report, text_encoder, text_scores, workspace
+from image_to_prompts.demo import painter
+
+pd.set_option("display.max_colwidth", 150)
+run, profile = workspace.start(run_folder, profile)
+folder = Path(image_folder) if image_folder else run.rendered(run.test_images)[0]
+known = (folder / workspace.MANIFEST).is_file()  # pictures that notebook 03 rendered, with their prompts
+config = profiles.default_config("describe", run, profile, paths=(folder,), out=run.folder / "prompts.csv")
+
+# %% [markdown]
+# ## Describe a folder
+#
+# The same as `image-to-prompts describe FOLDER --out prompts.csv`; killed and started again it goes on.
+
+# %%
+found = [one for one in describer.run(config) if not one.error]
+pd.read_csv(config.out, nrows=5, usecols=["image", "prompt", "cosine", "nearest_1", "cosine_1"])
+
+# %%
+tiles = [report.tile(one.path, f"{one.cosine or 0:.2f} · {one.prompt}") for one in found[:12]]
+report.save(report.grid(tiles, 6).quantize(96), run.report / "described.png")
+Image(filename=str(run.report / "described.png"))
+
+# %% [markdown]
+# ## What the steps are worth
+#
+# For the pictures whose prompt is known: mean cosine of each text's embedding to the prediction and to the truth, the
+# latter with its 95 % interval, and in how many pictures a text is nearer to the truth than the nearest known prompt.
+# None of the known prompts is one of the truths. The one nearest to the truth among the ten nearest cannot be chosen
+# without knowing the truth; it says how far choosing alone could lead.
+
+# %%
+if known:
+    rendered = metadata.read(folder / workspace.MANIFEST).set_index("file")["prompt"]
+    files = [one.path for one in found[:scored]]
+    truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
+    speaks = "classes" if profile == "embedded" else "interrogator"
+    table = text_scores.compare(describer.Describer(config), files, truth, speaks)
+    display(table.round(3))
+else:
+    print("no list of the true prompts given")
+
+# %% [markdown]
+# ## Edit, and render again
+#
+# What each phrase of a prompt contributes, and the picture of the edited prompt beside the original. On one's own
+# machine `image-to-prompts demo` is a page for that.
+
+# %%
+from image_to_prompts import compose
+
+one = max(found[:50], key=lambda one: one.cosine or 0)
+vector = describer.Describer(config).describe([one.path])[0].vector
+parts = compose.cut(one.prompt)
+texts = [one.prompt] + [compose.join(parts[:i] + parts[i + 1 :]) for i in range(len(parts)) if len(parts) > 1]
+edited = f"{one.prompt}, two cats"
+similarity = text_encoder.encode([*texts, edited]) @ vector
+pd.DataFrame({"prompt": [*texts, edited], "similarity to the prediction": similarity.round(3)})
+
+# %%
+paint = painter(profile)
+tiles = [report.tile(one.path, "the image")]
+tiles += [report.tile(paint(text), text) for text in (one.prompt, edited)]
+report.save(report.grid(tiles, 3).quantize(128), run.report / "edited.png")
+Image(filename=str(run.report / "edited.png"))

@@ -1,0 +1,88 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from image_to_prompts import evaluate, metadata, retrieval, text_cache, text_encoder
+from image_to_prompts.errors import UserError
+
+
+def units(rows, seed=0, width=384):
+    return evaluate.unit(np.random.default_rng(seed).standard_normal((rows, width), np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 2049, 40_000])
+def test_the_scan_finds_what_an_exact_search_finds(rows):
+    vectors = units(rows)
+    queries = np.concatenate([units(30, 1), vectors[:20] + 0.02])
+    found, cosines = retrieval.nearest(queries, vectors, 10)
+    exact = evaluate.unit(queries) @ vectors.T
+    assert np.array_equal(found, np.argsort(-exact, axis=1, kind="stable")[:, :10])
+    assert np.abs(cosines - np.take_along_axis(exact, found, 1)).max() < 1e-6
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(0, 10**6), st.booleans())
+def test_crowds_of_near_twins_are_told_apart(rows, count, seed, close):
+    """Cosines that half precision cannot tell apart."""
+    middle = units(1, seed)
+    vectors = evaluate.unit(middle + (1e-3 if close else 1) * units(rows, seed + 1))
+    found, cosines = retrieval.nearest(middle, vectors, count)
+    assert found.shape == (1, min(rows, count)) and (np.diff(cosines[0]) <= 0).all()
+    best = np.sort(vectors @ middle[0])[::-1][: found.shape[1]]
+    assert np.abs(cosines[0] - best).max() < 1e-6 and len(set(found[0])) == found.shape[1]
+
+
+def test_no_queries():
+    rows, cosines = retrieval.nearest(np.zeros((0, 384), np.float32), units(3), 2)
+    assert rows.shape == cosines.shape == (0, 2)
+
+
+def write(path, prompts):
+    metadata.write_table(path, pd.DataFrame({"prompt": prompts}))
+    return path
+
+
+def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
+    one = write(tmp_path / "one.csv", ["a red fox", "two boats", "a red fox"])
+    two = write(tmp_path / "two.csv", ["two boats", "an owl"])
+    encoded = []
+    encode = text_encoder.encode
+    monkeypatch.setattr(
+        text_encoder, "encode", lambda texts, *rest: encoded.append(list(texts)) or encode(texts, *rest)
+    )
+    index = retrieval.open_index([one, two])
+    assert index.prompts.to_pylist() == ["a red fox", "two boats", "an owl"] == encoded[0]
+    ((first, second),) = index.search(encode(["an owl in a tree"]), 2)
+    assert first[0] == "an owl" and 0.6 < first[1] <= 1 and second[1] < first[1]
+
+    again = retrieval.open_index([one, two])
+    assert len(encoded) == 1 and np.array_equal(again.vectors, index.vectors)
+    write(two, ["a lighthouse"])
+    changed = retrieval.open_index([one, two])
+    assert changed.prompts.to_pylist() == ["a red fox", "two boats", "a lighthouse"]
+    assert index.search(encode(["an owl"]), 1)[0][0][0] == "an owl"  # whoever has the old one open keeps it
+    with pytest.raises(UserError, match="no such file"):
+        retrieval.open_index([tmp_path / "none.csv"])
+
+
+def test_an_index_killed_between_its_files_is_built_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
+    csv = write(tmp_path / "one.csv", ["a red fox", "two boats"])
+    retrieval.open_index([csv])
+    write(csv, ["an owl", "a lighthouse"])
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(retrieval.Stamp, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            retrieval.open_index([csv])
+    write(csv, ["a red fox", "two boats"])  # the stamp of these files must not vouch for the others'
+    index = retrieval.open_index([csv])
+    for row, prompt in enumerate(["a red fox", "two boats"]):
+        assert index.prompts[row].as_py() == prompt
+        assert np.allclose(index.vectors[row], text_encoder.encode([prompt])[0], atol=1e-6)
