@@ -14,14 +14,14 @@ from .describer import Describer
 TEN = 10
 
 
-def compare(describer: Describer, files: Sequence[Path], truth: Sequence[str], interrogator: str) -> pd.DataFrame:
+def compare(describer: Describer, files: Sequence[Path], truth: Sequence[str], interrogator: str = "") -> pd.DataFrame:
     """Scores every way to say what images show, on the same images.
 
     Args:
         describer: With a checkpoint; its known prompts should not hold the truth.
         files: Images, all readable.
         truth: Their prompts.
-        interrogator: Encoder that says something without any training, `interrogator` or `classes`.
+        interrogator: Encoder that says something without any training, `interrogator` or `classes`; "" leaves it out.
 
     Returns:
         A row a way: mean cosine to the prediction and to the truth, the latter with its 95 % bootstrap interval; the
@@ -33,14 +33,14 @@ def compare(describer: Describer, files: Sequence[Path], truth: Sequence[str], i
     ten = [[text for text, _ in some] for some in describer.index.search(predicted, TEN)]
     flat = text_encoder.encode([text for some in ten for text in some]).reshape(len(ten), -1, text_encoder.DIMENSION)
     luckiest = np.einsum("ikd,id->ik", flat, targets).argmax(1)
-    (said,) = encoders.encode([encoders.build(interrogator, 224)], list(files))
     ways = {
         "nearest known prompt": flat[:, 0],
-        "interrogator": said.vectors,
         "composed": text_encoder.encode([one.prompt for one in found]),
         "of the ten nearest the one nearest to the truth": flat[np.arange(len(ten)), luckiest],
         "the prediction itself, no text": predicted,
     }
+    if interrogator:
+        ways["interrogator"] = encoders.encode([encoders.build(interrogator, 224)], list(files))[0].vectors
     base = (evaluate.unit(flat[:, 0]) * targets).sum(1)
     rows = {}
     for name, vectors in ways.items():

@@ -28,6 +28,7 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
         "05_embed_images": {},
         "06_train_ensemble": {"epochs": 2},
         "07_infer_submission": {},
+        "08_edit_prompts": {"scored": 20},
     }
     if (SHARED / "diffusiondb_sample").is_dir():
         parameters["06_train_ensemble"]["demo_folder"] = str(SHARED / "diffusiondb_sample")
@@ -40,6 +41,8 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
     metrics = model.load(run.checkpoint).config["metrics"]
     assert metrics["constant"] < 0.55
     assert metrics["validation_cosine"] > metrics["constant"]
+    described = pd.read_csv(run.folder / "prompts.csv")
+    assert len(described) == len(pd.read_csv(run.test_metadata)) and (described["cosine"] > described["cosine_1"]).all()
     scores = json.loads(run.submission.with_suffix(".json").read_text())
     assert scores["score"] > scores["constant"] and len(scores["alone"]) == 2
 

@@ -20,7 +20,17 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image, display
 
-from image_to_prompts import describer, metadata, profiles, report, text_encoder, text_scores, workspace
+from image_to_prompts import (
+    describer,
+    encoders,
+    metadata,
+    profiles,
+    report,
+    text_encoder,
+    text_scores,
+    weights,
+    workspace,
+)
 from image_to_prompts.demo import painter
 
 pd.set_option("display.max_colwidth", 150)
@@ -56,7 +66,8 @@ if known:
     rendered = metadata.read(folder / workspace.MANIFEST).set_index("file")["prompt"]
     files = [one.path for one in found[:scored]]
     truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
-    speaks = "classes" if profile == "embedded" else "interrogator"
+    at_hand = all(weights.attached(name) for name in encoders.INTERROGATOR)
+    speaks = "classes" if profile == "embedded" else "interrogator" if at_hand else ""
     table = text_scores.compare(describer.Describer(config), files, truth, speaks)
     display(table.round(3))
 else:
