@@ -11,7 +11,7 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-image_folder = None  # None: the held-out pictures of notebook 03
+image_folder = None  # None: the held-out pictures of notebook 03, else the competition's, else those trained on
 scored = 200  # held-out pictures on which the ways are compared
 
 # %%
@@ -35,8 +35,9 @@ from image_to_prompts.demo import painter
 
 pd.set_option("display.max_colwidth", 150)
 run, profile = workspace.start(run_folder, profile)
-folder = Path(image_folder) if image_folder else run.rendered(run.test_images)[0]
-known = (folder / workspace.MANIFEST).is_file()  # pictures that notebook 03 rendered, with their prompts
+found_images = run.target_images() or run.rendered(run.train_images)[0]
+folder = Path(image_folder) if image_folder else found_images
+known = folder.name == run.test_images.name and (folder / workspace.MANIFEST).is_file()  # never trained on
 config = profiles.default_config("describe", run, profile, paths=(folder,), out=run.folder / "prompts.csv")
 
 # %% [markdown]
