@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import metadata, text_cache, text_encoder
-from .dedupe.exact import ROUNDING, places, reaches
+from .dedupe.exact import ROUNDING, places, reaches, whole_sums
 from .devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 from .evaluate import unit
 from .files import Stamp, atomic_path, make_folder
@@ -31,8 +31,8 @@ ASKED = 1024  # queries at once
 FIRST = 4096  # rows whose best cosines give the first limits
 GATHERED = 512  # pairs computed again at once
 BLOCK = 65_536  # prompts embedded at once
-ERROR = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float32: 0.0}
-"""Relative rounding to nearest; a product of unit vectors loses it three times: twice on its way in, once out."""
+ERROR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
+"""Unit roundoff (half the gap after 1); a product of unit vectors is off by it three times: twice in, once out."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.nd
         int64 (m, count) rows, best first, the earlier of equals first; float32 (m, count) cosines.
     """
     count = min(count, len(vectors))
+    if not count:
+        return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
     found = [_nearest(unit(queries[i : i + ASKED]), vectors, count) for i in range(0, len(queries), ASKED)]
     none = np.empty((0, count), np.int64), np.empty((0, count), np.float32)
     rows, cosines = (np.concatenate(part) for part in zip(none, *found, strict=True))
@@ -115,9 +117,10 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.n
     device = local_device()
     if device.type == "cpu":
         keep_memory()
+    whole_sums()
     kind = type_of(mixed_precision(device))
     coarse = torch.from_numpy(queries).to(device, kind).T.contiguous()
-    margin = 2 * (3 * ERROR[kind] + ROUNDING)  # by which the nearest may seem farther than another
+    margin = 2 * ((1 + ERROR[kind]) ** 3 - 1 + ROUNDING)  # by which the nearest may seem farther than another
 
     def product(rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(rows).to(device, kind) @ coarse
@@ -128,7 +131,7 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.n
         row, query = places(reaches(cosines, limits))
         return query, row + start, cosines[torch.from_numpy(row), torch.from_numpy(query)].float().cpu().numpy()
 
-    sample = product(vectors[:: max(1, len(vectors) // FIRST)]).float()
+    sample = product(vectors[:: max(1, len(vectors) // max(FIRST, count))]).float()
     limits = sample.topk(count, dim=0).values[-1] - margin
     best = np.full((len(queries), count), -np.inf, np.float32)
     found = []
@@ -136,9 +139,10 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.n
         for start in range(0, len(vectors), TILE * CHUNK):
             tiles = range(start, min(start + TILE * CHUNK, len(vectors)), TILE)
             some = [np.concatenate(column) for column in zip(*threads.map(candidates, tiles), strict=True)]
-            found.append(some)
             best = _merged(best, some[0], some[2])
             limits = torch.maximum(limits, torch.from_numpy(best[:, -1]).to(device) - margin)
+            may = some[2] >= limits.cpu().numpy()[some[0]]
+            found.append([column[may] for column in some])
         query, row, cosine = (np.concatenate(column) for column in zip(*found, strict=True))
         may = cosine >= limits.cpu().numpy()[query]
         query, row, cosine = query[may], row[may], cosine[may]

@@ -34,9 +34,33 @@ def test_crowds_of_near_twins_are_told_apart(rows, count, seed, close):
     assert np.abs(cosines[0] - best).max() < 1e-6 and len(set(found[0])) == found.shape[1]
 
 
-def test_no_queries():
+def test_the_worst_that_rounding_does_is_allowed_for():
+    """Every component lies just beside the middle of two bf16 numbers, so that all errors add up."""
+    below, above = (2.0**-4 * (1 + 2.0**-8 + shift) for shift in (-2e-5, 2e-5))
+    query, one = np.zeros(384), np.zeros(384)
+    query[:126], query[126:252] = below, above
+    query[254] = np.sqrt(1 - (query**2).sum())
+    one[:126], one[126:252] = below, -above
+    other = -one
+    one[254] = 0.003
+    for vector in (one, other):
+        vector[300] = np.sqrt(1 - (vector**2).sum())
+    vectors = np.stack([one, other]).astype(np.float32)
+    rows, _ = retrieval.nearest(query[None].astype(np.float32), vectors, 1)
+    assert vectors[0] @ query > vectors[1] @ query and rows[0, 0] == 0
+
+
+def test_no_queries_no_vectors_and_all_of_them():
     rows, cosines = retrieval.nearest(np.zeros((0, 384), np.float32), units(3), 2)
     assert rows.shape == cosines.shape == (0, 2)
+    assert retrieval.nearest(units(3), units(0), 2)[0].shape == (3, 0)
+    rows, _ = retrieval.nearest(units(2), units(9000, 1), 6000)
+    assert rows.shape == (2, 6000) and len(set(rows[0])) == 6000
+
+
+def test_a_query_without_direction_holds_no_more_than_it_needs():
+    rows, cosines = retrieval.nearest(np.zeros((1, 384), np.float32), units(5000), 3)
+    assert rows[0].tolist() == [0, 1, 2] and not cosines.any()
 
 
 def write(path, prompts):

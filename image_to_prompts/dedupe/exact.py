@@ -146,6 +146,12 @@ def joined(parts: Iterable[Pairs]) -> Pairs:
     return Pairs(*(np.concatenate(columns) for columns in zip(none, *parts, strict=True)))
 
 
+def whole_sums() -> None:
+    """Sums products of halves in float32 on GPUs; halves would round more than margins allow. For the whole process."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def reaches(values: torch.Tensor, limit: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray | torch.Tensor:
     """`values >= limit`, on a CPU by NumPy, which is several times as fast as PyTorch.
 
@@ -189,9 +195,7 @@ class _Search:
         self.exact = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
         if not all(((part.pow(2).sum(1) - 1).abs() < UNIT).all() for part in self.exact.split(BLOCK)):
             raise ValueError("a vector is not of length 1")
-        # Sums of halves would round more than the margin allows for; stays so for the rest of the process.
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        whole_sums()
         error = self._bound()
         margin = 2 * error * (1 + error) + error**2 + ROUNDING
         # Rounding keeps order: a product that reaches the limit reaches the rounded limit when it is rounded itself.
