@@ -152,7 +152,22 @@ def page(describer: Describer, paint: Callable[[str], Image.Image]) -> gradio.Bl
         image.change(look, image, [vector, prompt, cosine, nearest, again], api_name="describe", **one)
         prompt.change(similarity, [prompt, vector], cosine, trigger_mode="always_last", show_progress="hidden", **one)
         button.click(draw, prompt, again, api_name="render", **one)
+    for block in blocks.blocks.values():  # any input may claim to be a file
+        block.async_move_resource_to_block_cache = _local_only(block.async_move_resource_to_block_cache)
     return blocks
+
+
+def _local_only(move: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Refuses addresses, which Gradio would fetch whole into memory, whatever their size."""
+    import gradio as gr
+    from gradio_client.utils import is_http_url_like
+
+    async def move_local(path: Any) -> str | None:
+        if is_http_url_like(str(path).lower()):
+            raise gr.Error("Upload a file; addresses are not fetched.", print_exception=False)
+        return await move(path)
+
+    return move_local
 
 
 def launch(config: Config, wait: bool = True) -> gradio.Blocks:

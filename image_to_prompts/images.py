@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,15 +72,24 @@ def read(path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(archives.read(path)) if archives.is_member(path) else path) as file:
             file.seek(0)
-            image = ImageOps.exif_transpose(file)
+            image = _upright(file)
             if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):
                 image = Image.fromarray(_eight_bit(np.asarray(image)))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BrokenImageError(f"{path}: cannot be read as an image: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; one that is damaged says nothing."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return image.copy()
 
 
 def _eight_bit(values: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The page, served by a process of its own: in a browser, to ten users at once, and to hostile uploads."""
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -160,6 +161,7 @@ def test_hostile_uploads_are_refused_in_words(server, pictures, alone, tmp_path)
     bomb(tmp_path / "bomb.png", 64_000)
     bomb(tmp_path / "large.png", 10_000)
     Image.new("RGB", (64, 64)).save(tmp_path / "image.tiff")
+    Image.new("RGB", (64, 64)).save(tmp_path / "exif.png", exif=b"Exif\0\0II*\0")
     said = {
         "script.svg": "no readable image",
         "script.png": "no readable image",
@@ -180,6 +182,7 @@ def test_hostile_uploads_are_refused_in_words(server, pictures, alone, tmp_path)
     with zipfile.ZipFile(polyglot, "a") as archive:
         archive.writestr("evil.html", "<script>alert(1)</script>")
     assert server.describe(polyglot)[0] == alone[0].prompt  # what follows the picture is nobody's business
+    assert server.describe(tmp_path / "exif.png")[0]  # a damaged EXIF block says nothing
     assert server.memory() < before + 0.3
 
 
@@ -227,6 +230,17 @@ def test_no_file_outside_the_uploads_can_be_read(server, trained_run, pictures):
             text = httpx.get(f"{server.url}/gradio_api/call/describe/{call.json()['event_id']}", timeout=60).text
         assert "error" in text and "secret\n" not in text, (claim, text)
     assert server.describe(pictures[0])[0]  # it keeps serving
+
+
+def test_addresses_are_not_fetched():
+    """Neither for the image nor for any other input that claims to be a file."""
+    blocks = demo.page(None, None)
+    move = [block.async_move_resource_to_block_cache for block in blocks.blocks.values()]
+    assert len(move) > 5
+    for one in move:
+        for address in ("http://example.org/a.png", "https://example.org/a.png", "HTTPS://example.org/a.png"):
+            with pytest.raises(Exception, match="not fetched"):
+                asyncio.run(one(address))
 
 
 def test_the_port_and_the_run_are_checked(server, refused, trained_run, tmp_path):

@@ -34,6 +34,14 @@ def test_exif_orientation_is_applied(tmp_path):
     assert turned.getpixel((10, 1))[2] > 200 > turned.getpixel((10, 38))[2]
 
 
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_a_damaged_exif_block_says_nothing(tmp_path, suffix):
+    for number, block in enumerate((b"Exif\0\0II*\0", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\1\x12")):
+        path = tmp_path / f"{number}.{suffix}"
+        Image.new("RGB", (40, 20), RED).save(path, exif=block)
+        assert images.read(path).size == (40, 20)
+
+
 def test_alpha_is_laid_on_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert images.read(tmp_path / "a.png").getpixel((3, 3)) == (255, 255, 255)
