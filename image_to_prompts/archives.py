@@ -63,15 +63,20 @@ def index(archive: Path) -> dict[str, Member]:
         raise OSError(f"not a whole archive: {error}") from error
 
 
+def _member(path: Path) -> Member:
+    member = index(path.parent).get(path.name)
+    if member is None:
+        raise OSError(f"no readable member {path.name}")
+    return member
+
+
 def read(path: Path) -> bytes:
     """Contents of a member.
 
     Raises:
         OSError: If there is no such member or the archive cannot be read.
     """
-    member = index(path.parent).get(path.name)
-    if member is None:
-        raise OSError(f"no readable member {path.name}")
+    member = _member(path)
     with path.parent.open("rb") as file:
         file.seek(member.offset)
         if path.parent.suffix == ".zip":  # the header's length is known only from itself: APPNOTE.TXT, 4.3.7
@@ -89,7 +94,7 @@ def read(path: Path) -> bytes:
 
 
 def stat(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in seconds of a file or a member."""
+    """Size in bytes and time of the last change in seconds of a file or a member; raises OSError if it is not there."""
     if is_member(path):
-        return index(path.parent)[path.name].size, int(path.parent.stat().st_mtime)
+        return _member(path).size, int(path.parent.stat().st_mtime)
     return path.stat().st_size, int(path.stat().st_mtime)

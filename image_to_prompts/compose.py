@@ -70,19 +70,24 @@ def vocabulary(folder: Path | None = None, artists: bool = True) -> Vocabulary:
     Raises:
         UserError: If the folder has none of these files, or one is not UTF-8.
     """
-    from .generate import grammar
-
-    own = terms.read(folder, artists, {"subjects": list(grammar.vocabulary())})
-    own["flavors"] = own["flavors"][:MODIFIERS]
-    kinds = ("subjects", "mediums", "movements", "flavors", "artists")
-    phrases = list(dict.fromkeys(phrase for kind in kinds for phrase in own[kind]))
+    phrases = phrases_in(folder, artists)
     if not artists:  # some modifiers name them too
         phrases = [phrase for phrase, left in zip(phrases, _without_artists(phrases), strict=True) if phrase == left]
     return Vocabulary(phrases, text_encoder.encode(phrases), artists)
 
 
+def phrases_in(folder: Path | None, artists: bool = True) -> list[str]:
+    """The phrases of `vocabulary`, none twice; arguments and errors as there."""
+    from .generate import grammar
+
+    own = terms.read(folder, artists, {"subjects": list(grammar.vocabulary())})
+    own["flavors"] = own["flavors"][:MODIFIERS]
+    kinds = ("subjects", "mediums", "movements", "flavors", "artists")
+    return list(dict.fromkeys(phrase for kind in kinds for phrase in own[kind]))
+
+
 def cut(prompt: str) -> list[Part]:
-    """The phrases of a prompt; `join` makes the prompt of them again, but for white space."""
+    """The phrases of a prompt; `join` makes it of them again, but for white space and marks at its ends or repeated."""
     pieces = _CUT.split(" ".join(prompt.split()).strip(" ,;:|"))
     return [Part(joint, phrase) for joint, phrase in zip(["", *pieces[1::2]], pieces[::2], strict=True) if phrase]
 
@@ -113,10 +118,11 @@ def compose(
         targets: float32 (n, 384), predictions of unit length.
         nearest: Known prompts near to each, best first, at least one.
         words: From `vocabulary`.
-        most_words: How many words a prompt has at most; one that was longer from the beginning does not grow.
+        most_words: How many words a prompt has at most; of a known one that is longer the first phrases count.
 
     Returns:
-        n prompts, none farther from its target than its first known prompt (artists taken out, if they are).
+        n prompts. Each is at least as near to its target as the first known one, cut so and without artists, if they
+        are not wanted; but for the rounding of half precision.
     """
     known = [list(some[:NEIGHBOURS]) for some in nearest]
     if not words.artists:
@@ -125,7 +131,7 @@ def compose(
     local = [list(dict.fromkeys(phrase for prompt in some for phrase in phrases_of(prompt))) for some in known]
     texts.know([phrase for some in local for phrase in some])
     climbs = [
-        _Climb(target, cut(some[0]) or [Part("", some[0])], phrases, words, most_words, texts)
+        _Climb(target, _first(some[0], most_words), phrases, words, most_words, texts)
         for target, some, phrases in zip(targets, known, local, strict=True)
     ]
     texts.know([join(climb.parts) for climb in climbs])
@@ -136,6 +142,14 @@ def compose(
         texts.know([join(parts) for some in moves for parts, _ in some])
         live = [climb for climb, some in zip(live, moves, strict=True) if climb.step(some)]
     return [join(climb.parts) for climb in climbs]
+
+
+def _first(prompt: str, most_words: int) -> list[Part]:
+    """The first phrases of a prompt that fit, at least a part of one."""
+    parts = cut(prompt) or [Part("", prompt)]
+    while len(parts) > 1 and len(join(parts).split()) > most_words:
+        parts.pop()
+    return parts if len(parts) > 1 else [Part("", " ".join(parts[0].phrase.split()[:most_words]) or prompt)]
 
 
 def _without_artists(prompts: list[str]) -> list[str]:
@@ -200,12 +214,13 @@ class _Climb:
         found: list[Move] = [(parts, 0.0) for parts in shorter]
         if len(join(self.parts).split()) < self.most_words:
             missing = self._missing(self.texts.of(self.parts), ADDED)
-            found += [([*self.parts, Part(", ", phrase)], GAIN) for phrase in missing]
+            longer = [[*self.parts, Part(", ", phrase)] for phrase in missing]
+            found += [(parts, GAIN) for parts in longer if len(join(parts).split()) <= self.most_words]
         for place, part in enumerate(self.parts):
             rest = self.texts.of(shorter[place]) if shorter else np.zeros_like(self.target)
             for phrase in self._missing(rest, SWAPPED, part.phrase):
                 swapped = [*self.parts[:place], Part(part.joint, phrase), *self.parts[place + 1 :]]
-                if len(join(swapped).split()) <= max(self.most_words, len(join(self.parts).split())):
+                if len(join(swapped).split()) <= self.most_words:
                     found.append((swapped, SWAP_GAIN))
         return found
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import filelock
 import numpy as np
 import torch
 
@@ -72,24 +73,33 @@ def open_index(csvs: Sequence[Path]) -> Index:
     names = [str(path.resolve()) for path in csvs]
     folder = text_cache.path().parent / "index" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
     texts, vectors = folder / "prompts.arrow", folder / "vectors.npy"
-    stamp = Stamp(folder / ".index.done", {"encoder": text_encoder.NAME}, csvs)
-    if not all(path.is_file() for path in csvs) or not stamp.is_current():
-        prompts = list(dict.fromkeys(prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]))
-        log.info("index of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
-        make_folder(folder)
-        stamp.path.unlink(missing_ok=True)
-        with atomic_path(vectors) as part:
-            shape = (len(prompts), text_encoder.DIMENSION)
-            kept = np.lib.format.open_memmap(part, "w+", np.float32, shape)
-            for start in range(0, len(prompts), BLOCK):
-                kept[start : start + BLOCK] = text_encoder.encode(prompts[start : start + BLOCK])
-            kept.flush()
-        table = pa.table({"prompt": pa.array(prompts, pa.large_string())})
-        with atomic_path(texts) as part, pa.ipc.new_file(str(part), table.schema) as file:
-            file.write_table(table)
-        stamp.write([texts, vectors])
-    column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"]
-    return Index(column, np.load(vectors, mmap_mode="c"))
+    make_folder(folder)
+    with filelock.FileLock(folder / ".lock"):  # one process builds, and nobody opens one file without the other
+        stamp = Stamp(folder / ".index.done", {"encoder": text_encoder.NAME}, csvs)
+        if not all(path.is_file() for path in csvs) or not stamp.is_current():
+            for left in folder.glob(".*.part"):  # by a killed process
+                left.unlink()
+            stamp.path.unlink(missing_ok=True)
+            _build(csvs, texts, vectors)
+            stamp.write([texts, vectors])
+        column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"].combine_chunks()
+        return Index(column, np.load(vectors, mmap_mode="c"))
+
+
+def _build(csvs: Sequence[Path], texts: Path, vectors: Path) -> None:
+    """Writes the two files of an index."""
+    import pyarrow as pa
+
+    prompts = list(dict.fromkeys(prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]))
+    log.info("index of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
+    with atomic_path(vectors) as part:
+        kept = np.lib.format.open_memmap(part, "w+", np.float32, (len(prompts), text_encoder.DIMENSION))
+        for start in range(0, len(prompts), BLOCK):
+            kept[start : start + BLOCK] = text_encoder.encode(prompts[start : start + BLOCK])
+        kept.flush()
+    table = pa.table({"prompt": pa.array(prompts, pa.large_string())})
+    with atomic_path(texts) as part, pa.ipc.new_file(str(part), table.schema) as file:
+        file.write_table(table)
 
 
 def nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

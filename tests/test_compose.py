@@ -73,6 +73,8 @@ def test_artists_are_left_out_on_request(words, no_artists):
 def test_the_length_limit_holds(words):
     target = text_encoder.encode(["a cat, a dog, a fox, a wolf, a bear in a forest, oil painting, sunset, fog"])
     assert len(compose.compose(target, [KNOWN[2:]], words, 6)[0].split()) <= 6
+    for limit in (1, 4):  # shorter than the known prompt
+        assert 1 <= len(compose.compose(target, [KNOWN], words, limit)[0].split()) <= limit
     long = compose.compose(target, [KNOWN[2:]], words, 30)[0]
     assert 6 < len(long.split()) <= 30
 

@@ -1,3 +1,7 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -90,6 +94,33 @@ def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
     assert index.search(encode(["an owl"]), 1)[0][0][0] == "an owl"  # whoever has the old one open keeps it
     with pytest.raises(UserError, match="no such file"):
         retrieval.open_index([tmp_path / "none.csv"])
+
+
+def test_two_processes_with_one_index_do_not_mix_its_files(tmp_path, monkeypatch):
+    """While one builds, the other waits, and then sees its own version of the CSV."""
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
+    csv = write(tmp_path / "one.csv", ["a red fox", "two boats"])
+    building, version = threading.Event(), []
+    build = retrieval._build
+
+    def slow(csvs, texts, vectors):
+        build(csvs, texts, vectors)
+        building.set()
+        time.sleep(0.5)
+        version.append("built")
+
+    monkeypatch.setattr(retrieval, "_build", slow)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(retrieval.open_index, [csv])
+        building.wait()
+        second = threads.submit(retrieval.open_index, [csv])
+        indexes = first.result(), second.result()
+    assert version == ["built"]
+    assert all(index.prompts.to_pylist() == ["a red fox", "two boats"] for index in indexes)
+    stale = next((tmp_path / "cache" / "index").iterdir()) / ".vectors.npy.1.part"
+    stale.write_bytes(b"0" * 100)
+    write(csv, ["an owl"])
+    assert retrieval.open_index([csv]).prompts.to_pylist() == ["an owl"] and not stale.exists()
 
 
 def test_an_index_killed_between_its_files_is_built_anew(tmp_path, monkeypatch):
