@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,9 @@ from turns import Prepared, in_turns, lines, ratio, record
 def _describer(run: Path):
     from image_to_prompts import describer, profiles, workspace
 
-    return describer.Describer(profiles.default_config("describe", workspace.Run(run), "embedded"))
+    found = describer.Describer(profiles.default_config("describe", workspace.Run(run), "embedded"))
+    gc.freeze()  # as the command does; without it accelerate's collections would slow the loops
+    return found
 
 
 def files(run: Path, count: int) -> list[Path]:

@@ -17,6 +17,7 @@ import tyro
 from . import __version__, progress, workspace
 from .devices import rank_and_processes
 from .errors import UserError
+from .files import shown
 from .stages import STAGES
 
 EXTRA = {
@@ -130,7 +131,7 @@ def _dispatch(words: list[str]) -> None:
     elif words[0] == "describe":
         found = _run_stage(words[0], words[1:])
         if rank_and_processes()[0] == 0:
-            sys.stdout.writelines(f"{one.path}\t{one.prompt}\n" for one in found)
+            sys.stdout.writelines(f"{shown(one.path)}\t{one.prompt}\n" for one in found)
     elif words[0] in {s.name for s in STAGES}:
         _run_stage(words[0], words[1:])
     elif words[0] == "run":

@@ -6,8 +6,12 @@ is uploaded is checked before it is decoded, and deleted after an hour.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import signal
+import socket
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -178,8 +182,9 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         wait: Whether to return only when the server has been stopped.
 
     Raises:
-        UserError: If gradio is not installed, the port is taken, or see `Describer`.
+        UserError: If gradio is not installed, the address cannot be used, or see `Describer`.
     """
+    _check_address(config.host, config.port)
     folder = tempfile.TemporaryDirectory(prefix="image-to-prompts-")  # lives as long as the page, see below
     os.environ |= {"GRADIO_TEMP_DIR": folder.name, "GRADIO_ANALYTICS_ENABLED": "False"}
     try:
@@ -188,6 +193,7 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
     run = workspace.Run(config.run)
     describer = Describer(profiles.default_config("describe", run, config.profile, no_artists=config.no_artists))
+    gc.freeze()  # see `describer`
     blocks = page(describer, painter(config.profile)).queue(max_size=WAITING)
     blocks.uploads = folder
     try:
@@ -202,8 +208,22 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise UserError(f"--port {config.port}: taken; give another one") from error
+        raise UserError(f"--host {config.host} --port {config.port}: {error}") from error
     log.info("open %s (Ctrl-C stops it)", blocks.local_url)
     if wait:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too
         blocks.block_thread()
     return blocks
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises UserError where the page cannot answer, before anything is loaded."""
+    if not 1 <= port <= 65_535:
+        raise UserError(f"--port {port}: must be from 1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; give others") from error

@@ -16,8 +16,9 @@ import gc
 import hashlib
 import json
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,15 +27,16 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, workspace
+from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights, workspace
 from .devices import gather, rank_and_processes
 from .errors import UserError
-from .files import append_line, make_folder, read_journal, sha256, write_text
+from .files import append_line, make_folder, read_journal, sha256, shown, write_text
 from .metadata import IMAGE_SUFFIXES
 from .profiles import StageConfig
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
+METHOD = 1  # to be raised when the same inputs give other texts
 TABLES = (".csv", ".jsonl")
 
 
@@ -80,7 +82,7 @@ class Description:
         cosine: Of the prompt's embedding with the predicted one; None without a checkpoint.
         nearest: The nearest known prompts with their cosines, best first.
         error: Why it cannot be read; "" if it can.
-        vector: float32 (384,), the predicted embedding; None if the description comes from an earlier run.
+        vector: float32 (384,), the predicted embedding; None in what `run` returns, which keeps texts alone.
     """
 
     path: Path
@@ -110,13 +112,15 @@ class Describer:
         self.interrogator = None if folders else _interrogator(config.profile, run)
         self.index = retrieval.open_index(csvs) if csvs else None
         self.words = compose.vocabulary(config.vocabulary, not config.no_artists) if folders else None
-        gc.freeze()  # accelerate collects garbage before each block: .3 s, were it to look at all that was loaded
 
     def describe(self, files: Sequence[Path]) -> list[Description]:
-        """Describes images, `BLOCK` or so at once; one that cannot be read gets an error instead of a prompt."""
+        """Describes images, `BLOCK` at once; one that cannot be read gets an error instead of a prompt."""
+        blocks = (list(files[start : start + BLOCK]) for start in range(0, len(files), BLOCK))
+        return [one for block in blocks for one in self._describe(block)]
+
+    def _describe(self, files: list[Path]) -> list[Description]:
         from . import compose
 
-        files = list(files)
         vectors, texts = self._look(files)
         readable = np.flatnonzero(np.isfinite(vectors[:, 0]))
         count = max(compose.NEIGHBOURS, self.config.top)
@@ -127,14 +131,11 @@ class Describer:
             cosines = (text_encoder.encode_once(said) * vectors[readable]).sum(1).astype(float).round(4).tolist()
         else:
             said, cosines = [texts[row] for row in readable], [None] * len(readable)
-        found = [
-            Description(file, "", error=_why(file)) if row not in set(readable) else None
-            for row, file in enumerate(files)
-        ]
-        for row, prompt, cosine, some in zip(readable, said, cosines, nearest, strict=True):
+        found = {}
+        for row, prompt, cosine, some in zip(readable.tolist(), said, cosines, nearest, strict=True):
             near = tuple((text, round(value, 4)) for text, value in some[: self.config.top])
             found[row] = Description(files[row], prompt, cosine, near, vector=vectors[row])
-        return found
+        return [found.get(row) or Description(file, "", error=_why(file)) for row, file in enumerate(files)]
 
     def _look(self, files: list[Path]) -> tuple[np.ndarray, list[str]]:
         """Unit vectors, NaN for images that cannot be read; without a checkpoint also what the interrogator says."""
@@ -154,19 +155,25 @@ def _why(file: Path) -> str:
         images.read(file)
     except images.BrokenImageError as error:
         return str(error)
-    return "could not be read"
+    return f"{shown(file)}: could not be read"
 
 
 def sources(config: Config) -> tuple[list[Path], list[Path]]:
     """The checkpoints, none if there is none, and the CSVs of known prompts.
 
     Raises:
-        UserError: If there is a checkpoint but no known prompts.
+        UserError: If one that was given is not there, or there is a checkpoint but no known prompts.
     """
     run = workspace.Run(config.run)
     folders = list(config.checkpoint) or infer.newest(run, may_miss=True)
     known = [run.have(path) for path in (run.train_metadata, run.metadata)]
     csvs = list(config.prompts) or [path for path in known if path.is_file()][:1]
+    for path in csvs:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; correct --prompts")
+    for folder in folders:
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"{folder}: no checkpoint; correct --checkpoint")
     if folders and not csvs:
         raise UserError(f"no known prompts: {known[0]} is not there; run dedupe first or give --prompts CSV")
     return folders, csvs
@@ -221,10 +228,14 @@ def run(config: Config) -> list[Description]:
         raise UserError("give image files or folders to describe")
     if config.out and config.out.suffix.lower() not in TABLES:
         raise UserError(f"--out {config.out}: must end in {' or '.join(TABLES)}")
-    for name, least in (("top", 1), ("most_words", 1), ("batch_size", 1)):
+    if not config.views:
+        raise UserError("--views: give at least one")
+    for name, least in (("top", 1), ("most_words", 1), ("batch_size", 1), ("loader_workers", 0)):
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
     files = _files(config.paths)
+    if config.txt:
+        _check_places(files)
     outputs = _Outputs(make_folder(config.run / "described"), config.overwrite)
     if config.out:
         outputs.check(config.out)
@@ -234,11 +245,10 @@ def run(config: Config) -> list[Description]:
     rank, processes = rank_and_processes()
     journal = outputs.folder / f".{fingerprint}.{rank}.jsonl"
     _work(config, files[rank::processes], keys[rank::processes], done, journal, outputs)
-    share = [
-        Description(file, **done[key]) for file, key in zip(files[rank::processes], keys[rank::processes], strict=True)
-    ]
+    share = [_cut(file, done[key], config.top) for file, key in list(zip(files, keys, strict=True))[rank::processes]]
     found = gather(share, len(files))
     if config.out and rank == 0:
+        outputs.check(config.out)  # hours may have passed
         outputs.write(config.out, _table(found, config))
     broken = [one for one in found if one.error]
     for one in broken:
@@ -247,14 +257,20 @@ def run(config: Config) -> list[Description]:
     return found
 
 
+def _cut(file: Path, record: dict[str, Any], top: int) -> Description:
+    return Description(file, **{**record, "nearest": record["nearest"][:top]})
+
+
 def _work(
     config: Config, files: list[Path], keys: list[str], done: dict[str, Any], journal: Path, outputs: _Outputs
 ) -> None:
     """Describes what is not done, block by block; writes the text files of all."""
+    from . import compose
     from .progress import progress_to
 
     todo = [row for row, key in enumerate(keys) if key not in done]
-    describer = Describer(config) if todo else None
+    describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None
+    gc.freeze()  # accelerate collects garbage before each block: .3 s, were it to look at all that was loaded
     stay = 0
     if config.txt:
         stay += sum(not outputs.beside(file, done[key]) for file, key in zip(files, keys, strict=True) if key in done)
@@ -274,18 +290,31 @@ def _work(
         log.warning("%d .txt files are not from here or were edited, and stay; --overwrite replaces them", stay)
 
 
+def _check_places(files: list[Path]) -> None:
+    """Refuses images beside which no .txt of their own can lie; raises UserError."""
+    places: dict[Path, Path] = {}
+    for file in files:
+        if archives.is_member(file):
+            raise UserError(f"{shown(file)}: --txt has no place beside an image in an archive; use --out")
+        other = places.setdefault(file.with_suffix(".txt"), file)
+        if other != file:
+            raise UserError(f"{shown(file)}: --txt would write the same file as for {other.name}; use --out")
+
+
 def _files(paths: Sequence[Path]) -> list[Path]:
     """Image files of paths, none twice; raises UserError."""
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found += images.find(path)
-        elif not path.is_file() and not archives.is_member(path):
-            raise UserError(f"{path}: no such file or folder; correct the path")
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(f"{path}: not an image ({', '.join(IMAGE_SUFFIXES)}); give image files or folders")
-        else:
-            found.append(path)
+        try:
+            if path.is_dir():
+                found += images.find(path)
+                continue
+            archives.stat(path)
+        except OSError as error:
+            raise UserError(f"{shown(path)}: no such file or folder ({error.strerror or error}); correct it") from error
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UserError(f"{shown(path)}: not an image ({', '.join(IMAGE_SUFFIXES)}); give image files or folders")
+        found.append(path)
     return list(dict.fromkeys(found))
 
 
@@ -294,12 +323,19 @@ def _key(file: Path) -> str:
 
 
 def _fingerprint(config: Config) -> str:
-    """Tells descriptions from those of other settings, checkpoints, known prompts and vocabularies."""
+    """Tells descriptions from those of other settings, checkpoints, known prompts, vocabularies and code."""
+    from . import compose
+
     folders, csvs = sources(config)
-    inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json")] + csvs
-    inputs += sorted(config.vocabulary.glob("*.txt")) if config.vocabulary else []
-    kept = {name: getattr(config, name) for name in ("views", "top", "no_artists", "most_words", "profile")}
-    text = json.dumps([kept, [sha256(path) for path in inputs if path.is_file()]])
+    names = ("model.safetensors", "config.json", "validation.safetensors")  # the last one decides the blend's weights
+    inputs = [folder / name for folder in folders for name in names] + csvs
+    kept = {name: getattr(config, name) for name in ("views", "no_artists", "most_words", "profile")}
+    kept |= {"method": METHOD, "top": max(config.top, compose.NEIGHBOURS)}
+    kept |= {
+        "phrases": compose.phrases_in(config.vocabulary),
+        "encoder": weights.digest(weights.locate(text_encoder.NAME)),
+    }
+    text = json.dumps([kept, [sha256(path) if path.is_file() else "" for path in inputs]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -307,17 +343,17 @@ def _done(folder: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
     records = [record for path in sorted(folder.glob(f".{fingerprint}.*.jsonl")) for record in read_journal(path)]
     for record in records:
         record["nearest"] = tuple((prompt, cosine) for prompt, cosine in record["nearest"])
-    return {record.pop("key"): record for record in records}
+    return {record.pop("key"): record for record in records if not record["error"]}  # others may have been mended
 
 
 def _table(found: list[Description], config: Config) -> str:
     """The text of the table."""
     if config.out.suffix.lower() == ".jsonl":
-        rows = [{"image": str(one.path), **asdict(one)} for one in found]
+        rows = [{"image": shown(one.path), **asdict(one)} for one in found]
         for row in rows:
             del row["path"], row["vector"]
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    frame = pd.DataFrame({"image": [str(one.path) for one in found], "prompt": [one.prompt for one in found]})
+    frame = pd.DataFrame({"image": [shown(one.path) for one in found], "prompt": [one.prompt for one in found]})
     frame["cosine"] = [one.cosine for one in found]
     for number in range(config.top):
         some = [one.nearest[number] if number < len(one.nearest) else ("", None) for one in found]
@@ -336,21 +372,29 @@ class _Outputs:
         self.written = {(record["path"], record["sha256"]) for record in read_journal(self.journal)}
 
     def is_ours(self, path: Path) -> bool:
-        return not path.exists() or (str(path.absolute()), sha256(path)) in self.written
+        """Whether nothing is there, or what was written from here."""
+        return not path.exists() or (path.is_file() and (path.absolute().as_uri(), sha256(path)) in self.written)
 
     def check(self, path: Path) -> None:
-        """Raises UserError where a file must not be replaced."""
+        """Raises UserError where a file cannot or must not be written."""
         if path.is_dir():
             raise UserError(f"{path}: is a folder; give a file")
         if not self.overwrite and not self.is_ours(path):
             raise UserError(f"{path}: is not from here or was edited; give another --out, or --overwrite to replace it")
+        make_folder(path.parent)
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written here ({error.strerror}); give another path") from error
 
     def write(self, path: Path, text: str) -> None:
         """Writes a text atomically, after its hash."""
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        if (str(path.absolute()), digest) not in self.written:
-            append_line(self.journal, {"path": str(path.absolute()), "sha256": digest})
-            self.written.add((str(path.absolute()), digest))
+        name = path.absolute().as_uri()
+        if (name, digest) not in self.written:
+            append_line(self.journal, {"path": name, "sha256": digest})
+            self.written.add((name, digest))
         write_text(path, text)
 
     def beside(self, file: Path, record: dict[str, Any]) -> bool:
@@ -358,7 +402,7 @@ class _Outputs:
         path, text = file.with_suffix(".txt"), record["prompt"] + "\n"
         if record["error"] or (path.is_file() and path.read_bytes() == text.encode("utf-8")):
             return True
-        if not self.overwrite and not self.is_ours(path):
+        if path.is_dir() or (not self.overwrite and not self.is_ours(path)):
             return False
         self.write(path, text)
         return True

@@ -44,6 +44,11 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def shown(path: Path | str) -> str:
+    """A path, or what is said of one, as text that can be written anywhere; bytes that are not UTF-8 are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as part:

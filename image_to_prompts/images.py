@@ -18,6 +18,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from . import archives
 from .devices import cores
 from .errors import UserError
+from .files import shown
 from .metadata import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def read(path: Path) -> Image.Image:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"{path}: cannot be read as an image: {error}") from error
+        raise BrokenImageError(shown(f"{path}: cannot be read as an image: {error}")) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

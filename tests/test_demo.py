@@ -232,6 +232,14 @@ def test_no_file_outside_the_uploads_can_be_read(server, trained_run, pictures):
     assert server.describe(pictures[0])[0]  # it keeps serving
 
 
+def test_a_stopped_server_leaves_no_uploads(trained_run, pictures, tmp_path):
+    server = Server(trained_run, tmp_path)
+    assert server.describe(pictures[0])[0] and list(server.temporary.rglob("*.png"))
+    server.process.terminate()
+    server.process.wait(30)
+    assert not list(server.temporary.rglob("*.png"))
+
+
 def test_addresses_are_not_fetched():
     """Neither for the image nor for any other input that claims to be a file."""
     blocks = demo.page(None, None)
@@ -244,5 +252,8 @@ def test_addresses_are_not_fetched():
 
 
 def test_the_port_and_the_run_are_checked(server, refused, trained_run, tmp_path):
-    refused(["demo", "--run", trained_run.folder, "--port", server.port], f"--port {server.port}", "taken")
+    refused(["demo", "--run", trained_run.folder, "--port", server.port], f"--port {server.port}", "in use")
+    for port in ("0", "-1", "99999"):
+        refused(["demo", "--run", trained_run.folder, "--port", port], f"--port {port}", "65535")
+    refused(["demo", "--run", trained_run.folder, "--host", "no.such.host.invalid"], "no.such.host.invalid")
     refused(["demo", "--run", trained_run.folder, "--profile", "other"], "other")

@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pandas as pd
 import pytest
@@ -53,11 +55,50 @@ def test_what_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
     )
     first = describer.run(config(run, pictures))
     assert len(seen) == 7
-    assert describer.run(config(run, pictures, out=tmp_path / "p.csv")) == first and len(seen) == 7
+    assert describer.run(config(run, pictures, out=tmp_path / "p.csv")) == first and len(seen) == 8
     Image.new("RGB", (64, 64), "red").save(pictures / "new.png")
-    assert len(describer.run(config(run, pictures))) == 8 and [path.name for path in seen[7:]] == ["new.png"]
-    describer.run(config(run, pictures, top=2))
-    assert len(seen) == 16
+    assert len(describer.run(config(run, pictures))) == 8
+    assert [path.name for path in seen[7:]] == ["damaged.png", "damaged.png", "new.png"]
+    del seen[7:9]
+    assert all(len(one.nearest) == 2 for one in describer.run(config(run, pictures, top=2)) if not one.error)
+    assert [path.name for path in seen[8:]] == ["damaged.png"]  # might have been mended; all others are kept
+    describer.run(config(run, pictures, most_words=9))
+    assert len(seen) == 9 + 8
+
+
+def test_a_damaged_image_that_was_mended_is_described(trained):
+    run, pictures = trained
+    whole = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png").read_bytes()
+    assert describer.run(config(run, pictures / "damaged.png"))[0].error
+    before = (pictures / "damaged.png").stat()
+    (pictures / "damaged.png").write_bytes(whole)
+    os.utime(pictures / "damaged.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert describer.run(config(run, pictures / "damaged.png"))[0].prompt
+
+
+def test_images_that_would_share_a_text_file_are_refused(trained):
+    run, pictures = trained
+    image = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png")
+    shutil.copyfile(image, image.with_suffix(".jpg"))
+    with pytest.raises(UserError, match=r"would write the same file"):
+        describer.run(config(run, pictures, txt=True))
+    assert not list(pictures.rglob("*.txt"))
+
+
+def test_a_name_that_is_not_utf8_can_be_told(trained, tmp_path, command):
+    run, pictures = trained
+    image = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png")
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copyfile(image, odd)
+    (tmp_path / os.fsdecode(b"bad\xe9.png")).write_bytes(b"x")
+    for out in ("p.csv", "p.jsonl"):
+        code, said, _ = command(
+            "describe", tmp_path, "--run", run.folder, "--views", "whole", "--out", tmp_path / "o" / out
+        )
+        assert code == 0 and "caf\ufffd.png\t" in said
+        assert "caf\ufffd.png" in (tmp_path / "o" / out).read_text(encoding="utf-8")
+    describer.run(config(run, odd, txt=True))
+    assert odd.with_suffix(".txt").read_text()
 
 
 def test_a_text_file_of_the_user_stays(trained, caplog):
@@ -113,6 +154,22 @@ def test_mistakes_get_one_line(trained, refused, tmp_path):
     refused(["describe", pictures, "--out", "p.xlsx", *flags], "--out", ".csv")
     refused(["describe", pictures, "--top", "0", *flags], "--top 0")
     refused(["describe", pictures, "--prompts", tmp_path / "none.csv", *flags], "none.csv", "no such file")
+    describer.run(config(run, pictures))  # what is kept hides no mistake
+    refused(["describe", pictures, "--prompts", run.metadata, tmp_path / "none.csv", *flags], "none.csv")
+    refused(["describe", pictures, "--vocabulary", tmp_path, *flags], "subjects.txt")
+    refused(["describe", pictures, "--checkpoint", run.checkpoint, tmp_path / "none", *flags], "none", "--checkpoint")
+    refused(["describe", pictures, "--views", *flags], "--views")
+    refused(["describe", pictures, "--loader-workers", "-1", *flags], "--loader-workers -1")
+    refused(["describe", tmp_path / ("x" * 300 + ".png"), *flags], "too long")
+    refused(["describe", pictures, "--out", "/proc/x.csv", *flags], "/proc/x.csv")
+    refused(["describe", pictures, "--out", next(pictures.glob("*.png")) / "x.csv", *flags], "regular file")
+    with tarfile.open(pictures / "shard.tar", "w") as shard:
+        shard.add(pictures / "damaged.png", "a.png")
+    (pictures / "torn.tar").write_bytes(b"x" * 100)
+    refused(["describe", pictures / "shard.tar" / "none.png", *flags], "none.png")
+    refused(["describe", pictures / "torn.tar" / "a.png", *flags], "not a whole archive")
+    refused(["describe", pictures / "shard.tar" / "a.png", "--txt", *flags], "archive")
+    (pictures / "torn.tar").unlink()
     run.metadata.unlink()
     refused(["describe", pictures, *flags], "--prompts CSV")
 
