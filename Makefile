@@ -22,6 +22,9 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
 	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu and not network'
 
+chaos: install ## the failure suite in full, about an hour; writes docs/reliability.md
+	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds 8 --reliability docs/reliability.md
+
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \
 		set -- $$part; $(VENV)/bin/python benchmarks/$$1.py $$2 || exit 1; done
@@ -38,4 +41,4 @@ kernels: install ## build the Kaggle kernels from the notebooks' sources
 fix: install ## format and lint
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-.PHONY: help install run quick test bench bench-table notebooks kernels fix
+.PHONY: help install run quick test chaos bench bench-table notebooks kernels fix

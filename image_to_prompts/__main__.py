@@ -6,7 +6,9 @@ import contextlib
 import io
 import os
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -16,7 +18,7 @@ import tyro
 
 from . import __version__, progress, workspace
 from .devices import rank_and_processes
-from .errors import UserError
+from .errors import UserError, causes, explained
 from .files import shown
 from .stages import STAGES
 
@@ -106,21 +108,50 @@ def usage() -> str:
     return "\n".join([*lines, "its predecessor. `image-to-prompts <command> --help` lists its flags and defaults."])
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers end what they started; handled as Ctrl-C is."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with 0, or with 2 and one line on standard error where the user can mend something."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        _dispatch(words)
+        with _sigterm_raises():
+            _dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:  # `... --help | head`; nobody reads on, also not what the interpreter flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except UserError as error:
-        sys.stderr.write(f"image-to-prompts: {error}\n")
-        sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        sys.stderr.write("image-to-prompts: stopped; the same command goes on from here\n")
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        said, code = _ending(error)
+        if not said:
+            raise
+        sys.stderr.write(f"image-to-prompts: {said}\n")
+        sys.exit(code)
+
+
+def _ending(error: BaseException) -> tuple[str, int]:
+    """What to say at the end and the exit code; "" of an error in the program."""
+    for stop in causes(error):  # libraries may turn what interrupts them into an error of their own
+        if isinstance(stop, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            return "stopped; the same command goes on from here", 128 + number
+    said = error if isinstance(error, UserError) else explained(error)
+    return str(said or ""), EXIT_BAD_INPUT
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Lets SIGTERM end a stage as Ctrl-C does, which closes files and removes half-written ones."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(words: list[str]) -> None:

@@ -6,6 +6,7 @@ shuffled; the webdataset library reads the same tar files as a stream.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import tarfile
 import zipfile
@@ -91,6 +92,14 @@ def read(path: Path) -> bytes:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(member.size, 1))
     except zlib.error as error:
         raise OSError(f"{path.name} is damaged: {error}") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file or a member, as 64 hexadecimal digits; "" if it cannot be read."""
+    try:
+        return hashlib.sha256(read(path) if is_member(path) else path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def stat(path: Path) -> tuple[int, int]:

@@ -16,12 +16,14 @@ import gc
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pandas as pd
@@ -30,7 +32,7 @@ import tyro
 from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights, workspace
 from .devices import gather, rank_and_processes
 from .errors import UserError
-from .files import append_line, make_folder, read_journal, sha256, shown, write_text
+from .files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
 from .metadata import IMAGE_SUFFIXES
 from .profiles import StageConfig
 
@@ -208,7 +210,7 @@ def describe(path: str | Path, run: str | Path | None = None, profile: str | Non
         UserError: If the image is not there or cannot be read, or see `Describer`.
     """
     (file,) = _files([Path(path)])
-    folder = Path(run) if run else workspace.default_run()
+    folder = (Path(run) if run else workspace.default_run()).resolve()
     (found,) = _loaded(folder, workspace.profile_of(folder, profile)).describe([file])
     if found.error:
         raise UserError(found.error)
@@ -236,6 +238,11 @@ def run(config: Config) -> list[Description]:
     files = _files(config.paths)
     if config.txt:
         _check_places(files)
+    with alone(config.run / "described"):
+        return _run(config, files)
+
+
+def _run(config: Config, files: list[Path]) -> list[Description]:
     outputs = _Outputs(make_folder(config.run / "described"), config.overwrite)
     if config.out:
         outputs.check(config.out)
@@ -371,9 +378,13 @@ class _Outputs:
         self.journal = folder / ".written.jsonl"
         self.written = {(record["path"], record["sha256"]) for record in read_journal(self.journal)}
 
+    def _name(self, path: Path) -> str:
+        """A path as seen from the run, which may be moved with what is in it; any bytes may be in it."""
+        return quote_from_bytes(os.fsencode(os.path.relpath(path.absolute(), self.folder.absolute())))
+
     def is_ours(self, path: Path) -> bool:
         """Whether nothing is there, or what was written from here."""
-        return not path.exists() or (path.is_file() and (path.absolute().as_uri(), sha256(path)) in self.written)
+        return not path.exists() or (path.is_file() and (self._name(path), sha256(path)) in self.written)
 
     def check(self, path: Path) -> None:
         """Raises UserError where a file cannot or must not be written."""
@@ -391,7 +402,7 @@ class _Outputs:
     def write(self, path: Path, text: str) -> None:
         """Writes a text atomically, after its hash."""
         digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        name = path.absolute().as_uri()
+        name = self._name(path)
         if (name, digest) not in self.written:
             append_line(self.journal, {"path": name, "sha256": digest})
             self.written.add((name, digest))

@@ -21,8 +21,8 @@ from . import archives, dataset, embeddings, encoders, text_encoder, weights
 from .devices import local_rank_and_processes, process_state
 from .encoders import Encoded
 from .errors import UserError
-from .files import Stamp, write_array, write_json
-from .profiles import StageConfig
+from .files import Stamp, is_sealed, seal, write_array, write_json
+from .profiles import StageConfig, writes_alone
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
@@ -63,6 +63,7 @@ def slug(name: str) -> str:
     return name.replace(":", "-").strip("/").replace("/", "-")
 
 
+@writes_alone
 def run(config: Config) -> dict[str, tuple[int, int]]:
     """Runs the stage.
 
@@ -95,6 +96,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
         encoded = _joined_blocks(len(built), len(files), work)
         if np.isnan(encoded[0].vectors).all():
             raise UserError("no image can be read; check --images")
+        stamp.revoke()
         for name in set(embeddings.arrays(config.out)) - set(slugs):  # of other encoders, perhaps of other images
             for end in embeddings.ENDS:
                 (config.out / f"{name}{end}").unlink(missing_ok=True)
@@ -136,11 +138,13 @@ def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Con
     local, processes = local_rank_and_processes()
     for start in starts[local::processes]:
         texts, arrays = _block_files(work, start, len(built))
-        if not texts.is_file():
+        if not all(map(is_sealed, (texts, *arrays))):
             block = show(files[start : start + BLOCK], "whole")
             for array, one in zip(arrays, block, strict=True):
                 write_array(array, one.vectors)
-            write_json(texts, [one.texts for one in block])  # last, so that a block that has it is whole
+            write_json(texts, [one.texts for one in block])
+            for file in (texts, *arrays):
+                seal(file)
     process_state().wait_for_everyone()
 
 

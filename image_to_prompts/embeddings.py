@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import metadata
 from .errors import UserError
-from .files import write_array, write_json, write_text
+from .files import check_whole, write_array, write_json, write_text
 from .text_encoder import DIMENSION
 
 PROMPTS = "prompt"  # name of the prompts' own embeddings
@@ -69,6 +69,8 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, pd.DataFrame, dict[str, A
         UserError: If a file is missing or damaged, or the rows are not as many as the names, or not finite.
     """
     path = folder / f"{name}.npy"
+    for end in ENDS:
+        check_whole(folder / f"{name}{end}")
     names = metadata.read_table(folder / f"{name}.names.csv", ("image_name",))
     try:
         vectors = np.load(path, allow_pickle=False)

@@ -22,8 +22,8 @@ from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validat
 from . import model as models
 from .devices import process_state
 from .errors import UserError
-from .files import Stamp, atomic_path, make_folder, write_json, write_text
-from .profiles import StageConfig
+from .files import Stamp, atomic_path, check_whole, make_folder, write_json, write_text
+from .profiles import StageConfig, writes_alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,6 +165,7 @@ def load_rows(table: embeddings.Table, fold: int, test_fold: int) -> tuple[datas
     return rows, test
 
 
+@writes_alone
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage. Of several processes the main one trains; the others wait for what it wrote.
 
@@ -224,6 +225,7 @@ def _run(config: Config) -> pd.DataFrame:
     ensemble = Ensemble(network, description, evaluate.unit(targets.mean(0)), scale, ridge, known)
     members = _scores(ensemble, arrays, rows, test)
     description["metrics"] = {f"validation_{m}": float(v) for m, v in members[["member", "validation"]].to_numpy()}
+    stamp.revoke()
     validation.write(config.out, rows, ensemble([array[rows.valid] for array in arrays]))
     metadata.write_table(config.out / "members.csv", members.round(4))
     metadata.write_table(config.out / "history.csv", history.round(6))
@@ -284,6 +286,8 @@ def load(folder: Path) -> Ensemble:
     from . import fusion
 
     try:
+        check_whole(folder / "model.safetensors")
+        check_whole(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
         about = config["ensemble"]
@@ -296,6 +300,8 @@ def load(folder: Path) -> Ensemble:
             if f"{name}.0" in state
         }
         return Ensemble(network, config, state["mean_target"], **pairs)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{folder}: not an ensemble checkpoint: {said}; run ensemble again") from error

@@ -1,5 +1,19 @@
 """The one exception that a user can cause, and the one line it becomes."""
 
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_MEMORY = (
+    *("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation"),
+    *("can't start new thread", "could not create a primitive", "failed to map segment"),
+)
+AGAIN = "the same command goes on from there"
+
 
 class UserError(ValueError):
     """Something the user can mend: what is wrong, where, and what to do, in one line.
@@ -10,3 +24,34 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def explained(error: BaseException) -> UserError | None:
+    """What to say of an error that the machine, not the program, is to blame for; None of any other.
+
+    A full disk and missing memory reach the program as errors of many kinds, since libraries wrap them.
+    """
+    for one in causes(error):
+        said = str(one).lower()
+        code = getattr(one, "errno", None)
+        where = getattr(one, "filename", None) or "a disk"
+        if code in NO_ROOM or "no space left on device" in said:
+            return UserError(f"{where}: no space left; free some: {AGAIN}")
+        if code in NOT_ALLOWED:
+            return UserError(f"{where}: {one.strerror}; allow it, or choose another path: {AGAIN}")
+        if code == errno.EIO:
+            return UserError(f"{where}: the disk fails ({one.strerror}); copy the data to another one: {AGAIN}")
+        if isinstance(one, BrokenExecutor):
+            return UserError(f"a helping process was ended, by a person or for want of memory: {AGAIN}")
+        if isinstance(one, MemoryError) or code == errno.ENOMEM or any(text in said for text in NO_MEMORY):
+            return UserError(f"out of memory; close other programs or lower --batch-size: {AGAIN}")
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then those it came from."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,20 +1,29 @@
-"""Atomic writes, append-only journals and stamps: what makes every stage safe to kill and start again."""
+"""Atomic writes, journals, seals, stamps and locks: what makes every stage safe to kill and start again.
+
+Whatever a stage finds of an earlier run carries a checksum, so that what a disk or a copy has damaged is made again:
+the lines of a journal, the sealed files of half-done work, the outputs that a stamp lists.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import archives
 from .errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -29,6 +38,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.replace(path)
+    except OSError as error:  # a full disk names no file, and nobody knows the temporary one
+        if error.errno is not None and error.filename in (None, str(part)):
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -59,8 +72,10 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an array as .npy atomically."""
     import numpy as np
 
+    array = np.ascontiguousarray(array)
     with atomic_path(path) as part, part.open("wb") as file:
-        np.save(file, array)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)  # NumPy's own writing does not say that a disk is full
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,21 +90,93 @@ def sha256(path: Path) -> str:
 
 
 def append_line(path: Path, *records: dict[str, Any]) -> None:
-    """Appends a JSON line a record to a journal, all in one write.
+    """Appends a line a record to a journal, its checksum and its JSON, all in one write.
 
     The line break comes first, so that a line torn by a kill stays alone.
     """
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join("\n" + json.dumps(record, ensure_ascii=False) for record in records))
+    texts = [json.dumps(record, ensure_ascii=False).encode("utf-8") for record in records]
+    with path.open("ab") as file:
+        file.write(b"".join(b"\n%08x %s" % (zlib.crc32(text), text) for text in texts))
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Reads a journal of JSON lines, without those that a kill left half-written; a missing journal is empty."""
+    """Reads a journal, without lines that a kill left half-written or that are damaged; a missing journal is empty."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        with contextlib.suppress(ValueError):  # a part of an object is never JSON
-            records.append(json.loads(line))
+        checksum, _, text = line.partition(b" ")
+        if checksum == b"%08x" % zlib.crc32(text):
+            records.append(json.loads(text))
     return records
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def seal(path: Path) -> None:
+    """Declares a file of half-done work finished, by a second file with its SHA-256."""
+    write_text(_seal(path), sha256(path))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is there as it was when it was sealed."""
+    try:
+        return _seal(path).read_bytes() == sha256(path).encode()
+    except FileNotFoundError:
+        return False
+
+
+def check_whole(path: Path) -> None:
+    """Compares an output with the stamp of the stage that made it, if that lies beside it.
+
+    Raises:
+        UserError: If the file is another than the stage wrote.
+    """
+    for stamp in sorted(path.parent.glob(".*.done")):
+        expected = _read_stamp(stamp)["outputs"].get(path.name)
+        if expected and expected != sha256(path):
+            raise UserError(
+                f"{path}: damaged: not what the stage that made it wrote; run that stage again, or delete {stamp} if "
+                "you have changed the file yourself"
+            )
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Keeps other processes from working on the same output: they wait, and say so.
+
+    Processes of one `accelerate launch` are one: the first of them keeps the others' place.
+
+    Args:
+        place: The output; the lock lies beside it.
+    """
+    from filelock import FileLock, Timeout
+
+    if int(os.environ.get("RANK", 0)):
+        yield
+        return
+    lock = FileLock(make_folder(place.parent) / f".{place.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("%s: another process is working on it; waiting for its end", place)
+        lock.acquire()
+    except OSError as error:
+        error.filename = str(place)
+        raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    """A stamp; an empty one where there is none or where it is damaged."""
+    try:
+        stamp = json.loads(path.read_bytes())
+        return {"fingerprint": str(stamp["fingerprint"]), **{key: dict(stamp[key]) for key in ("outputs", "broken")}}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"fingerprint": "", "outputs": {}, "broken": {}}
 
 
 class Stamp:
@@ -114,25 +201,34 @@ class Stamp:
         self._work = path.with_name(f"{path.stem}-{self.fingerprint[:12]}")
 
     def is_current(self) -> bool:
-        """Whether the outputs of exactly these settings and inputs are there, unchanged in size.
+        """Whether the outputs of exactly these settings and inputs are there, unchanged.
 
         If so, it removes what a run left that was killed before it had cleared up.
         """
-        if not self.path.is_file():
-            return False
-        stamp = json.loads(self.path.read_text())
+        stamp = _read_stamp(self.path)
         current = stamp["fingerprint"] == self.fingerprint and all(
-            (self.path.parent / name).is_file() and (self.path.parent / name).stat().st_size == size
-            for name, size in stamp["outputs"].items()
+            (self.path.parent / name).is_file() and sha256(self.path.parent / name) == digest
+            for name, digest in stamp["outputs"].items()
         )
+        current = current and all(archives.digest(Path(name)) == found for name, found in stamp["broken"].items())
         if current:
             self._clear()
         return current
 
-    def write(self, outputs: list[Path]) -> None:
-        """Declares `outputs`, which lie beside or below the stamp, finished, and removes the work folder."""
-        sizes = {os.path.relpath(out, self.path.parent): out.stat().st_size for out in outputs}
-        write_json(self.path, {"fingerprint": self.fingerprint, "outputs": sizes})
+    def revoke(self) -> None:
+        """Removes the stamp, before outputs that it lists are replaced one by one."""
+        self.path.unlink(missing_ok=True)
+
+    def write(self, outputs: list[Path], broken: Iterable[Path] = ()) -> None:
+        """Declares `outputs`, which lie beside or below the stamp, finished, and removes the work folder.
+
+        Args:
+            outputs: The files.
+            broken: Images that could not be read; the stamp holds until one of them has changed.
+        """
+        digests = {os.path.relpath(out, self.path.parent): sha256(out) for out in outputs}
+        unread = {str(path): archives.digest(path) for path in broken}
+        write_json(self.path, {"fingerprint": self.fingerprint, "outputs": digests, "broken": unread})
         self._clear()
 
     def work_folder(self) -> Path:

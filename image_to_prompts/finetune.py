@@ -22,8 +22,8 @@ from . import backbones, dataset, evaluate, frozen, metadata, training, validati
 from . import model as models
 from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from .errors import UserError
-from .files import Stamp, atomic_path, sha256
-from .images import ImageRows
+from .files import Stamp, alone, atomic_path, sha256
+from .images import ImageRows, find
 from .profiles import StageConfig
 from .text_encoder import DIMENSION
 from .workspace import LAST, MANIFEST, kaggle_inputs
@@ -186,12 +186,19 @@ def run(config: Config) -> pd.DataFrame:
         planned = plan.make(config)
         log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
         return pd.DataFrame(columns=COLUMNS)
+    with alone(config.out):
+        return _train(config)
+
+
+def _train(config: Config) -> pd.DataFrame:
+    """Trains, and writes everything."""
     from .fast_layers import faster
 
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
     manifests = [folder / MANIFEST for folder in config.images]
-    settings = config.settings(*LOOSE) | {"images": [str(f.parent) for f in manifests if not f.is_file()]}
+    names = [[file.relative_to(folder).as_posix() for file in find(folder)] for folder in config.images]
+    settings = config.settings(*LOOSE) | {"images": names}
     stamp = Stamp(config.out / ".finetune.done", settings, dict.fromkeys([*tables, *manifests]))
     history_path = config.out / "history.csv"
     state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
@@ -238,6 +245,7 @@ def run(config: Config) -> pd.DataFrame:
     }
 
     def save(folder: Path, epoch: int, cosine: float) -> None:
+        stamp.revoke()
         metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
         models.save(folder, model, {**description, "metrics": metrics}, base.mean)
 
@@ -276,9 +284,11 @@ def run(config: Config) -> pd.DataFrame:
         metadata.write_table(config.out / "sources.csv", sources.round(4))
         log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
         validation.gallery(config.out, rows)
-        stamp.write([config.out / name for name in OUTPUTS])
+    broken = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]} | images.broken.keys()
+    broken |= training_images.broken.keys() if config.augment else set()
+    if accelerator.is_main_process:
+        stamp.write([config.out / name for name in OUTPUTS], broken)
         state.unlink(missing_ok=True)
-    broken = images.broken.keys() | (training_images.broken.keys() if config.augment else set())
     if broken:
         log.warning("%d images could not be read and were left out", len(broken))
     return frame

@@ -16,7 +16,7 @@ from . import backbones, evaluate
 from .dataset import Rows
 from .devices import autocast, local_rank_and_processes, mixed_precision, process_state, type_of
 from .errors import UserError
-from .files import atomic_path
+from .files import atomic_path, is_sealed, seal
 from .images import ImageRows
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def features(
     files = [work / f"features-{start:09d}.safetensors" for start in range(0, len(only), BLOCK)]
     local, processes = local_rank_and_processes()
     for i in range(local, len(files), processes):
-        if not files[i].is_file():
+        if not is_sealed(files[i]):
             _run_block(model, images, only[i * BLOCK : (i + 1) * BLOCK], device, config, files[i])
     process_state().wait_for_everyone()
     found = np.full((len(images), model.width), np.nan, np.float32)
@@ -144,6 +144,7 @@ def _run_block(
             _compare(tail, stored["activations"], found, device)
     with atomic_path(file) as part:
         save_file({name: tensor.contiguous() for name, tensor in stored.items()}, part)
+    seal(file)
 
 
 def _stored_type(config: Config, device: torch.device) -> torch.dtype:

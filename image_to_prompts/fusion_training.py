@@ -19,9 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import evaluate
 from .dataset import Rows
 from .devices import mixed_precision, process_state
-from .files import atomic_path
 from .progress import progress_to
-from .training import batches, has_stalled, learning_rate_factor
+from .training import batches, has_stalled, learning_rate_factor, read_state, save_state
 
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
 WEIGHT_DECAY, AT_ONCE = 1e-4, 1024
@@ -161,8 +160,8 @@ def fit(
         if cosine >= max(entry["cosine"] for entry in history):
             best = {name: value.clone() for name, value in network.state_dict().items()}
 
-    if state and state.is_file():
-        stored = torch.load(state, map_location=device, weights_only=True)
+    stored = read_state(state, device) if state and state.is_file() else None
+    if stored:
         network.load_state_dict(stored["network"])
         trainer.optimizer.load_state_dict(stored["optimizer"])
         history, best = stored["history"], stored["best"]
@@ -183,8 +182,7 @@ def fit(
             if state and time.monotonic() - saved > settings.save_minutes * 60:
                 saved = time.monotonic()
                 content = {"network": network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-                with atomic_path(state) as part:
-                    torch.save({**content, "history": history, "best": best}, part)
+                save_state(state, {**content, "history": history, "best": best})
             advance(1)
     network.load_state_dict(best)
     return network.eval(), pd.DataFrame(history)

@@ -23,7 +23,7 @@ from . import archives, evaluate, images, metadata, predictors, submission, text
 from .errors import UserError
 from .files import Stamp, make_folder, write_json
 from .predictors import Rung
-from .profiles import StageConfig
+from .profiles import StageConfig, writes_alone
 from .workspace import Run
 
 log = logging.getLogger(__name__)
@@ -161,6 +161,7 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
     )
 
 
+@writes_alone
 def run(config: Config) -> Prediction:
     """Runs the stage.
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import backbones, evaluate
 from .errors import UserError
-from .files import atomic_path, make_folder, write_json, write_text
+from .files import atomic_path, check_whole, make_folder, write_json, write_text
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
@@ -236,11 +236,15 @@ def load(folder: Path) -> Checkpoint:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; --checkpoint takes a folder that finetune wrote")
     try:
+        for name in ("config.json", "model.safetensors"):
+            check_whole(folder / name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         spec = backbones.Spec(**config["backbone"])
         state = load_file(folder / "model.safetensors")
         mean = state.pop("mean_target").numpy()
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a checkpoint of this project: {error!r}; run finetune again") from error
     model = build(spec)
     try:

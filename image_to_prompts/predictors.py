@@ -20,7 +20,7 @@ from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights, w
 from . import model as models
 from .encoders import Encoder
 from .errors import UserError
-from .files import make_folder, write_array
+from .files import is_sealed, make_folder, seal, write_array
 from .progress import Deadline
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def predict(
     show = encoders.viewer(predictor.encoders, config.batch_size, config.loader_workers)
     for start in range(0, len(files), BLOCK):
         block = work / f"vectors-{start:09d}.npy" if work else None
-        if block and block.is_file():
+        if block and is_sealed(block):
             part = np.load(block)
         elif deadline and deadline.passed():
             return vectors, start
@@ -203,6 +203,7 @@ def predict(
             part = _predict_block(predictor, show, files[start : start + BLOCK], config.views)
             if block:
                 write_array(block, part)
+                seal(block)
         vectors[start : start + BLOCK] = part
     return vectors, len(files)
 

@@ -21,7 +21,7 @@ from . import metadata, text_cache, text_encoder
 from .dedupe.exact import ROUNDING, places, reaches, whole_sums
 from .devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 from .evaluate import unit
-from .files import Stamp, atomic_path, make_folder
+from .files import Stamp, atomic_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -73,30 +73,40 @@ def open_index(csvs: Sequence[Path]) -> Index:
     names = [str(path.resolve()) for path in csvs]
     folder = text_cache.path().parent / "index" / hashlib.sha256("\n".join(names).encode()).hexdigest()[:32]
     texts, vectors = folder / "prompts.arrow", folder / "vectors.npy"
-    make_folder(folder)
-    with filelock.FileLock(folder / ".lock"):  # one process builds, and nobody opens one file without the other
-        stamp = Stamp(folder / ".index.done", {"encoder": text_encoder.NAME}, csvs)
-        if not all(path.is_file() for path in csvs) or not stamp.is_current():
-            for left in folder.glob(".*.part"):  # by a killed process
-                left.unlink()
-            stamp.path.unlink(missing_ok=True)
-            _build(csvs, texts, vectors)
-            stamp.write([texts, vectors])
-        column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"].combine_chunks()
-        return Index(column, np.load(vectors, mmap_mode="c"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock"):  # one process builds, and nobody opens one file without the other
+            stamp = Stamp(folder / ".index.done", {"encoder": text_encoder.NAME}, csvs)
+            if not all(path.is_file() for path in csvs) or not stamp.is_current():
+                for left in folder.glob(".*.part"):  # by a killed process
+                    left.unlink()
+                stamp.revoke()
+                _build(_prompts(csvs), texts, vectors)
+                stamp.write([texts, vectors])
+            column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"].combine_chunks()
+            return Index(column, np.load(vectors, mmap_mode="c"))
+    except OSError as error:  # a cache may do without a disk
+        log.warning("%s: the index is not kept: %s (%s names another folder)", folder, error, text_cache.FOLDER)
+        prompts = _prompts(csvs)
+        return Index(pa.array(prompts, pa.large_string()), text_encoder.encode(prompts))
 
 
-def _build(csvs: Sequence[Path], texts: Path, vectors: Path) -> None:
+def _prompts(csvs: Sequence[Path]) -> list[str]:
+    """The prompts of CSVs, none twice."""
+    prompts = list(dict.fromkeys(prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]))
+    log.info("index of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
+    return prompts
+
+
+def _build(prompts: list[str], texts: Path, vectors: Path) -> None:
     """Writes the two files of an index."""
     import pyarrow as pa
 
-    prompts = list(dict.fromkeys(prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]))
-    log.info("index of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
-    with atomic_path(vectors) as part:
-        kept = np.lib.format.open_memmap(part, "w+", np.float32, (len(prompts), text_encoder.DIMENSION))
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(prompts), text_encoder.DIMENSION)}
+    with atomic_path(vectors) as part, part.open("wb") as file:  # a mapped file would kill the process on a full disk
+        np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, len(prompts), BLOCK):
-            kept[start : start + BLOCK] = text_encoder.encode(prompts[start : start + BLOCK])
-        kept.flush()
+            file.write(text_encoder.encode(prompts[start : start + BLOCK]).astype("<f4").tobytes())
     table = pa.table({"prompt": pa.array(prompts, pa.large_string())})
     with atomic_path(texts) as part, pa.ipc.new_file(str(part), table.schema) as file:
         file.write_table(table)

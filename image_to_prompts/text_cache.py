@@ -1,6 +1,7 @@
 """Embeddings of texts on disk, by the hash of what they were made from: no stage encodes a text that another has.
 
-One SQLite file in ~/.cache/image-to-prompts, or in the folder that IMAGE_TO_PROMPTS_CACHE names; delete it at will.
+One SQLite file in ~/.cache/image-to-prompts, or in the folder that IMAGE_TO_PROMPTS_CACHE names; each vector stands
+there with a checksum. Delete it at will.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import logging
 import os
 import sqlite3
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ log = logging.getLogger(__name__)
 FOLDER = "IMAGE_TO_PROMPTS_CACHE"
 WAIT = 60.0  # seconds for another process that writes
 TABLE = "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
+SUM = 4  # bytes of a vector's checksum
 ASKED = 500  # keys in one query; SQLite allows 999
 
 
@@ -31,6 +34,10 @@ def path() -> Path:
 def key(encoder: str, text: str) -> bytes:
     """16 bytes that stand for a text and its encoder."""
     return hashlib.blake2b(f"{encoder}\0{text}".encode(), digest_size=16).digest()
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(SUM, "little")
 
 
 class TextCache:
@@ -52,7 +59,7 @@ class TextCache:
         try:
             yield
         except (OSError, RuntimeError, sqlite3.Error) as error:
-            log.warning("embeddings are not kept: %s (%s names another folder for them)", error, FOLDER)
+            log.warning("%s: not used: %s (delete it, or name another folder: %s)", path(), error, FOLDER)
             self.close()
 
     def close(self) -> None:
@@ -77,8 +84,8 @@ class TextCache:
             with self._guarded():
                 query = f"SELECT * FROM vectors WHERE key IN ({','.join('?' * len(asked))})"
                 for found, vector in self.database.execute(query, asked):
-                    if len(vector) == 4 * self.width:
-                        vectors[rows[found]] = np.frombuffer(vector, np.float32)
+                    if len(vector) == 4 * self.width + SUM and vector[-SUM:] == _checksum(found + vector[:-SUM]):
+                        vectors[rows[found]] = np.frombuffer(vector[:-SUM], np.float32)
                         there[rows[found]] = True
         return vectors, there
 
@@ -87,5 +94,6 @@ class TextCache:
         if self.database is None:
             return
         rows = [(key, vector.tobytes()) for key, vector in zip(keys, vectors, strict=True)]
+        rows = [(key, vector + _checksum(key + vector)) for key, vector in rows]
         with self._guarded(), self.database:
             self.database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?)", rows)

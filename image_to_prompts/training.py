@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import pickle
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,6 +77,32 @@ def has_stalled(history: list[dict[str, float]], patience: int) -> bool:
     if stalled:
         log.info("no epoch of the last %d was better: stopped early", patience)
     return stalled
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes what `read_state` reads."""
+    import torch
+
+    with atomic_path(path) as part, part.open("wb") as file:  # PyTorch's own file hides that a disk is full
+        torch.save(state, file)
+
+
+def read_state(path: Path, device: torch.device | str) -> dict[str, Any] | None:
+    """What was saved to go on from; None, and a warning, if the file is damaged: the training then begins anew.
+
+    PyTorch's files are zip archives, whose checksums PyTorch itself does not look at.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        damaged = str(error).partition("\n")[0]
+    log.warning("%s: damaged (%s); the training begins anew", path, damaged)
+    return None
 
 
 class Trainer:
@@ -161,8 +189,6 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the state, in the main process."""
-        import torch
-
         self.saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
@@ -176,15 +202,14 @@ class Trainer:
             "standing": asdict(self.standing),
             "micro": self.micro,
         }
-        with atomic_path(self.state) as part:
-            torch.save(state, part)
+        save_state(self.state, state)
 
     def _load(self) -> None:
-        import torch
-
         if not self.state.is_file():
             return
-        state = torch.load(self.state, map_location="cpu", weights_only=True)
+        state = read_state(self.state, "cpu")
+        if state is None:
+            return
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:

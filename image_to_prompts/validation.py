@@ -16,7 +16,7 @@ from . import evaluate, images, metadata, report
 from . import model as models
 from .dataset import Rows
 from .errors import UserError
-from .files import atomic_path
+from .files import atomic_path, check_whole
 from .frozen import Baselines, pretrained_features
 
 
@@ -50,13 +50,19 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """What `write` wrote: the rows, float32 (n, 384) predictions and float32 (n, 384) targets.
 
     Raises:
-        UserError: If the checkpoint has none.
+        UserError: If the checkpoint has none, or they are damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     if not is_there(folder):
         raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
-    stored = load_file(folder / "validation.safetensors")
+    for name in ("validation.csv", "validation.safetensors"):
+        check_whole(folder / name)
+    try:
+        stored = load_file(folder / "validation.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'validation.safetensors'}: damaged: {error}; train it again") from error
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
 
 

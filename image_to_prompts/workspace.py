@@ -152,16 +152,22 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
     """
     stored = folder / "run.json"
     profile = explicit
-    if profile is None and stored.is_file():
-        try:
-            profile = json.loads(stored.read_text(encoding="utf-8"))["profile"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{stored}: not a run file; delete it or choose another --run folder") from error
+    if profile is None and stored.is_file() and (profile := _stored_profile(stored)) is None:
+        raise UserError(f"{stored}: not a run file; delete it or choose another --run folder")
     if profile is None:
         profile = "kaggle" if on_kaggle() else "embedded"
     if profile not in PROFILES:
         raise UserError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
     return profile
+
+
+def _stored_profile(path: Path) -> str | None:
+    """What a run.json says; None if it is missing or damaged."""
+    try:
+        profile = json.loads(path.read_text(encoding="utf-8"))["profile"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return profile if profile in PROFILES else None
 
 
 def _competitions() -> list[Path]:
@@ -203,8 +209,8 @@ def start(folder: str | Path | None = None, profile: str | None = None) -> tuple
 
 
 def open_run(folder: Path, profile: str) -> Run:
-    """Makes the run's folder and stores its profile on first use."""
+    """Makes the run's folder and stores its profile on first use, or again if the file is damaged."""
     make_folder(folder)
-    if not (folder / "run.json").is_file():
+    if _stored_profile(folder / "run.json") is None:
         write_json(folder / "run.json", {"profile": profile})
     return Run(folder)

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import chaos_report
 import pytest
 from hypothesis import HealthCheck, settings
 from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, save_tokenizer
@@ -20,6 +21,18 @@ from image_to_prompts.__main__ import main
 # Shared machines are slow at times; how long an example takes says nothing about the code.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, default=0, help="how often the failure suite does each thing")
+    parser.addoption("--reliability", type=Path, help="file for the failure suite's table")
+
+
+def pytest_configure(config):
+    file = config.getoption("--reliability")
+    if file and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(chaos_report.Table(file))
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

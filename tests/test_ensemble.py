@@ -142,6 +142,9 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
         torn = tmp_path / name
         shutil.copytree(trained[0], torn)
         (torn / name).write_bytes((torn / name).read_bytes()[:500])
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            ensemble.load(torn)
+        (torn / ".ensemble.done").unlink()
         with pytest.raises(UserError, match="not an ensemble checkpoint"):
             ensemble.load(torn)
 

@@ -132,6 +132,8 @@ def test_checkpoint_of_another_shape_is_refused(small_checkpoint, small_run, tmp
     settings["backbone"]["name"] = "timm:tf_efficientnet_lite0"
     (broken / "config.json").write_text(json.dumps(settings))
     words = ["infer", "--images", small_run.images, "--out", tmp_path / "s.csv", "--checkpoint"]
+    refused([*words, broken], broken / "config.json", "damaged", ".finetune.done")
+    (broken / ".finetune.done").unlink()
     refused([*words, broken], broken, "another shape")
     refused([*words, tmp_path / "none"], "no such file")
     (broken / "config.json").write_text("{}")

@@ -101,12 +101,12 @@ def test_killed_and_started_again_embeds_no_finished_block_twice(tmp_path):
 def test_an_unusable_cache_is_told_and_passed_over(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "file"))
-    assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not kept" in caplog.text
+    assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not used" in caplog.text
     caplog.clear()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "text.sqlite").write_bytes(b"no database" * 500)
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "torn"))
-    assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not kept" in caplog.text
+    assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not used" in caplog.text
 
 
 def test_vectors_of_another_width_are_made_anew(cache, encoded):

@@ -25,7 +25,7 @@ import pandas as pd
 from .. import metadata, text_encoder
 from ..errors import UserError
 from ..files import Stamp
-from ..profiles import StageConfig
+from ..profiles import StageConfig, writes_alone
 from . import look
 from .result import BLOCK, FLOOR, Result, dedupe, leaders
 
@@ -141,6 +141,7 @@ def _read(path: Path) -> pd.DataFrame:
     return frame.assign(_file=str(path), _row=range(1, len(frame) + 1))
 
 
+@writes_alone
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage.
 

