@@ -106,7 +106,8 @@ def _of_transformers(name: str, image_size: int) -> Spec:
 
     folder = locate(name)
     with weights.reading(folder, "an image model of transformers"):
-        pixels, config = AutoImageProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+        pixels = AutoImageProcessor.from_pretrained(folder, **weights.FROM_FOLDER)
+        config = AutoConfig.from_pretrained(folder, **weights.FROM_FOLDER)
         size = pixels.size.get("shortest_edge") or pixels.size["height"]
     # ConvNeXt's processor sees the middle of images below 384 px, and all of larger ones.
     crop = getattr(pixels, "crop_pct", None) or 1.0
@@ -165,7 +166,7 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
         from transformers import AutoModel
 
         with weights.reading(file, "an image model of transformers"):
-            state = AutoModel.from_pretrained(file).state_dict()
+            state = AutoModel.from_pretrained(file, **weights.FROM_FOLDER).state_dict()
         _load(backbone.model, state, file)
         return
     state = read_state(file)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .frozen import CachedRows
 
 log = logging.getLogger(__name__)
+MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB
 AHEAD = 2  # batches read before they are asked for
 
 
@@ -68,10 +69,14 @@ def read(path: Path) -> Image.Image:
     are scaled to 8, and of an animation the first frame is taken.
 
     Raises:
-        BrokenImageError: If the file is empty, truncated or no image.
+        BrokenImageError: If the file is empty, truncated or no image, or larger than `MOST_PIXELS` or `MOST_BYTES`.
     """
     try:
+        if archives.stat(path)[0] > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES} bytes")
         with Image.open(io.BytesIO(archives.read(path)) if archives.is_member(path) else path) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} px, more than {MOST_PIXELS}")
             file.seek(0)
             image = _upright(file)
             if image.mode in ("I;16", "I;16B", "I;16L", "I", "F"):

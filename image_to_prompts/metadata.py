@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,8 @@ import pandas as pd
 from .errors import UserError
 from .files import atomic_path
 
+NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f]")
+LONGEST_NAME = 200  # bytes; file systems take 255, of which temporary names need some
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -94,11 +97,12 @@ def read(path: Path, unique: bool = True) -> pd.DataFrame:
 
 
 def check_names(frame: pd.DataFrame, path: Path, unique: bool = True) -> None:
-    """Refuses image names that are blank, hold a path or, if `unique`, stand twice; raises UserError naming the row."""
+    """Refuses image names that are no bare file names or, if `unique`, stand twice; raises UserError naming the row."""
     seen: dict[str, int] = {}
     for row, name in enumerate(frame["image_name"], start=1):
-        if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
-            raise UserError(f"{path}: row {row}: image_name {name!r} must be a bare file name; rename it")
+        if not name.strip() or name in (".", "..") or NOT_IN_NAMES.search(name) or len(name.encode()) > LONGEST_NAME:
+            must = f"must be a bare file name of at most {LONGEST_NAME} bytes"
+            raise UserError(f"{path}: row {row}: image_name {name!r} {must}; rename it")
         if unique and name in seen:
             raise UserError(f"{path}: row {row}: image_name {name!r} stands in row {seen[name]} too; make it unique")
         seen[name] = row

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from .errors import UserError
 from .files import sha256
 
 log = logging.getLogger(__name__)
+FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
+"""For transformers' from_pretrained: without the second it asks whether to run Python files that lie in the folder."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,20 @@ def _from_hub(repository: str, weights: Weights) -> Path | None:
         return None
     if not (folder / weights.marker).is_file():
         return None
+    for file in folder.rglob("*"):
+        _check_download(file)
     return folder / weights.marker if weights.single_file else folder
+
+
+def _check_download(file: Path) -> None:
+    """Compares a large file of the hub's cache with its SHA-256, after which the cache names it.
+
+    Raises:
+        UserError: If it is another file.
+    """
+    blob = file.resolve()
+    if file.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and (found := _file_digest(blob)) != blob.name:
+        raise UserError(f"{file}: SHA-256 is {found}, the hub said {blob.name}; delete {blob} and start again")
 
 
 def dataset_files(given: str) -> list[Path]:
@@ -281,6 +297,8 @@ def dataset_files(given: str) -> list[Path]:
         raise UserError(f"{given}: {said}; download it where the hub can be reached, and give --input FILE") from error
     if not found:
         raise UserError(f"{given}: no such file on the hub; correct --input")
+    for file in found:
+        _check_download(file)
     return found
 
 

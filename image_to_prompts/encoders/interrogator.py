@@ -228,8 +228,8 @@ def load(
     lists = term_lists.read(Path(terms) if terms else None, artists)
     folder = weights.locate(caption, Path(caption) if caption not in weights.WEIGHTS else None)
     with weights.reading(folder, "a BLIP captioning model"):
-        captioner = BlipForConditionalGeneration.from_pretrained(folder)
-        processor = BlipProcessor.from_pretrained(folder)
+        captioner = BlipForConditionalGeneration.from_pretrained(folder, **weights.FROM_FOLDER)
+        processor = BlipProcessor.from_pretrained(folder, **weights.FROM_FOLDER)
     model = ranker.partition(":")[2]
     local = Path(model) / "open_clip_model.safetensors"
     file = backbones.locate(ranker, local if local.is_file() else None)

@@ -57,8 +57,8 @@ def load(path: Path | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with weights.reading(folder, "a GPT-2 language model"):
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, **weights.FROM_FOLDER)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **weights.FROM_FOLDER)
     return model.float().to(process_state().device).eval(), tokenizer
 
 
