@@ -21,8 +21,8 @@ from . import archives, dataset, embeddings, encoders, text_encoder, weights
 from .devices import local_rank_and_processes, process_state
 from .encoders import Encoded
 from .errors import UserError
-from .files import Stamp, is_sealed, seal, write_array, write_json
-from .profiles import StageConfig, writes_alone
+from .files import Stamp, alone, is_sealed, seal, write_array, write_json
+from .profiles import StageConfig
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
@@ -63,7 +63,6 @@ def slug(name: str) -> str:
     return name.replace(":", "-").strip("/").replace("/", "-")
 
 
-@writes_alone
 def run(config: Config) -> dict[str, tuple[int, int]]:
     """Runs the stage.
 
@@ -76,6 +75,11 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     if config.image_size < 1 or config.batch_size < 1 or not config.encoders:
         raise UserError("--image-size and --batch-size must be at least 1, --encoders must name one; correct them")
     tables = dataset.tables(config.metadata, config.images)
+    with alone(config.out):
+        return _run(config, tables)
+
+
+def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
     rows = dataset.load_metadata(tables, config.images)
     listing = [(str(path), *archives.stat(path)) for path in rows["path"]]
     settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}

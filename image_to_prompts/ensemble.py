@@ -22,8 +22,8 @@ from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validat
 from . import model as models
 from .devices import process_state
 from .errors import UserError
-from .files import Stamp, atomic_path, check_whole, make_folder, write_json, write_text
-from .profiles import StageConfig, writes_alone
+from .files import Stamp, alone, atomic_path, check_whole, make_folder, write_json, write_text
+from .profiles import StageConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,7 +165,6 @@ def load_rows(table: embeddings.Table, fold: int, test_fold: int) -> tuple[datas
     return rows, test
 
 
-@writes_alone
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage. Of several processes the main one trains; the others wait for what it wrote.
 
@@ -178,7 +177,7 @@ def run(config: Config) -> pd.DataFrame:
     """
     if config.epochs < 1 or config.patience < 0:
         raise UserError("--epochs must be at least 1, --patience not negative; correct them")
-    with process_state().main_process_first():
+    with process_state().main_process_first(), alone(config.out):
         return _run(config)
 
 

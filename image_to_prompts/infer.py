@@ -21,9 +21,9 @@ import pandas as pd
 
 from . import archives, evaluate, images, metadata, predictors, submission, text_encoder, validation
 from .errors import UserError
-from .files import Stamp, make_folder, write_json
+from .files import Stamp, alone, make_folder, write_json
 from .predictors import Rung
-from .profiles import StageConfig, writes_alone
+from .profiles import StageConfig
 from .workspace import Run
 
 log = logging.getLogger(__name__)
@@ -161,7 +161,6 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
     )
 
 
-@writes_alone
 def run(config: Config) -> Prediction:
     """Runs the stage.
 
@@ -174,6 +173,11 @@ def run(config: Config) -> Prediction:
         raise UserError("--views: give at least one")
     files = images.find(config.images)
     stems = submission.check_stems(files)
+    with alone(config.out):
+        return _run(config, files, stems)
+
+
+def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     truth = read_key(config.key, files) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     run_ = Run(config.run)

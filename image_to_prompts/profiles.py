@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from .files import alone
 from .stages import stage as stage_called
 from .workspace import Run, on_kaggle
-
-R = TypeVar("R")
 
 
 @dataclass
@@ -30,17 +25,6 @@ class StageConfig:
     def settings(self, *without: str) -> dict[str, Any]:
         """The fields on which a stage's outputs depend: all but those named and the shared ones."""
         return {k: v for k, v in asdict(self).items() if k not in {*without, "run", "profile", "quiet"}}
-
-
-def writes_alone(stage: Callable[..., R]) -> Callable[..., R]:
-    """Lets one process at a time work on a stage's `out`; see `files.alone`."""
-
-    @functools.wraps(stage)
-    def locked(config: Any, *arguments: Any) -> R:
-        with alone(config.out):
-            return stage(config, *arguments)
-
-    return locked
 
 
 # Only what differs from the dataclasses' own defaults, which are the embedded profile's.

@@ -24,8 +24,8 @@ import pandas as pd
 
 from .. import metadata, text_encoder
 from ..errors import UserError
-from ..files import Stamp
-from ..profiles import StageConfig, writes_alone
+from ..files import Stamp, alone
+from ..profiles import StageConfig
 from . import look
 from .result import BLOCK, FLOOR, Result, dedupe, leaders
 
@@ -141,7 +141,6 @@ def _read(path: Path) -> pd.DataFrame:
     return frame.assign(_file=str(path), _row=range(1, len(frame) + 1))
 
 
-@writes_alone
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage.
 
@@ -152,6 +151,11 @@ def run(config: Config) -> pd.DataFrame:
         UserError: On bad input files or settings.
     """
     frame, fixed = read(config)
+    with alone(config.out):
+        return _run(config, frame, fixed)
+
+
+def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     inputs = [*config.prompts, *config.against]
     stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"), inputs)
     if stamp.is_current():

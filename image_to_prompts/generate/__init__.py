@@ -23,8 +23,8 @@ import pandas as pd
 from .. import metadata
 from ..devices import gather, rank_and_processes
 from ..errors import UserError
-from ..files import Stamp, append_line, read_journal
-from ..profiles import StageConfig, writes_alone
+from ..files import Stamp, alone, append_line, read_journal
+from ..profiles import StageConfig
 from ..progress import Estimate, progress_to
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,6 @@ def _stamp(config: Config) -> Stamp:
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), settings, inputs)
 
 
-@writes_alone
 def estimate(config: Config) -> Estimate:
     """Writes the first block, which a later run keeps, and says how long the rest will take.
 
@@ -192,7 +191,8 @@ def estimate(config: Config) -> Estimate:
     stamp = _stamp(config)
     if stamp.is_current():
         return Estimate("prompts", config.count, 0, 0.0, 0)
-    found, seconds = _fill(config, stamp, 1)
+    with alone(config.out):
+        found, seconds = _fill(config, stamp, 1)
     if not seconds:
         return Estimate("prompts", config.count, 0, 0.0, 0)
     size = sum(len(prompt.encode()) + 1 for prompt in found.prompts) / max(len(found.prompts), 1)
@@ -211,13 +211,13 @@ def _collect(config: Config) -> pd.DataFrame:
         raise UserError("--starts needs --source magicprompt; a source has its own prompts")
     if rank_and_processes()[1] > 1:
         raise UserError(f"--source {config.source}: one process reads and cleans; start it without a launcher")
-    return sources.collect(
-        *(config.source, config.input, config.out, config.name),
-        *(config.prompt_column, config.rules, config.limit),
-    )
+    with alone(config.out):
+        return sources.collect(
+            *(config.source, config.input, config.out, config.name),
+            *(config.prompt_column, config.rules, config.limit),
+        )
 
 
-@writes_alone
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage.
 
@@ -231,6 +231,12 @@ def run(config: Config) -> pd.DataFrame:
     if config.source in get_args(Collected):
         return _collect(config)
     stamp = _stamp(config)
+    with alone(config.out):
+        return _write(config, stamp)
+
+
+def _write(config: Config, stamp: Stamp) -> pd.DataFrame:
+    """Writes new prompts until there are enough."""
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
