@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,16 +22,16 @@ import pandas as pd
 from . import archives, dataset, embeddings, encoders, text_encoder, weights
 from .devices import local_rank_and_processes, process_state
 from .encoders import Encoded
+from .engine import ENGINE_FLAGS, EngineConfig, over_blocks
 from .errors import UserError
 from .files import Stamp, alone, is_sealed, seal, write_array, write_json
-from .profiles import StageConfig
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
 
 
 @dataclass
-class Config(StageConfig):
+class Config(EngineConfig):
     """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
 
     images: tuple[Path, ...] = ()
@@ -82,7 +84,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
 def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
     rows = dataset.load_metadata(tables, config.images)
     listing = [(str(path), *archives.stat(path)) for path in rows["path"]]
-    settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}
+    settings = config.settings("out", "images", "metadata", "loader_workers", *ENGINE_FLAGS) | {"files": listing}
     places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
     settings["weights"] = [weights.digest(place) for place in places if place.is_dir()]
     terms = sorted(Path(config.terms).glob("*.txt")) if config.terms else []
@@ -92,8 +94,7 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
         log.info("%s is up to date", config.out)
         return _shapes(config.out, slugs)
     work = stamp.work_folder()
-    chosen = {name: getattr(config, name) for name in ("caption", "ranker", "mode", "terms", "artists")}
-    built = [encoders.build(name, config.image_size, **chosen) for name in config.encoders]
+    built = _build(config)
     files = rows["path"].tolist()
     _encode_blocks(built, files, config, work)
     if process_state().is_main_process:
@@ -133,22 +134,34 @@ def _write(
     log.info("%s: %s", out, ", ".join(f"{name} {shape}" for name, shape in _shapes(out, slugs).items()))
 
 
+def _build(config: Config) -> list[encoders.Encoder]:
+    chosen = {name: getattr(config, name) for name in ("caption", "ranker", "mode", "terms", "artists")}
+    return [encoders.build(name, config.image_size, **chosen) for name in config.encoders]
+
+
+def _start(config: Config, built: list[encoders.Encoder] | None = None) -> Callable[[list[Path]], list[Encoded]]:
+    """What shows a block of images to the encoders."""
+    show = encoders.viewer(built or _build(config), config.batch_size, config.loader_workers)
+    return lambda files: show(files, "whole")
+
+
 def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Config, work: Path) -> None:
     """Writes what each encoder makes of the files in blocks of 512, which a resumed run finds there.
 
     Processes of one machine share the blocks.
     """
-    starts, show = range(0, len(files), BLOCK), encoders.viewer(built, config.batch_size, config.loader_workers)
     local, processes = local_rank_and_processes()
-    for start in starts[local::processes]:
-        texts, arrays = _block_files(work, start, len(built))
-        if not all(map(is_sealed, (texts, *arrays))):
-            block = show(files[start : start + BLOCK], "whole")
-            for array, one in zip(arrays, block, strict=True):
-                write_array(array, one.vectors)
-            write_json(texts, [one.texts for one in block])
-            for file in (texts, *arrays):
-                seal(file)
+    starts = range(0, len(files), BLOCK)[local::processes]
+    starts = [first for first in starts if not _is_done(work, first, len(built))]
+    start = partial(_start, config, built if config.engine == "local" else None)
+    found = over_blocks(config, start, (files[first : first + BLOCK] for first in starts))
+    for first, block in zip(starts, found, strict=True):
+        texts, arrays = _block_files(work, first, len(built))
+        for array, one in zip(arrays, block, strict=True):
+            write_array(array, one.vectors)
+        write_json(texts, [one.texts for one in block])
+        for file in (texts, *arrays):
+            seal(file)
     process_state().wait_for_everyone()
 
 
@@ -161,6 +174,11 @@ def _joined_blocks(encoders: int, count: int, work: Path) -> list[Encoded]:
         for part, array, one in zip(parts, arrays, said, strict=True):
             part.append(Encoded(np.load(array, mmap_mode="r"), one))
     return [_joined(part) for part in parts]
+
+
+def _is_done(work: Path, start: int, encoders: int) -> bool:
+    texts, arrays = _block_files(work, start, encoders)
+    return all(map(is_sealed, (texts, *arrays)))
 
 
 def _block_files(work: Path, start: int, encoders: int) -> tuple[Path, list[Path]]:

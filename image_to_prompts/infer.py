@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 from . import archives, evaluate, images, metadata, predictors, submission, text_encoder, validation
+from .engine import EngineConfig
 from .errors import UserError
 from .files import Stamp, alone, make_folder, write_json
 from .predictors import Rung
-from .profiles import StageConfig
 from .workspace import Run
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ LEAST_TO_FIT = 20  # images on which weights are fitted
 
 
 @dataclass
-class Config(StageConfig):
+class Config(EngineConfig):
     """Predicts 384 numbers an image and writes the submission; with --key it also scores them."""
 
     images: Path = Path("images")

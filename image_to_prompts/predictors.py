@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ import pandas as pd
 from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights, workspace
 from . import model as models
 from .encoders import Encoder
+from .engine import over_blocks
 from .errors import UserError
 from .files import is_sealed, make_folder, seal, write_array
 from .progress import Deadline
@@ -174,6 +176,7 @@ def predict(
     config: infer.Config,
     work: Path | None = None,
     deadline: Deadline | None = None,
+    load: Callable[[], Predictor] | None = None,
 ) -> tuple[np.ndarray, int]:
     """Predicts for image files with one predictor, in the hardware's half precision.
 
@@ -183,6 +186,7 @@ def predict(
         config: Batch size, loader threads, views.
         work: Folder in which finished blocks of 512 images are kept for a resumed run.
         deadline: When to stop.
+        load: What loads the predictor again, in each of Ray's actors.
 
     Returns:
         float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read or were not reached; and how
@@ -192,20 +196,29 @@ def predict(
     if not predictor.encoders:
         vectors[:] = predictor.mean
         return vectors, len(files)
-    show = encoders.viewer(predictor.encoders, config.batch_size, config.loader_workers)
-    for start in range(0, len(files), BLOCK):
-        block = work / f"vectors-{start:09d}.npy" if work else None
-        if block and is_sealed(block):
-            part = np.load(block)
+    places = {start: work / f"vectors-{start:09d}.npy" if work else None for start in range(0, len(files), BLOCK)}
+    done = {start for start, place in places.items() if place and is_sealed(place)}
+    todo = (files[start : start + BLOCK] for start in places if start not in done)
+    made = over_blocks(config, partial(_start, load if config.engine == "ray" else lambda: predictor, config), todo)
+    for start, place in places.items():
+        if start in done:
+            part = np.load(place)
         elif deadline and deadline.passed():
             return vectors, start
         else:
-            part = _predict_block(predictor, show, files[start : start + BLOCK], config.views)
-            if block:
-                write_array(block, part)
-                seal(block)
+            part = next(made)
+            if place:
+                write_array(place, part)
+                seal(place)
         vectors[start : start + BLOCK] = part
     return vectors, len(files)
+
+
+def _start(load: Callable[[], Predictor], config: infer.Config) -> Callable[[list[Path]], np.ndarray]:
+    """What predicts for a block of images."""
+    predictor = load()
+    show = encoders.viewer(predictor.encoders, config.batch_size, config.loader_workers)
+    return lambda files: _predict_block(predictor, show, files, config.views)
 
 
 def _predict_block(
@@ -248,7 +261,7 @@ def climb(
             for name, load in rung.load.items():
                 predictor = load()
                 block_folder = make_folder(work / hashlib.sha256(name.encode()).hexdigest()[:16])
-                vectors, count = predict(predictor, files, config, block_folder, deadline)
+                vectors, count = predict(predictor, files, config, block_folder, deadline, load)
                 found.append(vectors)
                 means.append(predictor.mean[None])
                 reached.append(count)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from . import text_cache, weights
-from .devices import keep_memory, mixed_precision, one_core_each, type_of
+from .devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from .engine import EngineConfig, over_blocks
 from .progress import progress_to
 
 if TYPE_CHECKING:
@@ -35,24 +36,30 @@ def load() -> SentenceTransformer:
 
 
 @lru_cache(maxsize=2)
-def _encoder(fast: bool) -> tuple[MiniLM, str]:
-    """The encoder in a precision, and what tells its vectors from those of others."""
+def _encoder(fast: bool) -> MiniLM:
+    """The encoder in a precision."""
     from .minilm import MiniLM
 
     model = load()
-    precision = mixed_precision(model.device) if fast else "no"
     if model.device.type == "cpu":
         keep_memory()
-    return MiniLM(model, type_of(precision)), f"{weights.digest(weights.locate(NAME))} {precision}"
+    return MiniLM(model, type_of(mixed_precision(model.device) if fast else "no"))
 
 
-def encode(prompts: Sequence[str], fast: bool = False) -> np.ndarray:
+def _identity(fast: bool) -> str:
+    """What tells the encoder's vectors from those of others."""
+    precision = mixed_precision(local_device()) if fast else "no"
+    return f"{weights.digest(weights.locate(NAME))} {precision}"
+
+
+def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | None = None) -> np.ndarray:
     """Embeds prompts; those that any stage has embedded before come from the disk (see `text_cache`).
 
     Args:
         prompts: Texts; longer ones are cut at the model's 256 tokens.
         fast: In half precision where the hardware has it: every row within cosine .9999 of float32's. For
             deduplication; targets and submissions are made without it.
+        engine: Who embeds; left out: this process.
 
     Returns:
         float32 array (len(prompts), 384) of unit vectors. A killed run that goes on returns the same bytes; vectors
@@ -60,7 +67,7 @@ def encode(prompts: Sequence[str], fast: bool = False) -> np.ndarray:
     """
     if not len(prompts):
         return np.zeros((0, DIMENSION), np.float32)
-    model, encoder = _encoder(fast)
+    encoder = _identity(fast)
     numbers: dict[str, int] = {}
     rows = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     texts = list(numbers)
@@ -68,12 +75,27 @@ def encode(prompts: Sequence[str], fast: bool = False) -> np.ndarray:
     with contextlib.closing(text_cache.TextCache(DIMENSION)) as cache:
         vectors, there = cache.read(keys)
         if not there.all():
-            _fill(model, texts, keys, vectors, there, cache)
+            _fill(partial(_start, fast), engine or EngineConfig(), texts, keys, vectors, there, cache)
     return vectors if len(texts) == len(prompts) else vectors[rows]
 
 
+def _start(fast: bool) -> Callable[[list[str]], np.ndarray]:
+    """What embeds a block of texts."""
+    model = _encoder(fast)
+
+    def work(texts: list[str]) -> np.ndarray:
+        vectors = np.zeros((len(texts), DIMENSION), np.float32)
+        with one_core_each(model.device) as threads:
+            for part, found in _embed(model, texts, threads):
+                vectors[part] = found
+        return vectors
+
+    return work
+
+
 def _fill(
-    model: MiniLM,
+    start: Callable[[], Callable[[list[str]], np.ndarray]],
+    engine: EngineConfig,
     texts: list[str],
     keys: list[bytes],
     vectors: np.ndarray,
@@ -82,18 +104,13 @@ def _fill(
 ) -> None:
     """Embeds the texts that are not there, blocks of like length one after the other."""
     by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    with (
-        progress_to(len(texts), "encode prompts", int(there.sum())) as advance,
-        one_core_each(model.device) as threads,
-    ):
-        for start in range(0, len(texts), BLOCK):
-            block = [row for row in by_characters[start : start + BLOCK] if not there[row]]
-            if not block:
-                continue
-            for part, found in _embed(model, [texts[row] for row in block], threads):
-                vectors[[block[row] for row in part]] = found
-                advance(len(part))
+    blocks = [by_characters[first : first + BLOCK] for first in range(0, len(texts), BLOCK)]
+    blocks = [rows for block in blocks if (rows := [row for row in block if not there[row]])]
+    found = over_blocks(engine, start, ([texts[row] for row in block] for block in blocks))
+    with progress_to(len(texts), "encode prompts", int(there.sum())) as advance:
+        for block, vectors[block] in zip(blocks, found, strict=True):
             cache.write([keys[row] for row in block], vectors[block])
+            advance(len(block))
 
 
 def encode_once(texts: Sequence[str]) -> np.ndarray:
@@ -102,13 +119,7 @@ def encode_once(texts: Sequence[str]) -> np.ndarray:
     Returns:
         float32 array (len(texts), 384) of unit vectors.
     """
-    vectors = np.zeros((len(texts), DIMENSION), np.float32)
-    if len(texts):
-        model, _ = _encoder(True)
-        with one_core_each(model.device) as threads:
-            for part, found in _embed(model, texts, threads):
-                vectors[part] = found
-    return vectors
+    return _start(True)(list(texts)) if len(texts) else np.zeros((0, DIMENSION), np.float32)
 
 
 def _embed(model: MiniLM, texts: Sequence[str], threads: ThreadPoolExecutor) -> Iterator[tuple[list[int], Tensor]]:

@@ -277,7 +277,7 @@ def test_variety_of_the_grammar():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"threshold": 0.0}, {"threshold": 1.5}, {"folds": 1}, {"prompts": ()}, {"engine": "x"}, {"out": Path("o.png")}],
+    [{"threshold": 0.0}, {"threshold": 1.5}, {"folds": 1}, {"prompts": ()}, {"search": "x"}, {"out": Path("o.png")}],
 )
 def test_bad_settings_are_refused(tmp_path, bad):
     source = write(tmp_path / "p.csv", "a cat")

@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 
 from .. import metadata, text_encoder
+from ..engine import ENGINE_FLAGS, EngineConfig
 from ..errors import UserError
 from ..files import Stamp, alone
-from ..profiles import StageConfig
 from . import look
 from .result import BLOCK, FLOOR, Result, dedupe, leaders
 
@@ -35,7 +35,7 @@ FATES = 1000  # rows of which float32's verdict is computed where the vectors ar
 
 
 @dataclass
-class Config(StageConfig):
+class Config(EngineConfig):
     """Drops prompts that are nearly the same as an earlier one."""
 
     prompts: tuple[Path, ...] = ()
@@ -48,7 +48,7 @@ class Config(StageConfig):
     """Cosine from which a prompt counts as a copy of an earlier one."""
     prefer: tuple[str, ...] = ()
     """Sources whose rows win over those of later and unnamed ones; left out: the first row wins."""
-    engine: str = "auto"
+    search: str = "auto"
     """exact, faiss (approximate; for many millions of rows), or auto."""
     fast: bool = False
     """Embed in half precision, and only what is removed, with what removed it, in float32 too: for sets of which few
@@ -116,8 +116,8 @@ def read(config: Config) -> tuple[pd.DataFrame, int]:
         raise UserError(f"--threshold {config.threshold}: must lie above 0 and at most 1")
     if config.folds < 2:
         raise UserError(f"--folds {config.folds}: must be at least 2")
-    if config.engine not in ("auto", "exact", "faiss"):
-        raise UserError(f"--engine {config.engine}: must be auto, exact or faiss")
+    if config.search not in ("auto", "exact", "faiss"):
+        raise UserError(f"--search {config.search}: must be auto, exact or faiss")
     if config.out.suffix != ".csv":
         raise UserError(f"--out {config.out}: must end with .csv")
     columns = ["image_name", "prompt", "seed", "source", "_file", "_row"]
@@ -157,17 +157,17 @@ def run(config: Config) -> pd.DataFrame:
 
 def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     inputs = [*config.prompts, *config.against]
-    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"), inputs)
+    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out", *ENGINE_FLAGS), inputs)
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
 
     result = dedupe(
         frame,
-        lambda texts: text_encoder.encode(texts, fast=config.fast),
+        lambda texts: text_encoder.encode(texts, config.fast, config),
         config.threshold,
         fixed=fixed,
-        engine=config.engine,
+        engine=config.search,
     )
     if config.fast:
         result = _as_float32(result)

@@ -10,8 +10,10 @@ and writing go on while the next block is rendered.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Set
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +21,9 @@ import pandas as pd
 
 from .. import metadata, workspace
 from ..devices import rank_and_processes
+from ..engine import EngineConfig, over_blocks
 from ..errors import UserError
 from ..files import alone, make_folder
-from ..profiles import StageConfig
 from ..progress import Estimate, progress_to
 from ..workspace import MANIFEST
 from . import store as stores
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(StageConfig):
+class Config(EngineConfig):
     """Renders one image a prompt: Stable Diffusion 2 at 768 px downsized to 512, or embedded scenes."""
 
     metadata: Path = Path("data_meta/prompts.csv")
@@ -188,6 +190,22 @@ def _backend(config: Config) -> Any:
     return StableDiffusionBackend(config.weights, config.fast, config.steps, config.batch_size, config.format)
 
 
+def _drawn(config: Config, backend: Any, blocks: list[list[Row]], there: Set[str]) -> Iterator[Callable[[], Finished]]:
+    """What waits for each block's files; Ray's actors have a backend each."""
+    if config.engine == "local":
+        yield from backend.draw(blocks, there)
+        return
+    for finished in over_blocks(config, partial(_start, config), blocks):
+        yield lambda finished=finished: finished
+
+
+def _start(config: Config) -> Callable[[list[Row]], Finished]:
+    """What draws a block in one of Ray's actors."""
+    backend = _backend(config)
+    backend.start()
+    return lambda rows: next(backend.draw([rows], set()))()
+
+
 def _store(config: Config, settings: dict[str, Any], rows: list[Row], journal: str) -> FolderStore:
     if not config.per_tar:
         return FolderStore(config.out, settings, journal)
@@ -235,7 +253,8 @@ def _render(
 
     blocks = []
     if len(there) < len(mine):
-        backend.start()
+        if config.engine == "local":
+            backend.start()
         blocks = [unit[i : i + backend.block] for unit in units for i in range(0, len(unit), backend.block)]
         blocks = [block for block in blocks if any(row.name not in there for row in block)]
     with progress_to(len(mine), "render", len(there)) as advance:
@@ -251,7 +270,7 @@ def _render(
 
         try:
             # Closed at once, so that the drawing processes end before the program when it is stopped.
-            with closing(backend.draw(blocks[: backend.trial] if only_first else blocks, there)) as drawn:
+            with closing(_drawn(config, backend, blocks[: backend.trial] if only_first else blocks, there)) as drawn:
                 run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
         finally:
             store.close()

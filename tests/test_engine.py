@@ -1,0 +1,138 @@
+"""Ray's actors give what this process gives, also when one of them is killed."""
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from image_to_prompts import embed, embeddings, infer, profiles, render, text_cache, text_encoder
+from image_to_prompts.engine import EngineConfig, over_blocks
+from image_to_prompts.errors import UserError
+
+RAY = {"engine": "ray", "actors": 2}
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A cluster of two cores on this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
+def test_this_process_works_block_by_block_and_gets_ready_once():
+    ready = []
+
+    def start():
+        ready.append(1)
+        return lambda number: 2 * number
+
+    assert list(over_blocks(EngineConfig(), start, [])) == [] and not ready
+    assert list(over_blocks(EngineConfig(), start, iter([1, 2, 3]))) == [2, 4, 6] and ready == [1]
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path, small_run, refused):
+    pytest.importorskip("ray")
+    words = ["render", "--run", tmp_path, "--metadata", small_run.metadata, "--engine", "ray"]
+    refused([*words, "--address", "127.0.0.1:1"], "no Ray cluster")
+
+
+@pytest.mark.slow
+def test_blocks_keep_their_order(ray):
+    def squares():
+        return lambda numbers: [number**2 for number in numbers]
+
+    blocks = [[number, number + 1] for number in range(40)]
+    assert list(over_blocks(EngineConfig(**RAY), squares, blocks)) == [[a**2, b**2] for a, b in blocks]
+
+
+@pytest.mark.slow
+def test_a_killed_actor_changes_nothing(ray, tmp_path):
+    def start():
+        def work(number: int) -> tuple[int, int]:
+            with (tmp_path / "pids").open("a") as file:
+                file.write(f"{os.getpid()}\n")
+            if number == 5 and not (tmp_path / "killed").exists():
+                (tmp_path / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.05)
+            return number, number**2
+
+        return work
+
+    assert list(over_blocks(EngineConfig(**RAY), start, range(20))) == [(n, n**2) for n in range(20)]
+    assert (tmp_path / "killed").exists() and len(set((tmp_path / "pids").read_text().split())) == 3
+
+
+@pytest.mark.slow
+def test_an_actors_complaint_is_the_stages(ray):
+    def start():
+        raise UserError("weights of x not found; give them")
+
+    with pytest.raises(UserError, match="weights of x not found"):
+        list(over_blocks(EngineConfig(**RAY), start, [1, 2]))
+
+
+@pytest.mark.slow
+def test_texts_are_embedded_alike(ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_encoder, "BLOCK", 32)
+    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(200)]
+    found = []
+    for name, values in (("local", {}), ("ray", RAY)):
+        monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / name))
+        found.append(text_encoder.encode(texts, engine=EngineConfig(**values)))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per_tar", [0, 7])
+def test_pictures_are_the_same_files(ray, per_tar, small_run, tmp_path):
+    written = []
+    for name, values in (("local", {}), ("ray", RAY)):
+        out = tmp_path / name
+        render.run(
+            profiles.default_config("render", small_run, "embedded", out=out, workers=1, per_tar=per_tar, **values)
+        )
+        written.append(
+            {f.name: f.read_bytes() for f in out.iterdir() if not f.name.startswith(".") and f.suffix != ".log"}
+        )
+    assert len(written[0]) > 5 and written[0] == written[1]
+
+
+@pytest.mark.slow
+def test_stable_diffusion_too(ray, small_run, tiny_sd2, tmp_path):
+    from image_to_prompts import metadata
+
+    csv = tmp_path / "few.csv"
+    metadata.write_table(csv, metadata.read(small_run.metadata).head(6))
+    written = []
+    for name, values in (("local", {}), ("ray", RAY)):
+        config = render.Config(
+            metadata=csv, out=tmp_path / name, backend="sd2", weights=tiny_sd2, steps=2, batch_size=2
+        )
+        for key, value in values.items():
+            setattr(config, key, value)
+        written.append(render.run(config)[["image_name", "file", "flag"]])
+    assert written[0].equals(written[1]) and len(list((tmp_path / "ray").glob("*.png"))) == 6
+
+
+@pytest.mark.slow
+def test_embed_and_infer(ray, small_run, small_checkpoint, tmp_path, monkeypatch):
+    from image_to_prompts import predictors
+
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    monkeypatch.setattr(predictors, "BLOCK", 16)
+    tables, vectors = [], []
+    for name, values in (("local", {}), ("ray", RAY)):
+        config = embed.Config(images=(small_run.images,), out=tmp_path / name, image_size=64, **values)
+        embed.run(config)
+        tables.append(embeddings.load(tmp_path / name))
+        config = profiles.default_config("infer", small_run, "embedded", checkpoint=(small_checkpoint,), **values)
+        config.out = tmp_path / name / "s.csv"
+        vectors.append(infer.run(config).vectors)
+    for name, array in tables[0].arrays.items():
+        np.testing.assert_allclose(tables[1].arrays[name], array, atol=2e-2 * np.abs(array).max())
+    assert (np.sum(vectors[0] * vectors[1], 1) > 0.999).all()
