@@ -69,8 +69,7 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, pd.DataFrame, dict[str, A
         UserError: If a file is missing or damaged, or the rows are not as many as the names, or not finite.
     """
     path = folder / f"{name}.npy"
-    for end in ENDS:
-        check_whole(folder / f"{name}{end}")
+    check_whole(folder, *(f"{name}{end}" for end in ENDS))
     names = metadata.read_table(folder / f"{name}.names.csv", ("image_name",))
     try:
         vectors = np.load(path, allow_pickle=False)

@@ -284,9 +284,8 @@ def load(folder: Path) -> Ensemble:
 
     from . import fusion
 
+    check_whole(folder, "model.safetensors", "config.json")
     try:
-        check_whole(folder / "model.safetensors")
-        check_whole(folder / "config.json")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
         about = config["ensemble"]
@@ -299,8 +298,6 @@ def load(folder: Path) -> Ensemble:
             if f"{name}.0" in state
         }
         return Ensemble(network, config, state["mean_target"], **pairs)
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{folder}: not an ensemble checkpoint: {said}; run ensemble again") from error

@@ -126,19 +126,24 @@ def is_sealed(path: Path) -> bool:
         return False
 
 
-def check_whole(path: Path) -> None:
-    """Compares an output with the stamp of the stage that made it, if that lies beside it.
+def check_whole(folder: Path, *names: str) -> None:
+    """Compares outputs with the stamp of the stage that made them, if that lies beside them.
+
+    Args:
+        folder: Where they lie.
+        names: The files; of one that is not there its reader tells.
 
     Raises:
-        UserError: If the file is another than the stage wrote.
+        UserError: If a file is another than the stage wrote.
     """
-    for stamp in sorted(path.parent.glob(".*.done")):
-        expected = _read_stamp(stamp)["outputs"].get(path.name)
-        if expected and expected != sha256(path):
-            raise UserError(
-                f"{path}: damaged: not what the stage that made it wrote; run that stage again, or delete {stamp} if "
-                "you have changed the file yourself"
-            )
+    for stamp in sorted(folder.glob(".*.done")):
+        outputs = _read_stamp(stamp)["outputs"]
+        for path in (folder / name for name in names if name in outputs):
+            if path.is_file() and sha256(path) != outputs[path.name]:
+                raise UserError(
+                    f"{path}: damaged: not what the stage that made it wrote; run that stage again, or delete {stamp} "
+                    "if you have changed the file yourself"
+                )
 
 
 @contextlib.contextmanager

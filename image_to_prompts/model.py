@@ -235,15 +235,12 @@ def load(folder: Path) -> Checkpoint:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file; --checkpoint takes a folder that finetune wrote")
+    check_whole(folder, "config.json", "model.safetensors")
     try:
-        for name in ("config.json", "model.safetensors"):
-            check_whole(folder / name)
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         spec = backbones.Spec(**config["backbone"])
         state = load_file(folder / "model.safetensors")
         mean = state.pop("mean_target").numpy()
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a checkpoint of this project: {error!r}; run finetune again") from error
     model = build(spec)

@@ -57,8 +57,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
 
     if not is_there(folder):
         raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
-    for name in ("validation.csv", "validation.safetensors"):
-        check_whole(folder / name)
+    check_whole(folder, "validation.csv", "validation.safetensors")
     try:
         stored = load_file(folder / "validation.safetensors")
     except (OSError, SafetensorError) as error:

@@ -1,5 +1,7 @@
 """Embeddings: arrays with names, joined by name; bad ones refused; a killed run goes on."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -161,3 +163,11 @@ def test_wrong_bare_arrays_are_refused(bare, refused):
     refused([*words, bare / "text.npy"], "not a .npy array")
     (bare / "images.txt").write_text("a.png\nb.png\na.png\nd.png\n")
     refused([*words, bare / "clip.npy"], "a.png")
+
+
+@pytest.mark.parametrize("name", ["prompt.npy", "prompt.names.csv", "classes.npy", "classes.names.csv", "classes.json"])
+def test_a_missing_file_is_told_beside_a_stamp_that_lists_it(name, small_embeddings, tmp_path):
+    shutil.copytree(small_embeddings, tmp_path / "e")
+    (tmp_path / "e" / name).unlink()
+    with pytest.raises(UserError, match=name.partition(".")[0]):
+        embeddings.load(tmp_path / "e", ("classes",))
