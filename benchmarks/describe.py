@@ -47,14 +47,7 @@ def parts(run: Path, count: int, rounds: int) -> Iterator[list[Path]]:
 def ours(run: Path, count: int, rounds: int) -> Prepared:
     describer, some = _describer(run), parts(run, count, rounds)
     describer.describe(next(parts(run, 2, 1)))
-    return lambda: describe_in_blocks(describer, next(some))
-
-
-def describe_in_blocks(describer: Describer, files: list[Path]) -> None:
-    from image_to_prompts.describer import BLOCK
-
-    for start in range(0, len(files), BLOCK):
-        describer.describe(files[start : start + BLOCK])
+    return lambda: describer.describe(next(some))
 
 
 def loop(run: Path, count: int, rounds: int) -> Prepared:

@@ -94,12 +94,12 @@ def read(path: Path) -> bytes:
         raise OSError(f"{path.name} is damaged: {error}") from error
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file or a member, as 64 hexadecimal digits; "" if it cannot be read."""
+def digest(path: Path) -> str | None:
+    """SHA-256 of a file or a member, as 64 hexadecimal digits; None if it cannot be read."""
     try:
         return hashlib.sha256(read(path) if is_member(path) else path.read_bytes()).hexdigest()
     except OSError:
-        return ""
+        return None
 
 
 def stat(path: Path) -> tuple[int, int]:

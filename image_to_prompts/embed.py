@@ -22,7 +22,7 @@ import pandas as pd
 from . import archives, dataset, embeddings, encoders, text_encoder, weights
 from .devices import local_rank_and_processes, process_state
 from .encoders import Encoded
-from .engine import ENGINE_FLAGS, EngineConfig, over_blocks
+from .engine import EngineConfig, over_blocks
 from .errors import UserError
 from .files import Stamp, alone, is_sealed, seal, write_array, write_json
 
@@ -84,7 +84,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
 def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
     rows = dataset.load_metadata(tables, config.images)
     listing = [(str(path), *archives.stat(path)) for path in rows["path"]]
-    settings = config.settings("out", "images", "metadata", "loader_workers", *ENGINE_FLAGS) | {"files": listing}
+    settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}
     places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
     settings["weights"] = [weights.digest(place) for place in places if place.is_dir()]
     terms = sorted(Path(config.terms).glob("*.txt")) if config.terms else []
@@ -160,8 +160,7 @@ def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Con
         for array, one in zip(arrays, block, strict=True):
             write_array(array, one.vectors)
         write_json(texts, [one.texts for one in block])
-        for file in (texts, *arrays):
-            seal(file)
+        seal(texts, *arrays)
     process_state().wait_for_everyone()
 
 
@@ -178,7 +177,7 @@ def _joined_blocks(encoders: int, count: int, work: Path) -> list[Encoded]:
 
 def _is_done(work: Path, start: int, encoders: int) -> bool:
     texts, arrays = _block_files(work, start, encoders)
-    return all(map(is_sealed, (texts, *arrays)))
+    return is_sealed(texts, *arrays)
 
 
 def _block_files(work: Path, start: int, encoders: int) -> tuple[Path, list[Path]]:

@@ -38,8 +38,9 @@ class EngineConfig(StageConfig):
     actors: int = 0
     """Ray actors, each with the models of its own; 0: one a GPU of the cluster, without GPUs one a core."""
 
-
-ENGINE_FLAGS = ("engine", "address", "actors")
+    def settings(self, *without: str) -> dict[str, Any]:
+        """See `StageConfig.settings`; outputs do not depend on who works."""
+        return super().settings("engine", "address", "actors", *without)
 
 
 class _Actor:

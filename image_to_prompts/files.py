@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import archives
+from .devices import rank_and_processes
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -70,12 +71,25 @@ def write_text(path: Path, text: str) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an array as .npy atomically."""
+    write_blocks(path, array.shape, array.dtype, [array])
+
+
+def write_blocks(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
+    """Writes an array as .npy atomically, without holding more than a block of it.
+
+    Args:
+        path: Where to.
+        shape: Of the whole.
+        dtype: Of the whole.
+        blocks: Its rows, in order.
+    """
     import numpy as np
 
-    array = np.ascontiguousarray(array)
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
     with atomic_path(path) as part, part.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)  # NumPy's own writing does not say that a disk is full
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:  # by Python: NumPy's own writing does not say that a disk is full, a mapped file kills
+            file.write(np.ascontiguousarray(block, dtype).data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -113,15 +127,16 @@ def _seal(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def seal(path: Path) -> None:
-    """Declares a file of half-done work finished, by a second file with its SHA-256."""
-    write_text(_seal(path), sha256(path))
+def seal(*paths: Path) -> None:
+    """Declares files of half-done work finished, by a second file with the SHA-256 of each."""
+    for path in paths:
+        write_text(_seal(path), sha256(path))
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether a file is there as it was when it was sealed."""
+def is_sealed(*paths: Path) -> bool:
+    """Whether all files are there as they were when they were sealed."""
     try:
-        return _seal(path).read_bytes() == sha256(path).encode()
+        return all(_seal(path).read_bytes() == sha256(path).encode() for path in paths)
     except FileNotFoundError:
         return False
 
@@ -157,7 +172,7 @@ def alone(place: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    if int(os.environ.get("RANK", 0)):
+    if rank_and_processes()[0]:
         yield
         return
     lock = FileLock(make_folder(place.parent) / f".{place.name}.lock")

@@ -160,7 +160,7 @@ def fit(
         if cosine >= max(entry["cosine"] for entry in history):
             best = {name: value.clone() for name, value in network.state_dict().items()}
 
-    stored = read_state(state, device) if state and state.is_file() else None
+    stored = read_state(state, device) if state else None
     if stored:
         network.load_state_dict(stored["network"])
         trainer.optimizer.load_state_dict(stored["optimizer"])

@@ -21,7 +21,7 @@ from . import metadata, text_cache, text_encoder
 from .dedupe.exact import ROUNDING, places, reaches, whole_sums
 from .devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 from .evaluate import unit
-from .files import Stamp, atomic_path
+from .files import Stamp, atomic_path, write_blocks
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,11 +102,8 @@ def _build(prompts: list[str], texts: Path, vectors: Path) -> None:
     """Writes the two files of an index."""
     import pyarrow as pa
 
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(prompts), text_encoder.DIMENSION)}
-    with atomic_path(vectors) as part, part.open("wb") as file:  # a mapped file would kill the process on a full disk
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(prompts), BLOCK):
-            file.write(text_encoder.encode(prompts[start : start + BLOCK]).astype("<f4").tobytes())
+    blocks = (text_encoder.encode(prompts[start : start + BLOCK]) for start in range(0, len(prompts), BLOCK))
+    write_blocks(vectors, (len(prompts), text_encoder.DIMENSION), np.dtype(np.float32), blocks)
     table = pa.table({"prompt": pa.array(prompts, pa.large_string())})
     with atomic_path(texts) as part, pa.ipc.new_file(str(part), table.schema) as file:
         file.write_table(table)

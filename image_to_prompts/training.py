@@ -88,12 +88,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: Path, device: torch.device | str) -> dict[str, Any] | None:
-    """What was saved to go on from; None, and a warning, if the file is damaged: the training then begins anew.
+    """What was saved to go on from; None if nothing was, or, with a warning, if the file is damaged.
 
     PyTorch's files are zip archives, whose checksums PyTorch itself does not look at.
     """
     import torch
 
+    if not path.is_file():
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -205,8 +207,6 @@ class Trainer:
         save_state(self.state, state)
 
     def _load(self) -> None:
-        if not self.state.is_file():
-            return
         state = read_state(self.state, "cpu")
         if state is None:
             return

@@ -263,7 +263,7 @@ def _check_download(file: Path) -> None:
         UserError: If it is another file.
     """
     blob = file.resolve()
-    if file.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and (found := _file_digest(blob)) != blob.name:
+    if file.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and (found := _file_digest(file)) != blob.name:
         raise UserError(f"{file}: SHA-256 is {found}, the hub said {blob.name}; delete {blob} and start again")
 
 

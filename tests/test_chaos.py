@@ -34,17 +34,15 @@ class Bench:
         self.whole: dict[str, tuple[dict[str, bytes], float]] = {}
         self.cases = 0
 
-    def case(self, target: str, folder: Path | None = None, inputs: dict[str, Path] | None = None) -> Case:
+    def case(self, target: str, inputs: dict[str, Path] | None = None) -> Case:
         self.cases += 1
-        return Case(target, folder or self.folder / f"{target}-{self.cases}", inputs or self.inputs)
+        return Case(target, self.folder / f"{target}-{self.cases}", inputs or self.inputs)
 
     def undisturbed(self, target: str) -> tuple[dict[str, bytes], float]:
         """What a target's run leaves, and its seconds."""
         if target not in self.whole:
             case, begun = self.case(target), time.monotonic()
-            code, said = case.finish()
-            assert code == 0, said
-            self.whole[target] = (case.contents(), time.monotonic() - begun)
+            self.whole[target] = (fresh_contents(case), time.monotonic() - begun)
             assert len(self.whole[target][0]) > 1  # run.json and what the stage makes
         return self.whole[target]
 
@@ -66,6 +64,12 @@ def rounds(request) -> int:
     if not rounds and test != "test_kill" and place % 3:
         pytest.skip("make chaos does it")
     return max(rounds, 1)
+
+
+@pytest.fixture
+def few(rounds) -> int:
+    """The same for what takes long: a third."""
+    return -(-rounds // 3)
 
 
 @pytest.fixture
@@ -123,24 +127,23 @@ def test_kill(target, bench, rounds, rng, note):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_stop(target, how, bench, rounds, rng, note):
-    times = -(-rounds // 3)
-    cases = stop_often(bench, target, how, times, rng)
+def test_stop(target, how, bench, few, rng, note):
+    cases = stop_often(bench, target, how, few, rng)
     said = [case.said(number) for case in cases for number in range(len(case.processes))]
     codes = [process.exitcode for case in cases for process in case.processes]
-    assert codes.count(128 + how) == times and set(codes) == {0, 128 + how}
-    assert sum("stopped; the same command goes on" in text for text in said) == times
-    for _ in range(times):
+    assert codes.count(128 + how) == few and set(codes) == {0, 128 + how}
+    assert sum("stopped; the same command goes on" in text for text in said) == few
+    for _ in range(few):
         note(f"{how.name} at a random moment", f"{LINE}, then {SAME}")
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_disk(target, bench, rounds, rng, note):
+def test_disk(target, bench, few, rng, note):
     if not chaos.can_mount():
         pytest.skip("cannot mount a small disk")
     expected, seconds = bench.undisturbed(target)
     whole = sum(map(len, expected.values())) + 65_536
-    for number in range(-(-rounds // 3)):
+    for number in range(few):
         case = bench.case(target)
         with chaos.small_disk(case.folder, max(16_384, int(whole * rng.uniform(0.05, 0.9)) // 4096 * 4096)):
             code, said = case.finish()
@@ -173,9 +176,9 @@ def test_disk(target, bench, rounds, rng, note):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_memory(target, bench, rounds, rng, note):
+def test_memory(target, bench, few, rng, note):
     expected, _ = bench.undisturbed(target)
-    for _ in range(-(-rounds // 3)):
+    for _ in range(few):
         case = bench.case(target)
         case.flags = ("--workers", "1") if "--workers" in case.words else ()  # processes of its own would count anew
         case.memory = int(10 ** rng.uniform(6.5, 8.3))
@@ -273,9 +276,9 @@ def test_damaged_inputs(target, bench, rounds, rng, note, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_two_processes(target, bench, rounds, rng, note):
+def test_two_processes(target, bench, few, rng, note):
     expected, seconds = bench.undisturbed(target)
-    for _ in range(-(-rounds // 3)):
+    for _ in range(few):
         case = bench.case(target)
         one = case.start()
         time.sleep(rng.uniform(0, 0.5) * seconds)
@@ -291,10 +294,10 @@ def test_two_processes(target, bench, rounds, rng, note):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_clock(target, bench, rounds, rng, note):
+def test_clock(target, bench, few, rng, note):
     """All that is there is younger than the clock says it is now, as after the clock was set back."""
     expected, seconds = bench.undisturbed(target)
-    for _ in range(-(-rounds // 3)):
+    for _ in range(few):
         case = bench.case(target)
         case.disturb(signal.SIGKILL, rng, seconds)
         for path in case.folder.rglob("*"):
@@ -304,7 +307,7 @@ def test_clock(target, bench, rounds, rng, note):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_changed_inputs(target, bench, rounds, rng, note, tmp_path):
+def test_changed_inputs(target, bench, few, rng, note, tmp_path):
     """An input changes between a killed run and the next one.
 
     Stable Diffusion draws pictures together, so that their last bits depend on their neighbours: of it the rows are
@@ -316,7 +319,7 @@ def test_changed_inputs(target, bench, rounds, rng, note, tmp_path):
         pytest.skip("nothing to change in its inputs")
     fresh = bench.case(target, inputs=inputs)
     goes_on(fresh, fresh_contents(fresh))
-    for _ in range(-(-rounds // 3)):
+    for _ in range(few):
         case = case_with_cache(bench, target, fresh)
         case.inputs = bench.inputs
         case.disturb(signal.SIGKILL, rng, seconds)

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .. import metadata, text_encoder
-from ..engine import ENGINE_FLAGS, EngineConfig
+from ..engine import EngineConfig
 from ..errors import UserError
 from ..files import Stamp, alone
 from . import look
@@ -157,7 +157,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     inputs = [*config.prompts, *config.against]
-    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out", *ENGINE_FLAGS), inputs)
+    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"), inputs)
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)

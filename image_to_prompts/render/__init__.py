@@ -225,25 +225,18 @@ def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estima
     backend = _backend(config)
     store = _store(config, backend.settings, rows, f"{part}-of-{parts}")
     make_folder(config.out)
+    units = [rows[start : start + store.unit] for start in range(0, len(rows), store.unit)][part::parts]
+    if parts > 1:
+        log.info("part %d of %d: %d of %d images", part + 1, parts, sum(map(len, units)), len(rows))
     with alone(config.out / f"part-{part}-of-{parts}"):
-        return _render(config, part, parts, frame, rows, backend, store, only_first)
+        return _render(config, frame, units, backend, store, only_first)
 
 
 def _render(
-    config: Config,
-    part: int,
-    parts: int,
-    frame: pd.DataFrame,
-    rows: list[Row],
-    backend: Any,
-    store: FolderStore,
-    only_first: bool,
+    config: Config, frame: pd.DataFrame, units: list[list[Row]], backend: Any, store: FolderStore, only_first: bool
 ) -> tuple[pd.DataFrame, Estimate]:
     """Renders this process's part of the rows."""
-    units = [rows[start : start + store.unit] for start in range(0, len(rows), store.unit)][part::parts]
     mine = [row for unit in units for row in unit]
-    if parts > 1:
-        log.info("part %d of %d: %d of %d images", part + 1, parts, len(mine), len(rows))
     folders = workspace.attached_images(config.out.name) if config.adopt is None else config.adopt
     adopted = {name for folder in folders for name in store.adopt(folder, mine)}
     store.scan(mine)

@@ -86,7 +86,7 @@ def collect(
     readings = [Reading(path, column) for path in paths]
     for number, block in enumerate(progress(_read(kind, readings), f"blocks of {name or source}", _blocks(paths))):
         part = work / f"part-{number:06d}.csv"
-        if not all(is_sealed(part.with_suffix(end)) for end in (".csv", ".npy", ".json")):
+        if not is_sealed(part, part.with_suffix(".npy"), part.with_suffix(".json")):
             _write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block))
         hashes = np.load(part.with_suffix(".npy"))
         seen.add(hashes)
@@ -181,8 +181,7 @@ def _write_block(
         block.select(COLUMNS).write_csv(file, include_header=False)
     write_array(part.with_suffix(".npy"), hashes[:, first][:, :most])
     write_json(part.with_suffix(".json"), report)
-    for end in (".csv", ".npy", ".json"):
-        seal(part.with_suffix(end))
+    seal(part, part.with_suffix(".npy"), part.with_suffix(".json"))
 
 
 def _with_keys(block: pl.DataFrame) -> pl.DataFrame:
