@@ -227,6 +227,12 @@ def clear_line(code: int, said: str) -> bool:
 DAMAGES = ("flipped bit", "cut short", "emptied", "zeros within", "garbage", "deleted")
 
 
+def choose(files: list[Path], rng: random.Random) -> Path:
+    """One of the files; each kind of file is as likely as another, however many there are of it."""
+    suffix = rng.choice(sorted({file.suffix for file in files}))
+    return rng.choice([file for file in files if file.suffix == suffix])
+
+
 def damage(path: Path, kind: str, rng: random.Random) -> None:
     """Damages a file."""
     data = bytearray(path.read_bytes())

@@ -41,8 +41,11 @@ def write(path: Path, notes: list[str], failed: int) -> None:
     targets = list(dict.fromkeys(row[0] for row in rows))
     kinds = sorted({row[1] for row in rows}, key=lambda kind: (kind.startswith("input "), kind))
     kills = sum(row[1].startswith("kill") for row in rows)
+    damaged = sum(kind.startswith("input .") for kind in kinds)
     lines = [
-        HEAD + f"{len(rows)} disturbances, {kills} of them kill -9; {len(kinds)} kinds; {failed} tests failed.",
+        HEAD
+        + f"{len(rows)} disturbances, {kills} of them kill -9; {len(kinds)} kinds, {damaged} of them damaged inputs;",
+        f"{failed} tests failed.",
         "",
     ]
     lines += ["| what happened | times | how it ended |", "| --- | --- | --- |"]
