@@ -23,7 +23,7 @@ test: install ## all tests that this machine can run (python -m pytest alone: th
 	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu and not network'
 
 chaos: install ## the failure suite in full, about an hour; writes docs/reliability.md
-	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds 8 --reliability docs/reliability.md
+	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \
