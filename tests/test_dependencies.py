@@ -1,0 +1,59 @@
+"""The exact set of packages that CI runs (constraints.txt) has no known vulnerability, as pip-audit tells."""
+
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+# Advisory -> why it cannot touch this project. Anything else that is found is mended by a newer release.
+LISTED: dict[str, str] = {}
+
+
+def audit(*options: object, pins: Path = Path("constraints.txt")) -> tuple[int, dict[str, list[str]]]:
+    """How many packages pip-audit knows about, and the advisories of those that have some."""
+    words = [sys.executable, "-m", "pip_audit", "-r", pins, "--no-deps", "--disable-pip", "-f", "json"]
+    words += [word for advisory in LISTED for word in ("--ignore-vuln", advisory)]
+    done = subprocess.run([*map(str, [*words, "--progress-spinner", "off", *options])], capture_output=True, text=True)
+    if not done.stdout.strip():
+        pytest.skip(f"no audit: {done.stderr.strip().splitlines()[-1]}")
+    known = [one for one in json.loads(done.stdout)["dependencies"] if "skip_reason" not in one]
+    return len(known), {one["name"]: [found["id"] for found in one["vulns"]] for one in known if one["vulns"]}
+
+
+@pytest.mark.slow
+def test_no_package_has_a_known_vulnerability():
+    known, found = audit()
+    if not known:  # pip-audit itself then says that nothing was found
+        pytest.skip("no audit: pypi.org tells of no package")
+    assert not found, "raise these, or list them in LISTED with the reason"
+
+
+@pytest.mark.slow
+def test_a_vulnerability_is_found(tmp_path):
+    """The audit above can fail: here with an advisory of a database of our own."""
+
+    class Database(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            name, version = query["package"]["name"], query["version"]
+            affected = {"package": {"name": name, "ecosystem": "PyPI"}, "versions": [version], "ranges": []}
+            advisory = {"id": "PYSEC-2026-0", "summary": "bad", "details": "bad", "affected": [affected]}
+            body = json.dumps({"vulns": [advisory]} if name == "left" else {}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Database)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pins = tmp_path / "pins.txt"
+    pins.write_text("left==1.0\nright==2.0\n")
+    url = f"http://127.0.0.1:{server.server_port}/v1/query"
+    assert audit("--vulnerability-service", "osv", "--osv-url", url, pins=pins) == (2, {"left": ["PYSEC-2026-0"]})
+    server.shutdown()
