@@ -8,7 +8,10 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+from .errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +28,6 @@ def cores() -> int:
 def rank_and_processes() -> tuple[int, int]:
     """This process's number, from 0, and how many `accelerate launch` or `torchrun` started; (0, 1) without them."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank_and_processes() -> tuple[int, int]:
-    """The same, counted on this machine alone."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def local_device() -> torch.device:
@@ -141,3 +139,19 @@ def gather(share: list[T], total: int) -> list[T]:
     shares: list[list[T]] = [[] for _ in range(processes)]
     distributed.all_gather_object(shares, share)
     return [shares[i % processes][i // processes] for i in range(total)]
+
+
+def wait_for_files(files: list[Path]) -> None:
+    """Waits until every process has made its share of files.
+
+    Raises:
+        UserError: In every process, if one of them does not see what another made.
+    """
+    rank, processes = rank_and_processes()
+    if processes == 1:
+        return
+    process_state().wait_for_everyone()
+    missing = [f"{file}: not seen by process {rank}" for file in files if not file.is_file()]
+    told = gather(missing[:1] or [""], processes)
+    if any(told):
+        raise UserError(f"{max(told)}; --out must lie on a file system that all nodes see under this path")

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from . import archives, dataset, embeddings, encoders, text_encoder, weights
-from .devices import local_rank_and_processes, process_state
+from .devices import process_state, rank_and_processes, wait_for_files
 from .encoders import Encoded
 from .engine import EngineConfig, over_blocks
 from .errors import UserError
@@ -148,11 +148,11 @@ def _start(config: Config, built: list[encoders.Encoder] | None = None) -> Calla
 def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Config, work: Path) -> None:
     """Writes what each encoder makes of the files in blocks of 512, which a resumed run finds there.
 
-    Processes of one machine share the blocks.
+    Processes share the blocks.
     """
-    local, processes = local_rank_and_processes()
-    starts = range(0, len(files), BLOCK)[local::processes]
-    starts = [first for first in starts if not _is_done(work, first, len(built))]
+    rank, processes = rank_and_processes()
+    every = range(0, len(files), BLOCK)
+    starts = [first for first in every[rank::processes] if not _is_done(work, first, len(built))]
     start = partial(_start, config, built if config.engine == "local" else None)
     found = over_blocks(config, start, (files[first : first + BLOCK] for first in starts))
     for first, block in zip(starts, found, strict=True):
@@ -161,7 +161,7 @@ def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Con
             write_array(array, one.vectors)
         write_json(texts, [one.texts for one in block])
         seal(texts, *arrays)
-    process_state().wait_for_everyone()
+    wait_for_files([_block_files(work, first, len(built))[0] for first in every])
 
 
 def _joined_blocks(encoders: int, count: int, work: Path) -> list[Encoded]:

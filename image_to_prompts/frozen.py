@@ -14,7 +14,7 @@ import numpy as np
 
 from . import backbones, evaluate
 from .dataset import Rows
-from .devices import autocast, local_rank_and_processes, mixed_precision, process_state, type_of
+from .devices import autocast, mixed_precision, rank_and_processes, type_of, wait_for_files
 from .errors import UserError
 from .files import atomic_path, is_sealed, seal
 from .images import ImageRows
@@ -92,15 +92,15 @@ def features(
         only: Row numbers to run.
         device: Where to compute.
         config: Whether to keep what enters the trained part too, and the loader's workers.
-        work: Folder for the results. Processes of one machine share the work.
+        work: Folder for the results. Processes share the work.
 
     Returns:
         float32 (len(images), width), NaN in rows that are broken or not asked for; and the cached activations of the
         readable rows, if asked for.
 
     Raises:
-        UserError: If the cache does not fit on the disk, if the backbone's frozen part cannot be cached, or if no
-            image can be read.
+        UserError: If the cache does not fit on the disk, if the backbone's frozen part cannot be cached, if no image
+            can be read, or if processes do not see each other's files.
     """
     from safetensors.torch import load_file
 
@@ -108,11 +108,11 @@ def features(
     if config.cache_features:
         _announce(model, len(only), device, config, work)
     files = [work / f"features-{start:09d}.safetensors" for start in range(0, len(only), BLOCK)]
-    local, processes = local_rank_and_processes()
-    for i in range(local, len(files), processes):
+    rank, processes = rank_and_processes()
+    for i in range(rank, len(files), processes):
         if not is_sealed(files[i]):
             _run_block(model, images, only[i * BLOCK : (i + 1) * BLOCK], device, config, files[i])
-    process_state().wait_for_everyone()
+    wait_for_files(files)
     found = np.full((len(images), model.width), np.nan, np.float32)
     found[only] = np.concatenate([load_file(file)["features"].numpy() for file in files])
     readable = only[np.isfinite(found[only, 0])]

@@ -1,15 +1,19 @@
 """Ray's actors give what this process gives, also when one of them is killed."""
 
+import contextlib
 import os
 import signal
 import time
 
 import numpy as np
+import pandas as pd
+import psutil
 import pytest
 
-from image_to_prompts import embed, embeddings, infer, profiles, render, text_cache, text_encoder
+from image_to_prompts import embed, embeddings, infer, metadata, profiles, render, text_cache, text_encoder
 from image_to_prompts.engine import EngineConfig, over_blocks
 from image_to_prompts.errors import UserError
+from image_to_prompts.generate import grammar
 
 RAY = {"engine": "ray", "actors": 2}
 
@@ -67,6 +71,55 @@ def test_a_killed_actor_changes_nothing(ray, tmp_path):
     assert (tmp_path / "killed").exists() and len(set((tmp_path / "pids").read_text().split())) == 3
 
 
+@pytest.fixture
+def killing(monkeypatch):
+    """Kills one of Ray's actors while a stage works; all actors that were seen, and what was killed."""
+    seen, killed = set(), []
+
+    def actors() -> set[int]:
+        found = set()
+        for one in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it is gone
+                found |= {one.pid} if one.name().startswith("ray::MapWorker") else set()
+        return found
+
+    def over(config, start, blocks):
+        for number, found in enumerate(over_blocks(config, start, blocks)):
+            seen.update(actors())
+            if number == 2 and config.engine == "ray":
+                killed.append(max(actors()))
+                os.kill(killed[0], signal.SIGKILL)
+            yield found
+
+    monkeypatch.setattr(text_encoder, "over_blocks", over)
+    monkeypatch.setattr(render, "over_blocks", over)
+    yield
+    assert len(killed) == 1 and len(seen) == 3, "one was killed, another took its place"
+
+
+@pytest.mark.slow
+def test_encoding_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_encoder, "BLOCK", 64)
+    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(2000)]
+    found = []
+    for name, values in (("local", {}), ("ray", RAY)):
+        monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / name))
+        found.append(text_encoder.encode(texts, engine=EngineConfig(**values)))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.slow
+def test_rendering_with_an_actor_killed_gives_the_same(ray, killing, tmp_path):
+    csv, written = tmp_path / "many.csv", []
+    prompts = list(dict.fromkeys(grammar.prompt(0, index) for index in range(1200)))
+    metadata.write_table(csv, metadata.with_keys(pd.DataFrame({"prompt": prompts}), tmp_path))
+    for name, values in (("local", {}), ("ray", RAY)):
+        done = render.run(render.Config(metadata=csv, out=tmp_path / name, workers=1, **values))
+        render.verify(tmp_path / name)
+        written.append(done[["image_name", "sha256"]].to_numpy())
+    np.testing.assert_array_equal(*written)
+
+
 @pytest.mark.slow
 def test_an_actors_complaint_is_the_stages(ray):
     def start():
@@ -104,8 +157,6 @@ def test_pictures_are_the_same_files(ray, per_tar, small_run, tmp_path):
 
 @pytest.mark.slow
 def test_stable_diffusion_too(ray, small_run, tiny_sd2, tmp_path):
-    from image_to_prompts import metadata
-
     csv = tmp_path / "few.csv"
     metadata.write_table(csv, metadata.read(small_run.metadata).head(6))
     written = []

@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -239,9 +241,41 @@ def test_killed_at_random_steps_ends_with_the_same_weights(small_run, tiny_open_
         assert (tmp_path / "torn" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def launched(words: list[object], folders: dict[str, Path]) -> list[tuple[str, int]]:
+    """Runs a stage in processes as docs/scale.md starts them: "one", "two" of one machine, or "0" and "1" as nodes.
+
+    Returns:
+        What each said, and its exit code.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 2, "--num_processes", 2]
+    nodes += ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    starts = {
+        "one": [],
+        "two": ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"],
+        "0": [*nodes, "--machine_rank", 0],
+        "1": [*nodes, "--machine_rank", 1],
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    started = []
+    for name, folder in folders.items():
+        command = [str(word) for word in (sys.executable, *starts[name], "-m", "image_to_prompts", *words)]
+        started.append(subprocess.Popen(command, cwd=folder, **pipes))
+    return [(process.communicate(timeout=300)[0], process.returncode) for process in started]
+
+
+def finetune_words(small_run, tiny_open_clip, images) -> list[object]:
+    words = ["finetune", "--backbone", f"open_clip:{tiny_open_clip}", "--image-size", 64, "--precision", "fp32"]
+    words += ["--metadata", small_run.metadata, "--images", images, "--epochs", 3, "--batch-size", 8]
+    return [*words, "--no-cache-features", "--learning-rate", 1e-3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [0, 0.7])
-def test_two_processes_train_like_one(small_run, tiny_open_clip, tmp_path, damaged):
+def test_two_processes_and_two_nodes_train_like_one(small_run, tiny_open_clip, tmp_path, damaged):
     """float32, the same global batch, LayerNorm (nothing to normalise over the batch): same losses within 1e-5.
 
     With most images damaged, some shares of four hold none that can be read.
@@ -251,18 +285,26 @@ def test_two_processes_train_like_one(small_run, tiny_open_clip, tmp_path, damag
     for file in sorted(images.glob("*.png")):
         if rng.random() < damaged:
             file.write_bytes(b"")
-    module = ["-m", "image_to_prompts", "finetune", "--backbone", f"open_clip:{tiny_open_clip}", "--image-size", 64]
-    flags = ["--metadata", small_run.metadata, "--images", images, "--epochs", 3, "--batch-size", 8]
-    words = [*module, *flags, "--precision", "fp32", "--no-cache-features", "--learning-rate", 1e-3]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"]
-    found = {}
-    for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        command = [str(word) for word in (*start, *words, "--out", tmp_path / name)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
-        assert result.returncode == 0, result.stderr
-        assert result.stderr.count("rows train") == {"one": 1, "two": 2}[name]  # there really are two
-        found[name] = pd.read_csv(tmp_path / name / "history.csv")
-    np.testing.assert_allclose(found["one"]["loss"], found["two"]["loss"], atol=1e-5)
-    np.testing.assert_allclose(found["one"]["cosine"], found["two"]["cosine"], atol=1e-5)
+    words, found = finetune_words(small_run, tiny_open_clip, images), {}
+    for names in (["one"], ["two"], ["0", "1"]):
+        out = tmp_path / "-".join(names)
+        done = launched([*words, "--out", out], dict.fromkeys(names, tmp_path))
+        assert not any(code for _, code in done), done
+        assert "".join(said for said, _ in done).count("rows train") == (
+            1 if names == ["one"] else 2
+        )  # there really are two
+        found[names[0]] = pd.read_csv(out / "history.csv")
+    for several in ("two", "0"):
+        np.testing.assert_allclose(found["one"]["loss"], found[several]["loss"], atol=1e-5)
+        np.testing.assert_allclose(found["one"]["cosine"], found[several]["cosine"], atol=1e-5)
     assert found["one"]["loss"].nunique() == 3
+
+
+@pytest.mark.slow
+def test_nodes_that_do_not_share_the_output_are_told(small_run, tiny_open_clip, tmp_path):
+    words = [*finetune_words(small_run, tiny_open_clip, small_run.images), "--out", "here"]
+    folders = {name: tmp_path / name for name in ("0", "1")}
+    for folder in folders.values():
+        folder.mkdir()
+    for said, code in launched(words, folders):
+        assert code and "not seen by process 1; --out must lie on a file system" in said
