@@ -17,12 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import UserError
+
 log = logging.getLogger(__name__)
 FOLDER = "IMAGE_TO_PROMPTS_CACHE"
 WAIT = 60.0  # seconds for another process that writes
 TABLE = "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
 SUM = 4  # bytes of a vector's checksum
 ASKED = 500  # keys in one query; SQLite allows 999
+_failed: set[Path] = set()  # files that this process has given up
 
 
 def path() -> Path:
@@ -41,12 +44,18 @@ def _checksum(content: bytes) -> bytes:
 
 
 class TextCache:
-    """Vectors by key; where the file cannot be used, nothing is kept."""
+    """Vectors by key; once the file cannot be used, the process keeps nothing any more, but a full disk ends it.
+
+    A text may get another vector, by rounding, where it shares a batch with other texts. So all calls of a process use
+    the file or none does: texts that two of them embed then have the vectors of an undisturbed run.
+    """
 
     def __init__(self, width: int) -> None:
         """Opens the file; vectors are float32 of `width` numbers."""
         self.width = width
         self.database: sqlite3.Connection | None = None
+        if path() in _failed:
+            return
         with self._guarded():
             file = path()
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +64,13 @@ class TextCache:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Goes on without the file after its first failure."""
+        """Goes on without the file after its first failure; raises UserError if the disk is full."""
         try:
             yield
         except (OSError, RuntimeError, sqlite3.Error) as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise UserError(f"{path()}: no space left; free some, or name another folder: {FOLDER}") from error
+            _failed.add(path())
             log.warning("%s: not used: %s (delete it, or name another folder: %s)", path(), error, FOLDER)
             self.close()
 

@@ -7,6 +7,7 @@ reproducible, and blocks so small that there is always something half done.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -49,7 +50,7 @@ WORDS = {
         {"": "pictures", "--checkpoint": "checkpoint", "--prompts": "metadata", "--vocabulary": "words"},
     ),
 }
-HANGS = 240  # seconds after which a process is taken for stuck
+HANGS = 150  # seconds after which a process is taken for stuck
 TARGETS = tuple(WORDS)
 
 context = multiprocessing.get_context("forkserver")
@@ -89,6 +90,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
         os.dup2(file.fileno(), 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
 
     from image_to_prompts import describer, embed, frozen, predictors, text_encoder
@@ -103,15 +105,27 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     if memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
-    main(words)
+    log.with_suffix(".began").touch()
+    try:
+        main(words)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+
+class HangsError(AssertionError):
+    """A process did not end."""
 
 
 def ended(process) -> None:
     """Waits for a process's end, which must come."""
     process.join(HANGS)
     if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR1)  # it says where it is
+        time.sleep(2)
         process.kill()
-        raise AssertionError(f"{process} hangs")
+        process.join()
+        raise HangsError(f"{process} hangs")
 
 
 @dataclass
@@ -203,7 +217,10 @@ class Case:
             rng: Decides on the moment: a change of the folders, or a time.
             seconds: What an undisturbed run takes.
         """
+        began = self.log(len(self.processes)).with_suffix(".began")
         process = self.start()
+        while how != signal.SIGKILL and process.is_alive() and not began.exists():
+            time.sleep(0.002)  # before the command is under way a signal is Python's to handle
         moment = rng.choice(MOMENTS) if rng.random() < 0.6 else None
         until = time.monotonic() + (60 if moment else rng.uniform(0.02, 1) * seconds)
         before, seen = None, -1

@@ -165,6 +165,31 @@ def test_one_bad_row_is_flagged_and_hopeless_runs_end(tiny_sd2, monkeypatch, tmp
         backend.render(rows_of(["poison"] * 9, range(9)))
 
 
+@pytest.mark.parametrize("per_tar", [0, 5])
+@pytest.mark.parametrize("said", ["CUDA error: unspecified launch failure", "could not create a primitive"])
+def test_a_machine_that_fails_leaves_no_row_failed(said, per_tar, tiny_sd2, monkeypatch, tmp_path):
+    """A GPU that is lost fails every row from then on; memory that is short is told at once."""
+    call, calls = StableDiffusionBackend._call, []
+
+    def failing(self, rows, steps):
+        calls.append(rows)
+        if len(calls) > 3:
+            raise RuntimeError(said)
+        return call(self, rows, steps)
+
+    csv = tmp_path / "m.csv"
+    prompts = [f"a picture of {number} foxes" for number in range(12)]
+    metadata.write_table(csv, metadata.with_keys(pd.DataFrame({"prompt": prompts}), tmp_path))
+    values = {"metadata": csv, "backend": "sd2", "weights": tiny_sd2, "batch_size": 1, "steps": 1, "per_tar": per_tar}
+    render.run(render.Config(out=tmp_path / "whole", **values))
+    with monkeypatch.context() as patch, pytest.raises((UserError, RuntimeError), match=said):
+        patch.setattr(StableDiffusionBackend, "_call", failing)
+        render.run(render.Config(out=tmp_path / "torn", **values))
+    assert len(calls) == (4 if "primitive" in said else 3 + 2 * 8)
+    render.run(render.Config(out=tmp_path / "torn", **values))
+    assert (tmp_path / "torn" / "manifest.csv").read_bytes() == (tmp_path / "whole" / "manifest.csv").read_bytes()
+
+
 def test_a_wrong_or_missing_model_is_refused(refused, tiny_sd2_base, small_run, tmp_path):
     words = ["render", "--run", tmp_path, "--backend", "sd2", "--metadata", small_run.metadata]
     refused([*words, "--weights", tiny_sd2_base], "found a 512-px epsilon model", "768-px v_prediction")

@@ -100,6 +100,8 @@ def test_an_unusable_cache_is_told_and_passed_over(tmp_path, monkeypatch, caplog
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "file"))
     assert text_encoder.encode(["a fox"]).shape == (1, 384) and "not used" in caplog.text
+    text_encoder.encode(["an owl"])
+    assert caplog.text.count("not used") == 1  # it is not tried again
     caplog.clear()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "text.sqlite").write_bytes(b"no database" * 500)

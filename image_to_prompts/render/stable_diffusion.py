@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from .. import devices, weights
-from ..errors import UserError
+from ..errors import UserError, explained
 from .output import Finished, finish
 from .store import FAILED, NSFW, Row
 
@@ -147,9 +147,9 @@ class StableDiffusionBackend:
         """
         try:
             pictures = self._within_memory(rows, self.steps)
-        except UserError:
-            raise
         except Exception as error:
+            if isinstance(error, UserError) or explained(error):
+                raise
             log.warning("a batch failed (%s); its images are rendered one by one", error)
         else:
             self.failures = 0
@@ -159,9 +159,9 @@ class StableDiffusionBackend:
             try:
                 pictures += self._within_memory([row], self.steps)
                 self.failures = 0
-            except UserError:
-                raise
             except Exception as error:
+                if isinstance(error, UserError) or explained(error):
+                    raise
                 log.warning("%s failed: %s", row.name, error)
                 pictures.append((None, FAILED))
                 self.failures += 1
