@@ -1,4 +1,4 @@
-"""Ray with two actors and with one beside the local engine on two cores: texts embedded, scenes drawn, results compared.
+"""Ray with two actors and with one beside the local engine on two cores: texts embedded, scenes drawn; all compared.
 
 python benchmarks/cluster.py [--texts 50000] [--pictures 2000] [--rounds 2]        writes cluster.json
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import backbones, evaluate
 from .dataset import Rows
-from .devices import autocast, mixed_precision, rank_and_processes, type_of, wait_for_files
+from .devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
 from .errors import UserError
 from .files import atomic_path, is_sealed, seal
 from .images import ImageRows
