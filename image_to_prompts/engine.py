@@ -50,6 +50,7 @@ class _Actor:
         self.start, self.work = start, None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        # Pickles go between this run's own processes alone, as all that Ray hands on does; no file is made of them.
         return {"found": [pickle.dumps(self._found(pickle.loads(item))) for item in batch["item"]]}
 
     def _found(self, block: Any) -> Any:

@@ -141,7 +141,7 @@ def test_the_batch_is_sized_to_memory_with_one_step(tiny_sd2, monkeypatch, devic
     assert tried == [(size, 1) for size in expected] and backend.block == (4 if expected else 1)
 
 
-def test_one_bad_row_is_flagged_and_hopeless_runs_end(tiny_sd2, monkeypatch, tmp_path, caplog):
+def test_one_bad_row_is_flagged(tiny_sd2, monkeypatch, tmp_path, caplog):
     call = StableDiffusionBackend._call
 
     def failing(self, rows, steps):
@@ -160,9 +160,6 @@ def test_one_bad_row_is_flagged_and_hopeless_runs_end(tiny_sd2, monkeypatch, tmp
         assert "b failed: no such token" in caplog.text
         again = render.run(render.Config(metadata=csv, out=tmp_path / str(per_tar), per_tar=per_tar, **values))
         assert again["flag"].tolist() == manifest["flag"].tolist()
-    backend = started(tiny_sd2)
-    with pytest.raises(UserError, match="8 images in a row failed, the last with: no such token"):
-        backend.render(rows_of(["poison"] * 9, range(9)))
 
 
 @pytest.mark.parametrize("per_tar", [0, 5])
@@ -185,7 +182,7 @@ def test_a_machine_that_fails_leaves_no_row_failed(said, per_tar, tiny_sd2, monk
     with monkeypatch.context() as patch, pytest.raises((UserError, RuntimeError), match=said):
         patch.setattr(StableDiffusionBackend, "_call", failing)
         render.run(render.Config(out=tmp_path / "torn", **values))
-    assert len(calls) == (4 if "primitive" in said else 3 + 2 * 8)
+    assert len(calls) == (4 if "primitive" in said else 6)  # the batch, its row alone, an empty prompt
     render.run(render.Config(out=tmp_path / "torn", **values))
     assert (tmp_path / "torn" / "manifest.csv").read_bytes() == (tmp_path / "whole" / "manifest.csv").read_bytes()
 

@@ -250,20 +250,9 @@ def _render(
             backend.start()
         blocks = [unit[i : i + backend.block] for unit in units for i in range(0, len(unit), backend.block)]
         blocks = [block for block in blocks if any(row.name not in there for row in block)]
-    held: list[Finished] = []
     with progress_to(len(mine), "render", len(there)) as advance:
 
         def keep(finished: Finished) -> None:
-            """Writes a block, and those that were held back before it.
-
-            Failures may turn out to be the machine's fault, which ends the run: until a row succeeds they are not told.
-            """
-            held.append(finished)
-            if finished[1][-1][1] != FAILED:
-                while held:
-                    write(held.pop(0))
-
-        def write(finished: Finished) -> None:
             new = [(row, *result) for row, result in zip(*finished, strict=True) if row.name not in there]
             for row, data, flag in new:
                 store.add(row, data, flag)
@@ -276,8 +265,6 @@ def _render(
             # Closed at once, so that the drawing processes end before the program when it is stopped.
             with closing(_drawn(config, backend, blocks[: backend.trial] if only_first else blocks, there)) as drawn:
                 run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
-            for finished in held:
-                write(finished)
         finally:
             store.close()
             manifest = stores.write_manifest(store, frame, {row.name for row in mine} - adopted)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from .. import devices, weights
-from ..errors import UserError, explained
+from ..errors import AGAIN, UserError, explained
 from .output import Finished, finish
 from .store import FAILED, NSFW, Row
 
@@ -28,7 +28,7 @@ RENDER_SIZE = 768
 STEPS, FAST_STEPS, GUIDANCE = 50, 20, 9.0  # the competition's steps, --fast's, the reference's guidance
 LARGEST_BATCH = 16
 ENCODERS = 2  # threads that downsize and encode
-HOPELESS = 8  # failures in a row after which a run gives up
+PROBE = Row(0, "", "", 0, "")  # what any machine in order renders
 
 
 def check_model(pipeline: StableDiffusionPipeline) -> None:
@@ -108,7 +108,6 @@ class StableDiffusionBackend:
         self.fast, self.suffix = fast, suffix
         self.steps = steps or (FAST_STEPS if fast else STEPS)
         self.block = batch_size
-        self.failures = 0
         self.settings = {
             "backend": "sd2",
             "model": self.path.name,
@@ -125,7 +124,7 @@ class StableDiffusionBackend:
         if self.block == 0:
             self.limit = LARGEST_BATCH if self.pipeline.device.type == "cuda" else 1
             if self.limit > 1:
-                self._within_memory([Row(i, "", "", 0, "") for i in range(self.limit)], steps=1)
+                self._within_memory([PROBE] * self.limit, steps=1)
                 log.info("batches of %d fit into memory", self.limit)
             self.block = self.limit
 
@@ -140,34 +139,37 @@ class StableDiffusionBackend:
                 yield functools.partial(_wait, rows, encoded)
 
     def render(self, rows: list[Row]) -> list[tuple[Image.Image | None, str]]:
-        """Renders rows; a row that fails alone too, other than for want of memory, becomes (None, "failed").
+        """Renders rows; a row that fails alone too becomes (None, "failed"), if it is the row's own fault.
 
         Raises:
-            UserError: If memory does not suffice for one image, or one image after the other fails.
+            UserError: If memory does not suffice for one image, or if the machine fails, whatever the row.
         """
         try:
-            pictures = self._within_memory(rows, self.steps)
+            return self._within_memory(rows, self.steps)
         except Exception as error:
             if isinstance(error, UserError) or explained(error):
                 raise
             log.warning("a batch failed (%s); its images are rendered one by one", error)
-        else:
-            self.failures = 0
-            return pictures
         pictures = []
         for row in rows:
             try:
                 pictures += self._within_memory([row], self.steps)
-                self.failures = 0
             except Exception as error:
                 if isinstance(error, UserError) or explained(error):
                     raise
+                self._probe(error)
                 log.warning("%s failed: %s", row.name, error)
                 pictures.append((None, FAILED))
-                self.failures += 1
-                if self.failures >= HOPELESS:
-                    raise UserError(f"{HOPELESS} images in a row failed, the last with: {error}") from error
         return pictures
+
+    def _probe(self, error: Exception) -> None:
+        """Renders an empty prompt after a row has failed: a GPU that is lost would fail all rows from then on."""
+        try:
+            self._within_memory([PROBE], 1)
+        except Exception as again:
+            raise UserError(
+                f"not even an empty prompt can be rendered: {again}; restart the machine: {AGAIN}"
+            ) from error
 
     def _within_memory(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
         """Renders at most `self.limit` rows at once and halves that whenever memory does not suffice."""
