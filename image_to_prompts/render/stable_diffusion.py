@@ -157,19 +157,18 @@ class StableDiffusionBackend:
             except Exception as error:
                 if isinstance(error, UserError) or explained(error):
                     raise
-                self._probe(error)
+                self._probe()
                 log.warning("%s failed: %s", row.name, error)
                 pictures.append((None, FAILED))
         return pictures
 
-    def _probe(self, error: Exception) -> None:
+    def _probe(self) -> None:
         """Renders an empty prompt after a row has failed: a GPU that is lost would fail all rows from then on."""
         try:
             self._within_memory([PROBE], 1)
-        except Exception as again:
-            raise UserError(
-                f"not even an empty prompt can be rendered: {again}; restart the machine: {AGAIN}"
-            ) from error
+        except Exception as error:
+            said = f"not even an empty prompt can be rendered: {error}; restart the machine: {AGAIN}"
+            raise UserError(said) from error
 
     def _within_memory(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
         """Renders at most `self.limit` rows at once and halves that whenever memory does not suffice."""
