@@ -22,7 +22,7 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
 	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu and not network'
 
-chaos: install ## the failure suite in full, about an hour; writes docs/reliability.md
+chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
