@@ -1,11 +1,12 @@
 """Where a stage's blocks of rows are worked on: in this process, or by the actors of a Ray cluster.
 
-    image-to-prompts embed --engine ray [--address ray://head:10001] [--actors 16] ...
+    image-to-prompts embed --engine ray [--address head:6379] [--actors 16] ...
 
 For those who outgrow `--shard` and `accelerate launch`. A stage cuts its rows into the same blocks either way, and what
 a block gives depends on the block alone, so the results are the same. Ray Data hands the blocks out, keeps their order
 and begins those of a lost actor anew (https://docs.ray.io/en/latest/data/data.html); the stage itself, its journals and
-its files stay in the process that was started. All nodes need this package and see the same files under the same paths.
+its files stay in the process that was started. All nodes need this package and see the same files under the same paths
+(docs/scale.md).
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ def _connected(config: EngineConfig) -> Any:
         ray.init(config.address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         said = str(error).splitlines()[0]
-        raise UserError(f"--address {config.address}: no Ray cluster there: {said}; correct it") from error
+        raise UserError(
+            f"--address {config.address}: no Ray cluster there: {said}; correct it, run this on one of its nodes, "
+            "or, if it asks for a token, set RAY_AUTH_MODE=token"
+        ) from error
     where = config.address or "a cluster on this machine"
     log.info("Ray %s, %s: connected in %.1f s", ray.__version__, where, time.monotonic() - begun)
     return ray
