@@ -136,8 +136,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
         if isinstance(stop, KeyboardInterrupt):
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             return "stopped; the same command goes on from here", 128 + number
-    said = error if isinstance(error, UserError) else explained(error)
-    return str(said or ""), EXIT_BAD_INPUT
+    return str(explained(error) or ""), EXIT_BAD_INPUT
 
 
 @contextlib.contextmanager

@@ -27,10 +27,12 @@ class UserError(ValueError):
 
 
 def explained(error: BaseException) -> UserError | None:
-    """What to say of an error that the machine, not the program, is to blame for; None of any other.
+    """What to say of an error that the user or the machine, not the program, is to blame for; None of any other.
 
     A full disk and missing memory reach the program as errors of many kinds, since libraries wrap them.
     """
+    if isinstance(error, UserError):
+        return error
     for one in causes(error):
         said = str(one).lower()
         code = getattr(one, "errno", None)

@@ -98,15 +98,20 @@ def killing(monkeypatch):
     assert len(killed) == 1 and len(seen) >= 3, "one was killed, another took its place"
 
 
-@pytest.mark.slow
-def test_encoding_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_encoder, "BLOCK", 64)
-    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(2000)]
+def embedded_alike(count, tmp_path, monkeypatch):
+    """Both engines give the same vectors of so many texts, each with a cache of its own."""
+    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(count)]
     found = []
     for name, values in (("local", {}), ("ray", RAY)):
         monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / name))
         found.append(text_encoder.encode(texts, engine=EngineConfig(**values)))
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.slow
+def test_encoding_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_encoder, "BLOCK", 64)
+    embedded_alike(2000, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -133,12 +138,7 @@ def test_an_actors_complaint_is_the_stages(ray):
 @pytest.mark.slow
 def test_texts_are_embedded_alike(ray, tmp_path, monkeypatch):
     monkeypatch.setattr(text_encoder, "BLOCK", 32)
-    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(200)]
-    found = []
-    for name, values in (("local", {}), ("ray", RAY)):
-        monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / name))
-        found.append(text_encoder.encode(texts, engine=EngineConfig(**values)))
-    np.testing.assert_array_equal(*found)
+    embedded_alike(200, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow

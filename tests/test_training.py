@@ -290,9 +290,8 @@ def test_two_processes_and_two_nodes_train_like_one(small_run, tiny_open_clip, t
         out = tmp_path / "-".join(names)
         done = launched([*words, "--out", out], dict.fromkeys(names, tmp_path))
         assert not any(code for _, code in done), done
-        assert "".join(said for said, _ in done).count("rows train") == (
-            1 if names == ["one"] else 2
-        )  # there really are two
+        processes = 1 if names == ["one"] else 2
+        assert "".join(said for said, _ in done).count("rows train") == processes  # there really are two
         found[names[0]] = pd.read_csv(out / "history.csv")
     for several in ("two", "0"):
         np.testing.assert_allclose(found["one"]["loss"], found[several]["loss"], atol=1e-5)

@@ -147,7 +147,7 @@ class StableDiffusionBackend:
         try:
             return self._within_memory(rows, self.steps)
         except Exception as error:
-            if isinstance(error, UserError) or explained(error):
+            if explained(error):
                 raise
             log.warning("a batch failed (%s); its images are rendered one by one", error)
         pictures = []
@@ -155,7 +155,7 @@ class StableDiffusionBackend:
             try:
                 pictures += self._within_memory([row], self.steps)
             except Exception as error:
-                if isinstance(error, UserError) or explained(error):
+                if explained(error):
                     raise
                 self._probe()
                 log.warning("%s failed: %s", row.name, error)
