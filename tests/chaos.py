@@ -196,10 +196,18 @@ class Case:
         return [f for f in sorted(self.folder.rglob("*")) if f.is_file() and not f.name.endswith(".lock")]
 
     def contents(self) -> dict[str, bytes]:
-        """All finished files of the run but the log of seconds."""
-        files = [path for path in self.run.rglob("*") if path.is_file() and not path.name.startswith(".")]
-        files = [path for path in files if path.suffix != ".log"]
-        return {str(path.relative_to(self.run)): path.read_bytes() for path in files}
+        """All files of the run: finished ones with what is in them, and the names of all others, so of leftovers too.
+
+        Without locks, the log of seconds, and what `describe` keeps of images for other settings.
+        """
+        found = {}
+        for path in self.run.rglob("*"):
+            kept = path.parent.name == "described" and path.suffix == ".jsonl"
+            if path.is_file() and path.suffix not in (".log", ".lock") and not kept:
+                inside = path.relative_to(self.run)
+                hidden = any(part.startswith(".") for part in inside.parts)
+                found[str(inside)] = b"" if hidden else path.read_bytes()
+        return found
 
     def listing(self) -> list[tuple[str, int]]:
         """Names and sizes; a file that is renamed or deleted while its folder is being listed is left out."""

@@ -1,5 +1,7 @@
 """Backbones: the reference's quarter, any tower, real EfficientNet weights, the cached frozen part."""
 
+import json
+
 import pytest
 import torch
 
@@ -153,3 +155,65 @@ def test_the_faster_copy_computes_the_same_and_shares_its_parameters(name, tiny_
     with torch.no_grad():
         torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)
     assert {id(p) for p in fast.parameters()} == {id(p) for p in net.parameters()}
+
+
+def test_a_model_without_weights_on_the_hub_is_one_line():
+    with pytest.raises(UserError, match=r"weights of timm:efficientnet_b6 not found"):
+        backbones.locate("timm:efficientnet_b6")
+
+
+@pytest.fixture
+def mounted(tmp_path, monkeypatch):
+    """Puts open_clip weights into a folder of attached Kaggle inputs."""
+    monkeypatch.setattr("image_to_prompts.workspace.KAGGLE_INPUT", tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def mount(folder, model=None):
+        folder = tmp_path / folder
+        folder.mkdir(parents=True)
+        (folder / "open_clip_model.safetensors").write_bytes(b"x")
+        if model:
+            import open_clip
+
+            config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": {}}
+            (folder / "open_clip_config.json").write_text(json.dumps(config))
+        return folder / "open_clip_model.safetensors"
+
+    return mount
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("open_clip:ViT-L-14", "datasets/me/weights/open_clip-ViT-L-14-quickgelu"),
+        ("open_clip:ViT-H-14", "clip-vit-h-14-378"),
+        ("open_clip:ViT-B-32", "ViT-B-32-256"),
+        ("open_clip:convnext_xxlarge", "my-convnext_xxlarge_320"),
+    ],
+)
+def test_weights_of_a_longer_name_are_another_models(mounted, name, folder):
+    mounted(folder)
+    with pytest.raises(UserError, match="not found"):
+        backbones.locate(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("open_clip:ViT-L-14", "datasets/me/weights/open_clip-ViT-L-14"),
+        ("open_clip:ViT-H-14", "CLIP-ViT-H-14-laion2B-s32B-b79K"),
+        ("open_clip:ViT-H-14", "models/laion/vit-h-14/pytorch/1/1"),
+        ("open_clip:ViT-L-14-quickgelu", "open_clip-ViT-L-14-quickgelu"),
+        ("open_clip:convnext_xxlarge", "CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup"),
+    ],
+)
+def test_weights_in_a_folder_of_their_name_are_found(mounted, name, folder):
+    assert backbones.locate(name) == mounted(folder)
+
+
+def test_a_configuration_beside_the_weights_decides(mounted):
+    mounted("CLIP-ViT-H-14-laion2B-s32B-b79K", "ViT-L-14")
+    with pytest.raises(UserError, match="not found"):
+        backbones.locate("open_clip:ViT-H-14")
+    right = mounted("some-dataset", "ViT-H-14")
+    assert backbones.locate("open_clip:ViT-H-14") == right

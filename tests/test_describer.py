@@ -115,7 +115,7 @@ def test_a_text_file_of_the_user_stays(trained, caplog):
     other.with_suffix(".txt").write_text("edited\n")
     describer.run(config(run, pictures, txt=True))
     assert other.with_suffix(".txt").read_text() == "edited\n"
-    describer.run(config(run, pictures, txt=True, no_artists=True))  # ours, so replaced; edited ones stay
+    describer.run(config(run, pictures, txt=True, artists=False))  # ours, so replaced; edited ones stay
     assert other.with_suffix(".txt").read_text() == "edited\n"
     describer.run(config(run, pictures, txt=True, overwrite=True))
     assert other.with_suffix(".txt").read_text() == found[other].prompt + "\n"
@@ -195,3 +195,75 @@ def test_three_lines_of_python(trained):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("refused UserError") and len(done.stdout.split()) > 2
+
+
+@pytest.fixture
+def crowd(small_run, tmp_path):
+    """All images of the small run and a byte-identical copy of each."""
+    folder = tmp_path / "crowd"
+    folder.mkdir()
+    for path in sorted(small_run.images.glob("*.png"))[:32]:
+        for name in ("a", "b"):
+            shutil.copyfile(path, folder / f"{name}-{path.name}")
+    return sorted(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("kind", ["finetune", "ensemble", "classes"])
+def test_what_an_image_gets_does_not_depend_on_its_company(
+    kind, trained_run, small_embeddings, crowd, tmp_path, monkeypatch
+):
+    """Vectors byte for byte, then texts: alone, in batches of 7 and 64, reversed."""
+    monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "cache"))
+    run = workspace.Run(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    if kind == "ensemble":
+        from image_to_prompts import ensemble
+
+        ensemble.run(ensemble.Config(embeddings=small_embeddings, out=run.ensemble, epochs=2))
+    if kind == "classes":
+        shutil.rmtree(run.checkpoints)
+    settings = profiles.default_config("describe", run, "embedded", views=("whole", "mirror"))
+    one = describer.Describer(settings)
+    together = one.describe(crowd)
+    assert len(crowd) == 64 and len({found.prompt for found in together}) > 10
+    by_seven = [found for start in range(0, 64, 7) for found in one.describe(crowd[start : start + 7])]
+    backwards = one.describe(crowd[::-1])[::-1]
+    alone = [one.describe([path])[0] for path in crowd[:16]]
+    for others in (by_seven, backwards, alone):
+        for found, other in zip(together, others, strict=False):
+            assert found.vector.tobytes() == other.vector.tobytes(), found.path
+            assert (found.prompt, found.cosine, found.nearest) == (other.prompt, other.cosine, other.nearest)
+    for first, copy in zip(together[:32], together[32:], strict=True):
+        assert first.vector.tobytes() == copy.vector.tobytes() and first.prompt == copy.prompt
+
+
+def test_an_image_in_memory_is_described(trained):
+    from image_to_prompts import describe
+
+    run, pictures = trained
+    path = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png")
+    with Image.open(path) as image:
+        found = describe(image, run=run.folder)
+    assert found.prompt == describe(path, run=run.folder).prompt
+
+
+def test_describe_says_what_it_takes(trained):
+    from image_to_prompts import describe
+
+    run, pictures = trained
+    with pytest.raises(UserError, match=r"is a folder.*one image"):
+        describe(pictures, run=run.folder)
+    with pytest.raises(UserError, match="a path or a PIL image"):
+        describe(7, run=run.folder)
+    with pytest.raises(UserError, match=r"none\.png: no such file or folder; correct it$"):
+        describe(pictures / "none.png", run=run.folder)
+
+
+def test_broken_images_and_files_that_stay_are_named_once(trained, command):
+    run, pictures = trained
+    (pictures / "torn.png").write_bytes(b"")
+    own = next(path for path in sorted(pictures.glob("*.png")) if path.name not in ("damaged.png", "torn.png"))
+    own.with_suffix(".txt").write_text("mine")
+    code, _, err = command("describe", pictures, "--run", run.folder, "--txt")
+    assert code == 0, err
+    for name in ("damaged.png", "torn.png", own.with_suffix(".txt").name):
+        assert sum(name in line for line in err.splitlines()) == 1, (name, err)

@@ -171,3 +171,24 @@ def test_a_missing_file_is_told_beside_a_stamp_that_lists_it(name, small_embeddi
     (tmp_path / "e" / name).unlink()
     with pytest.raises(UserError, match=name.partition(".")[0]):
         embeddings.load(tmp_path / "e", ("classes",))
+
+
+def test_fewer_images_at_once_go_on_from_the_blocks_that_are_done(small_run, tmp_path, monkeypatch):
+    """As the error advises where memory runs out; and nothing of the killed run stays."""
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    seen, see = [], encoders._see
+
+    def two_blocks(batch_size, built, rows, workers):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(len(rows))
+        return see(batch_size, built, rows, workers)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(encoders, "_see", two_blocks)
+        with pytest.raises(KeyboardInterrupt):
+            embed.run(tiny(small_run, tmp_path / "e"))
+    monkeypatch.setattr(encoders, "_see", lambda size, b, rows, n: seen.append(len(rows)) or see(size, b, rows, n))
+    embed.run(tiny(small_run, tmp_path / "e", batch_size=3))
+    assert sum(seen) == len(metadata.read(small_run.images / "manifest.csv"))
+    assert not list((tmp_path / "e").glob(".embed-*"))

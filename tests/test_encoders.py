@@ -1,6 +1,7 @@
 """Encoders: the same as the models' own code, one image at a time, and as clip-interrogator's; terms of one's own."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -159,7 +160,50 @@ def test_the_embedded_interrogator_names_things(small_run):
     assert found.vectors.shape == (6, 384) and all(text.count(",") >= 7 for text in found.texts)
 
 
-def test_embeddings_of_terms_are_kept(tiny_encoders, monkeypatch):
-    first = load(tiny_encoders)
+def test_embeddings_of_terms_are_kept_beside_the_weights(tiny_encoders, tmp_path, monkeypatch, caplog):
+    """In a new home, for example the next kernel with the same weights attached, nothing is embedded again."""
+    caplog.set_level("INFO")
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_encoders["clip"], clip)
+    monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "one"))
+    first = load(tiny_encoders, ranker=f"open_clip:{clip}")
+    assert "terms to embed" in caplog.text and str(clip) in caplog.text
+    moved = tmp_path / "attached" / "clip"
+    shutil.copytree(clip, moved)
+    monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "two"))
     monkeypatch.setattr(interrogator.Interrogator, "_texts", lambda self, texts: pytest.fail("embedded again"))
-    np.testing.assert_array_equal(first.features, load(tiny_encoders).features)
+    np.testing.assert_array_equal(first.features, load(tiny_encoders, ranker=f"open_clip:{moved}").features)
+
+
+def test_terms_that_are_embedded_in_part_go_on(tiny_encoders, tmp_path, monkeypatch):
+    monkeypatch.setattr(interrogator, "TEXTS", 4)
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_encoders["clip"], clip)
+    plain, asked = interrogator.Interrogator._texts, []
+
+    def killed(self, texts):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(texts)
+        return plain(self, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrogator.Interrogator, "_texts", killed)
+        with pytest.raises(KeyboardInterrupt):
+            load(tiny_encoders, ranker=f"open_clip:{clip}")
+    monkeypatch.setattr(
+        interrogator.Interrogator, "_texts", lambda self, texts: asked.append(texts) or plain(self, texts)
+    )
+    whole = load(tiny_encoders, ranker=f"open_clip:{clip}")
+    assert sum(len(texts) for texts in asked if len(texts) > 1) <= len(whole.labels) + 4
+
+
+def test_a_folder_that_cannot_be_written_leaves_terms_to_the_cache(tiny_encoders, tmp_path, monkeypatch):
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_encoders["clip"], clip)
+    (clip / "terms").write_text("in the way, as a read-only mount would be")
+    monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "cache"))
+    first = load(tiny_encoders, ranker=f"open_clip:{clip}")
+    monkeypatch.setattr(interrogator.Interrogator, "_texts", lambda self, texts: pytest.fail("embedded again"))
+    np.testing.assert_array_equal(first.features, load(tiny_encoders, ranker=f"open_clip:{clip}").features)
+    assert (clip / "terms").read_text().startswith("in the way")

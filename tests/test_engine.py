@@ -188,3 +188,24 @@ def test_embed_and_infer(ray, small_run, small_checkpoint, tmp_path, monkeypatch
     for name, array in tables[0].arrays.items():
         np.testing.assert_allclose(tables[1].arrays[name], array, atol=2e-2 * np.abs(array).max())
     assert (np.sum(vectors[0] * vectors[1], 1) > 0.999).all()
+
+
+@pytest.mark.slow
+def test_stable_diffusion_needs_no_batch_size(ray, tiny_sd2, tmp_path):
+    csv = tmp_path / "m.csv"
+    metadata.write_table(csv, metadata.with_keys(pd.DataFrame({"prompt": ["a fox", "an owl", "two boats"]}), csv))
+    values = {"metadata": csv, "backend": "sd2", "weights": tiny_sd2, "steps": 1}
+    found = render.run(render.Config(out=tmp_path / "ray", **values, **RAY))
+    local = render.run(render.Config(out=tmp_path / "local", **values))
+    assert len(found) == 3 and found["flag"].tolist() == local["flag"].tolist()
+
+
+@pytest.mark.slow
+def test_actors_embed_in_the_precision_of_the_process_that_keeps_their_vectors(ray, tmp_path, monkeypatch):
+    """A driver without bf16 keeps vectors under float32's key; training reads them as its targets."""
+    texts, found = [f"a picture of {number} foxes" for number in range(40)], []
+    monkeypatch.setattr(text_encoder, "mixed_precision", lambda device: "no")
+    for name, values in (("local", {}), ("ray", RAY)):
+        monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / name))
+        found.append(text_encoder.encode(texts, fast=True, engine=EngineConfig(**values)))
+    np.testing.assert_array_equal(*found)

@@ -1,5 +1,7 @@
 """Atomic writes, journals and stamps."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,20 +38,20 @@ def test_stamps_know_settings_inputs_and_outputs(tmp_path):
     source, out = tmp_path / "in.txt", tmp_path / "out.txt"
     source.write_text("a")
     out.write_text("result")
-    stamp = files.Stamp(tmp_path / ".done", {"count": 1}, [source])
+    stamp = files.Stamp(tmp_path / ".done", "x", {"count": 1}, [source])
     assert not stamp.is_current()
     stamp.write([out])
-    assert files.Stamp(tmp_path / ".done", {"count": 1}, [source]).is_current()
-    assert not files.Stamp(tmp_path / ".done", {"count": 2}, [source]).is_current()
+    assert files.Stamp(tmp_path / ".done", "x", {"count": 1}, [source]).is_current()
+    assert not files.Stamp(tmp_path / ".done", "x", {"count": 2}, [source]).is_current()
     out.write_text("damaged result")
     assert not stamp.is_current()
     out.write_text("result")
     source.write_text("b")
-    assert not files.Stamp(tmp_path / ".done", {"count": 1}, [source]).is_current()
+    assert not files.Stamp(tmp_path / ".done", "x", {"count": 1}, [source]).is_current()
 
 
 def test_work_killed_between_its_stamp_and_the_clearing_up_is_cleared_by_the_next_run(tmp_path, monkeypatch):
-    out, stamp = tmp_path / "out.txt", files.Stamp(tmp_path / ".out.done", {})
+    out, stamp = tmp_path / "out.txt", files.Stamp(tmp_path / ".out.done", "x", {})
     out.write_text("result")
     files.write_text(stamp.work_folder() / "half.txt", "half")
     with monkeypatch.context() as killed:
@@ -64,3 +66,59 @@ def test_a_file_in_the_way_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="regular file"):
         files.write_text(tmp_path / "file" / "below" / "x.txt", "text")
+
+
+def stamp_of(folder, by="x", settings="", inputs=()):
+    return files.Stamp(folder / ".out.done", by, {"settings": settings}, inputs)
+
+
+def test_only_what_was_written_before_is_claimed(tmp_path):
+    out, other = tmp_path / "out.txt", tmp_path / "other.txt"
+    stamp = stamp_of(tmp_path)
+    stamp.claim([out])
+    out.write_text("half-done")
+    stamp_of(tmp_path, settings="changed").claim([out])  # killed before it had finished: still its own
+    stamp.write([out])
+    stamp_of(tmp_path, settings="changed").claim([out])
+    with pytest.raises(UserError, match=r"out\.txt: not written by y") as error:
+        stamp_of(tmp_path, by="y").claim([out])
+    assert "\n" not in str(error.value)
+    other.write_text("mine")
+    with pytest.raises(UserError, match=r"other\.txt: not written by x"):
+        stamp.claim([out, other])
+    assert out.read_text() == "half-done" and other.read_text() == "mine"
+
+
+def test_an_input_is_never_claimed_by_whatever_path(tmp_path):
+    (tmp_path / "in.txt").write_text("mine")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "in.txt")
+    os.link(tmp_path / "in.txt", tmp_path / "hard.txt")
+    for name in ("in.txt", "link.txt", "hard.txt"):
+        with pytest.raises(UserError, match=r"is read here"):
+            stamp_of(tmp_path, inputs=[tmp_path / "in.txt"]).claim([tmp_path / name])
+
+
+def test_a_damaged_stamp_still_tells_whose_outputs_they_are(tmp_path):
+    out, stamp = tmp_path / "out.txt", stamp_of(tmp_path)
+    stamp.claim([out])
+    out.write_text("result")
+    stamp.write([out])
+    (tmp_path / ".out.done").write_bytes(b"{")
+    stamp_of(tmp_path).claim([out])
+
+
+def test_what_is_no_output_any_more_goes_with_what_other_settings_left(tmp_path):
+    one, two, foreign = (tmp_path / name for name in ("one.txt", "two.txt", ".out-notes"))
+    foreign.mkdir()
+    first = stamp_of(tmp_path)
+    first.claim([one, two])
+    one.write_text("1")
+    two.write_text("2")
+    first.write([one, two])
+    half = stamp_of(tmp_path, settings="never finished").work_folder()
+    (tmp_path / ".one.txt.4194399.part").write_text("half-written by a killed process")
+    second = stamp_of(tmp_path, settings="changed")
+    second.claim([one])
+    assert two.exists() and half.exists()
+    second.write([one])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-notes", ".out.done", "one.txt"]

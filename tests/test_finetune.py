@@ -141,6 +141,55 @@ def test_checkpoint_of_another_shape_is_refused(small_checkpoint, small_run, tmp
     assert not (tmp_path / "s.csv").exists()
 
 
+def test_knn_averages_as_many_neighbours_as_asked():
+    rng = np.random.default_rng(0)
+    features, targets = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(30, 384)).astype(np.float32)
+    for k in (1, 2, 7):
+        found = evaluate.nearest_mean(features[:4], features, targets, k)
+        order = np.argsort(-evaluate.unit(features[:4]) @ evaluate.unit(features).T, axis=1)[:, :k]
+        np.testing.assert_allclose(found, targets[order].mean(1), atol=1e-5)
+
+
+def test_of_many_rows_the_baselines_take_some(small_run, tmp_path, monkeypatch):
+    from safetensors.numpy import load_file
+
+    monkeypatch.setattr(frozen, "KNN_ROWS", 10)
+    finetune.run(config(small_run, tmp_path / "c", cache_features=False))
+    assert 5 <= len(load_file(tmp_path / "c" / "baselines.safetensors")["targets"]) <= 10
+
+
+def test_validation_sees_the_model_in_eval_mode(small_run):
+    """The reference validated in training mode, with stochastic depth on: twice the same images, two scores."""
+
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(3, 384)
+            self.drop = torch.nn.Dropout(0.5)
+
+        def forward(self, pixels):
+            return self.drop(self.head(pixels.float().mean((2, 3))))
+
+    model_ = Noisy().train()
+    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    images = finetune.ImageRows(rows.paths, 64)
+    found = finetune.validate(model_, images, rows, torch.device("cpu"), mixed=False)
+    assert (found != 0).all() and not model_.training
+    np.testing.assert_array_equal(found, finetune.validate(model_, images, rows, torch.device("cpu"), mixed=False))
+
+
+def test_a_model_that_is_no_better_than_the_mean_is_said_so(small_run, tmp_path, caplog):
+    """Own pairs of images and prompts that have nothing to do with each other."""
+    frame = metadata.read(small_run.metadata)[["image_name", "prompt"]]
+    frame["prompt"] = frame["prompt"].sample(frac=1, random_state=1).to_numpy()
+    metadata.write_table(tmp_path / "m.csv", frame)
+    finetune.run(config(small_run, tmp_path / "c", metadata=(tmp_path / "m.csv",), images=(small_run.images,)))
+    scores = json.loads((tmp_path / "c" / "config.json").read_text())["metrics"]
+    assert scores["validation_cosine"] < scores["constant"]
+    (said,) = [r.getMessage() for r in caplog.records if "no better than" in r.getMessage()]
+    assert f"{scores['validation_cosine']:.3f}" in said and f"{scores['constant']:.3f}" in said
+
+
 def test_knn_and_skill():
     rng = np.random.default_rng(0)
     features, targets = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(30, 384)).astype(np.float32)
@@ -148,7 +197,6 @@ def test_knn_and_skill():
     assert evaluate.best_k(features, targets, features, targets) == 1
     assert evaluate.skill(0.7, 0.5, 0.9) == pytest.approx(0.5)
     assert evaluate.mean_cosine(targets, 3 * targets) == pytest.approx(1)
-    assert frozen.KNN_ROWS == 20_000
 
 
 def test_ceiling_lies_above_what_a_wrong_scene_scores():

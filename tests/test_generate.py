@@ -204,3 +204,9 @@ def test_two_processes_write_what_one_writes(tiny_gpt2, tmp_path):
         assert result.returncode == 0, result.stderr
     assert result.stderr.count("70 different prompts") == 2  # torchrun really started two
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+
+
+def test_what_is_written_holds_no_control_characters():
+    """pandas 2.2 cuts a field at NUL, so that a later stage would find the prompt blank."""
+    assert magicprompt.clean("a red\0 fox\x07,\tin\x1b snow\x7f") == "a red fox, in snow"
+    assert magicprompt.clean("\0\x01") == ""

@@ -1,7 +1,11 @@
 """Images of every kind that people have."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from image_to_prompts import images
@@ -97,3 +101,36 @@ def test_fit_crops_the_centre():
     fitted = images.fit(wide, 50)
     assert fitted.shape == (3, 50, 50) and fitted.dtype == np.uint8
     assert (fitted[0, :, 5:45] == RED[0]).all()
+
+
+def test_what_is_passed_over_is_counted_by_kind(tmp_path, caplog):
+    Image.new("RGB", (8, 8), RED).save(tmp_path / "a.png")
+    for name in ("b.bmp", "c.BMP", "d.gif", "e.tiff", "f.avif"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "notes.txt").write_text("not an image at all")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert [path.name for path in images.find(tmp_path)] == ["a.png"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    for kind in ("2 .bmp", "1 .gif", "1 .tiff", "1 .avif", "1 dangling link"):
+        assert kind in said
+    assert "txt" not in said
+
+
+NAMES = st.sampled_from(["a", "b", "a.v2", "b.png", "x/a", "x/b", "y/a", "y/a.v2"])
+
+
+@given(st.lists(st.tuples(NAMES, st.sampled_from([".png", ".jpg"])), unique=True), st.lists(NAMES))
+def test_rows_and_images_are_joined_by_one_rule(files, names):
+    """By the path below the folder, suffix included; by less of it only where that fits one image alone."""
+    folder = Path("pictures")
+    paths = [folder / f"{name}{suffix}" for name, suffix in files]
+    wanted = [*names, *(f"{name}{suffix}" for name, suffix in files)]
+    for name, found in zip(wanted, images.join(wanted, paths, folder), strict=True):
+        if folder / name in paths:
+            assert found == folder / name
+            continue
+        plain = name.removesuffix(".png").removesuffix(".jpg")
+        whole = [path for path in paths if path.relative_to(folder).with_suffix("").as_posix() == plain]
+        bare = [path for path in paths if path.stem == plain.rpartition("/")[2]] if "/" not in plain else []
+        fitting = whole or bare
+        assert found == (fitting[0] if len(fitting) == 1 else None), (name, fitting)

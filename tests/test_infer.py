@@ -1,5 +1,6 @@
 """Inference over any folder: complete, valid, independent of batches, scored against a key."""
 
+import json
 import os
 import shutil
 
@@ -221,3 +222,71 @@ def test_a_reference_checkpoint_is_imported(prefix, folder, tiny_open_clip, tmp_
     refused([*words, "--backbone", "timm:tf_efficientnet_lite2"], "no checkpoint of timm:tf_efficientnet_lite2")
     (tmp_path / "best.pt").write_bytes(b"garbage")
     refused([*words, "--backbone", name], "best.pt: not a file of weights")
+
+
+def test_a_second_run_reads_words_that_pandas_takes_for_nothing(small_run, small_checkpoint, tmp_path):
+    (tmp_path / "bank.csv").write_text("prompt\nNone\nNA\n")
+    config = settings(small_run.images, small_checkpoint, tmp_path / "s.csv", bank=tmp_path / "bank.csv")
+    first, second = infer.run(config), infer.run(config)
+    assert set(first.prompts["prompt"]) <= {"None", "NA"}
+    pd.testing.assert_frame_equal(first.prompts, second.prompts)
+
+
+def test_prompts_that_read_like_nothing_count_in_the_mean(tmp_path):
+    from image_to_prompts import predictors, text_encoder
+
+    (tmp_path / "p.csv").write_text("prompt\nNone\nNA\n")
+    expected = evaluate.unit(text_encoder.encode(["None", "NA"]).mean(0))
+    np.testing.assert_allclose(predictors.prompt_mean([tmp_path / "p.csv"]).mean, expected, atol=1e-6)
+
+
+@pytest.fixture
+def dotted(small_run, tmp_path):
+    """Images whose names have a dot and no suffix, with their metadata; some in a folder below."""
+    from image_to_prompts import render
+
+    frame = metadata.read(small_run.metadata)
+    frame["image_name"] = [f"{'sub/' if row % 3 == 0 else ''}photo.v{row}" for row in range(len(frame))]
+    frame["group"] = frame["image_name"]
+    metadata.write_table(tmp_path / "m.csv", frame)
+    render.run(render.Config(metadata=tmp_path / "m.csv", out=tmp_path / "images", workers=1))
+    return tmp_path / "images", tmp_path / "m.csv"
+
+
+def test_every_stage_joins_rows_and_images_by_one_rule(dotted, small_checkpoint, tmp_path, caplog):
+    from image_to_prompts import dataset
+
+    folder, csv = dotted
+    names = metadata.read(csv)["image_name"]
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")) == sorted(names + ".png")
+    rows = dataset.load_metadata((csv,), (folder,))
+    assert [path.relative_to(folder).as_posix() for path in rows["path"]] == [f"{name}.png" for name in names]
+    found = infer.run(settings(folder, small_checkpoint, tmp_path / "s.csv", key=csv))
+    assert found.score is not None
+    values = {"metadata": (csv,), "images": (folder,), "out": tmp_path / "c", "epochs": 1, "image_size": 64}
+    finetune.run(profiles.default_config("finetune", workspace.Run(tmp_path / "run"), "embedded", **values))
+    area, likeness = validation.domain_gap(tmp_path / "c", (folder,), sorted(folder.rglob("*.png"))[:20])
+    assert len(likeness) > 0 and 0 <= area <= 1
+
+
+def test_a_score_on_images_that_were_trained_on_is_said_to_be_one(small_run, small_checkpoint, tmp_path, caplog):
+    found = infer.run(settings(small_run.images, small_checkpoint, tmp_path / "s.csv", key=small_run.metadata))
+    rows = json.loads((small_checkpoint / "config.json").read_text())["rows"]["train"]
+    (said,) = [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()]
+    assert f"{rows} of {len(found.files)}" in said
+    caplog.clear()
+    held_out = metadata.read_table(small_checkpoint / "validation.csv", ("image_name",))["image_name"]
+    (tmp_path / "valid").mkdir()
+    for name in held_out:
+        shutil.copy(small_run.images / name, tmp_path / "valid" / name)
+    infer.run(settings(tmp_path / "valid", small_checkpoint, tmp_path / "v.csv", key=small_run.metadata))
+    assert "trained on" not in caplog.text
+
+
+def test_a_broken_image_is_told_of_once(folder, small_checkpoint, tmp_path, command):
+    (folder / "torn.png").write_bytes(b"\x89PNG\r\n")
+    words = ["infer", "--images", folder, "--checkpoint", small_checkpoint, small_checkpoint, "--blend", 1, 1]
+    code, _, err = command(*words, "--out", tmp_path / "s.csv", "--run", tmp_path / "run")
+    assert code == 0, err
+    for name in ("broken.jpg", "torn.png"):
+        assert sum(name in line for line in err.splitlines()) == 1, err

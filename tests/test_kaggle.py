@@ -374,6 +374,13 @@ def test_status_output_and_submission(kaggle, tmp_path):
     assert (tmp_path / "got" / "submission.csv").read_bytes() == content
     assert (tmp_path / "got" / "07-infer-submission.log").read_text() == "all well"
 
+    assert kaggle("output", "infer", "--out", tmp_path / "got")[0] == 0  # again: its own files
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "submission.csv").write_text("mine")
+    code, _, err = kaggle("output", "infer", "--out", tmp_path / "other")
+    assert code == 2 and str(tmp_path / "other" / "submission.csv") in err
+    assert (tmp_path / "other" / "submission.csv").read_text() == "mine"
+
     code, _, err = kaggle("submit")
     assert code == 2 and "was not pushed from here" in err
     assert kaggle("push", "infer")[0] == 0

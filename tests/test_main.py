@@ -1,6 +1,7 @@
 """The command line: quick help, profiles, one-line refusals, defaults that chain the stages."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -90,3 +91,54 @@ def test_a_reader_that_stops_early_gets_no_traceback(words):
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
     process.stderr.close()
+
+
+def test_a_near_miss_gets_a_suggestion(refused, tmp_path):
+    refused(["describ", tmp_path / "cat.png"], "unknown command 'describ'", "did you mean describe?")
+    refused(["kaggle", "pusch"], "did you mean push?")
+    refused(["describe", tmp_path / "cat.png", "--no-artist"], "--no-artist", "--no-artists")
+    refused(["finetune", "--epoch", 3, "--run", tmp_path], "--epoch", "--epochs")
+
+
+@pytest.mark.parametrize("stage", ["finetune", "describe", "embed"])
+def test_a_switch_has_both_names_and_a_text_that_fits(stage, command, tmp_path):
+    _, text, _ = command(stage, "--run", tmp_path, "--help")
+    text = " ".join(text.split())
+    switch = "cache-features" if stage == "finetune" else "artists"
+    assert f"--{switch}, --no-{switch}" in text
+
+
+def test_both_words_of_a_switch_are_understood(command, small_run, tmp_path):
+    words = ["finetune", "--images", small_run.images, "--image-size", 64, "--dry-run", "--run", tmp_path / "run"]
+    for word in ("--cache-features", "--no-cache-features"):
+        code, _, err = command(*words, word)
+        assert code == 0 and "groups" in err, err
+
+
+def test_after_the_chain_each_stage_runs_without_flags(command, small_run, tmp_path, monkeypatch):
+    """`make run` leaves its images in images/train and images/test."""
+    folder = tmp_path / "runs" / "default"
+    shutil.copytree(small_run.folder, folder)
+    (folder / "images" / "prompts").rename(folder / "images" / "train")
+    shutil.copytree(folder / "images" / "train", folder / "images" / "test")
+    monkeypatch.chdir(tmp_path)
+    for words in (["finetune", "--dry-run"], ["render", "--verify"]):
+        code, _, err = command(*words)
+        assert code == 0, err
+    assert profiles.default_config("infer", workspace.Run(folder), "embedded").images == folder / "images" / "test"
+
+
+def test_a_folder_of_somebody_else_gets_no_run(tmp_path, refused):
+    (tmp_path / "run.json").write_text('{"name": "marathon"}')
+    refused(["generate", "--run", tmp_path, "--profile", "embedded"], "run.json", "not a run file")
+    assert (tmp_path / "run.json").read_text() == '{"name": "marathon"}'
+
+
+def test_a_stage_has_a_heading(command, tmp_path):
+    _, _, err = command("generate", "--count", 5, "--run", tmp_path / "run")
+    assert err.splitlines()[0].startswith("1 generate")
+
+
+def test_all_missing_weights_are_told_at_once(refused, small_run, tmp_path):
+    words = ["embed", "--run", tmp_path, "--images", small_run.images, "--profile", "kaggle"]
+    refused(words, "ViT-B-32-quickgelu", "convnext-tiny-224", "blip-large", "ViT-H-14")

@@ -23,8 +23,11 @@ def write(path, text):
         ("image_name,prompt\nx.png,a cat\ny.png,\n", ["row 2", "blank"]),
         ("image_name,prompt\nx.png,NaN\n", ["row 1", "blank"]),
         ("image_name,prompt\nx.png,a\nx.png,b\n", ["row 2", "row 1", "unique"]),
-        ("image_name,prompt\nsub/x.png,a\n", ["row 1", "bare file name"]),
-        ("image_name,prompt\n..,a\n", ["row 1", "bare file name"]),
+        ("image_name,prompt\nsub/../x.png,a\n", ["row 1", "a file name, or a path below"]),
+        ("image_name,prompt\n/x.png,a\n", ["row 1", "a file name, or a path below"]),
+        ("image_name,prompt\n..,a\n", ["row 1", "a file name, or a path below"]),
+        ("image_name,prompt\na.png,a cat\nb.png,a\0b\n", ["row 2", "column 'prompt'", "NUL"]),
+        ("image_name,prompt\na\0.png,a cat\n", ["row 1", "column 'image_name'", "NUL"]),
         ("image_name,prompt,seed\nx.png,a,many\n", ["row 1", "seed 'many'"]),
         ('image_name,prompt\nx.png,a,"b\n', ["not a CSV"]),
     ],
@@ -76,3 +79,8 @@ def test_tables_survive_a_round_trip(tmp_path_factory, prompts):
 def test_folds_are_stable_and_in_range(group, folds):
     assert 0 <= metadata.fold_of(group, folds) < folds
     assert metadata.fold_of(group, folds) == metadata.fold_of(group, folds)
+
+
+def test_words_that_mean_nothing_to_pandas_are_prompts(tmp_path):
+    path = write(tmp_path / "x.csv", "image_name,prompt\na.png,None\nb.png,NA\nc.png,n/a\nd.png,N/A\n")
+    assert metadata.read(path)["prompt"].tolist() == ["None", "NA", "n/a", "N/A"]

@@ -1,5 +1,9 @@
 """Estimates in words."""
 
+import logging
+import subprocess
+import sys
+
 import pytest
 
 from image_to_prompts.progress import Estimate, short
@@ -18,3 +22,51 @@ def test_an_estimate_says_images_seconds_hours_and_room():
     fast = Estimate("prompts", 3000, 3000, 0.01, 100)
     assert str(fast) == "3,000 prompts, 3,000 to do, 100 a second: 0.0083 h, 0.0003 GB in all"
     assert str(Estimate("images", 5, 0, 0.0, 0.0)) == "5 images: all done"
+
+
+def test_log_lines_stand_above_the_bar():
+    """On a terminal, as a person sees it: no text of the log shares a line with a bar."""
+    pty = pytest.importorskip("pty")
+    import os
+
+    code = (
+        "import logging, time\n"
+        "from image_to_prompts import progress\n"
+        "progress.show_log()\n"
+        "for i in progress.progress(range(30), 'things'):\n"
+        "    time.sleep(0.02)\n"
+        "    if i == 20: logging.getLogger('image_to_prompts.x').info('%d images', 97)\n"
+    )
+    parent, child = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=child, env=os.environ | {"TERM": "xterm"})
+    os.close(child)
+    said = b""
+    while True:
+        try:
+            part = os.read(parent, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        said += part
+    assert process.wait() == 0
+    lines = [line.rpartition("\r")[2] for line in said.decode().replace("\r\n", "\n").split("\n")]
+    assert "97 images" in [line.strip() for line in lines], said
+    assert b"things" in said
+    assert logging.getLogger("image_to_prompts").handlers == []
+
+
+def test_models_load_without_reports(tiny_encoders):
+    """transformers tells of each weight that it does not use, and shows bars of its own."""
+    code = (
+        "from image_to_prompts.__main__ import _set_up\n"
+        "_set_up(quiet=False)\n"
+        "from image_to_prompts import encoders\n"
+        f"encoders.build('interrogator', 0, caption={str(tiny_encoders['blip'])!r}, "
+        f"ranker='open_clip:{tiny_encoders['clip']}', terms={str(tiny_encoders['terms'])!r})\n"
+        "from image_to_prompts import text_encoder\n"
+        "text_encoder.load()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    said = [line for line in done.stderr.splitlines() if "terms" not in line]
+    assert not said, done.stderr

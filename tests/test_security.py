@@ -189,7 +189,7 @@ def test_image_names_stay_in_the_folder(name, tmp_path, refused):
     csv.write_text(f'image_name,prompt\ngood.png,a fox\n"{name}",a cat\n')
     with pytest.raises(UserError, match="row 2"):
         read_prompts(csv)
-    refused(["render", "--run", tmp_path / "r", "--metadata", csv], "row 2", "bare file name")
+    refused(["render", "--run", tmp_path / "r", "--metadata", csv], "row 2", "a file name, or a path below")
     (tmp_path / "i").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "i" / "good.png")
     refused(["finetune", "--run", tmp_path / "r", "--metadata", csv, "--images", tmp_path / "i"], "row 2")

@@ -503,3 +503,14 @@ def test_rows_repeat_no_key_of_a_row_that_stayed(rows, size):
         if all(row[0] != one and row[1] != other for one, other in expected):
             expected.append(row)
     assert kept == expected
+
+
+def test_metadata_may_be_given_as_one_path_or_as_text(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("image_name,prompt\na.png,a fox\n")
+    for given_ in (path, str(path), [str(path)], (path,)):
+        assert dataset.load_metadata(given_)["prompt"].tolist() == ["a fox"]
+    with pytest.raises(UserError, match=r"none\.csv: no such file"):
+        dataset.load_metadata("none.csv")
+    with pytest.raises(UserError, match="paths of CSVs"):
+        dataset.load_metadata(7)

