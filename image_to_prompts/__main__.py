@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -228,8 +229,8 @@ def _dispatch(words: list[str]) -> None:
         config = _parse(ExportEmbeddings, words[1:], words[0])
         sys.stdout.write(f"{config.out}: {embeddings.export_bare(config.folder, config.out)}\n")
     else:
-        known = ", ".join([*(s.name for s in STAGES), *EXTRA])
-        raise UserError(f"unknown command {words[0]!r}; choose one of {known}")
+        known = [*(s.name for s in STAGES), *EXTRA]
+        raise UserError(f"unknown command {words[0]!r}{_near(words[0], known)}; choose one of {', '.join(known)}")
 
 
 def _run_stage(name: str, words: list[str]) -> Any:
@@ -242,6 +243,7 @@ def _run_stage(name: str, words: list[str]) -> Any:
     _set_up(config.quiet)
     stage = sys.modules[type(config).__module__]
     workspace.open_run(folder, profile)
+    progress.heading(name)
     return stage.run(config)
 
 
@@ -253,7 +255,7 @@ def _run_kaggle(words: list[str]) -> None:
         sys.stdout.write("\n".join(["usage: image-to-prompts kaggle <command> [--help]", "", *lines]) + "\n")
         return
     if not words or words[0] not in ACTIONS:
-        raise UserError(f"kaggle: give one of {', '.join(ACTIONS)}")
+        raise UserError(f"kaggle: give one of {', '.join(ACTIONS)}{_near(' '.join(words[:1]), ACTIONS)}")
     config = _parse(ACTIONS[words[0]], words[1:], f"kaggle {words[0]}")
     _set_up(quiet=False)
     sys.stdout.write(config.run() + "\n")
@@ -279,7 +281,6 @@ def _parse(config: type, words: list[str], command: str, default: Any = None) ->
                 config,
                 prog=f"image-to-prompts {command}",
                 args=words,
-                config=(tyro.conf.FlagCreatePairsOff,),
                 **options,
             )
     except SystemExit as exit_:
@@ -288,12 +289,25 @@ def _parse(config: type, words: list[str], command: str, default: Any = None) ->
         # tyro prints framed sections: a title, what is wrong, help.
         sections = re.split("[─-]{3,}", re.sub("[╭╮╰╯│|]", " ", said.getvalue()))
         text = " ".join([" ".join(s.split()) for s in sections if s.strip(" ─\n")][1:2])
-        raise UserError(f"{command}: {text}; see image-to-prompts {command} --help") from None
+        near = next((_near(word, _flags(config)) for word in words if word.startswith("--") and word in text), "")
+        raise UserError(f"{command}: {text}{near}; see image-to-prompts {command} --help") from None
+
+
+def _flags(config: type) -> list[str]:
+    names = [f"--{field.name.replace('_', '-')}" for field in fields(config)]
+    return [*names, *(f"--no{name[1:]}" for name in names)]
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    """A question about the known word that is most like an unknown one; "" if none is like it."""
+    found = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _set_up(quiet: bool) -> None:
     progress.set_quiet(quiet)
     progress.show_log(quiet)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else each model tells of weights that it does not use
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -198,7 +198,7 @@ def _hub(library: str, model: str) -> tuple[tuple[str, ...], str]:
     if library == "timm":
         import timm
 
-        return (timm.get_pretrained_cfg(model).hf_hub_id or "",), "model.safetensors"
+        return tuple(filter(None, [timm.get_pretrained_cfg(model).hf_hub_id])), "model.safetensors"
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(model)

@@ -36,7 +36,7 @@ from . import (
 )
 from . import model as models
 from .errors import UserError
-from .files import Stamp, make_folder, write_json
+from .files import Stamp, write_json
 from .workspace import Run, open_run, profile_of
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def run(config: Config) -> str:
         raise UserError(f"{folder} holds a run of another profile; choose another --run folder")
     count = config.count or (450 if config.quick else 3800)
     run_ = open_run(folder, "embedded")
+    Stamp(folder / ".timings.done", "run", {}).claim([folder / "timings.json"])
     clock = Clock(folder / "timings.json")
 
     def settings(stage: str, **overrides: Any) -> Any:
@@ -143,7 +144,7 @@ def run(config: Config) -> str:
         predictions[name] = step
 
     inputs = [*(folder / "model.safetensors" for folder in checkpoints), test_csv, run_.submission, train_csv]
-    stamp = Stamp(run_.report / ".report.done", {}, inputs)
+    stamp = Stamp(run_.report / ".report.done", "run", {}, inputs)
     if not stamp.is_current():
         step = lambda: _evaluate(run_, predictions, images, test, stamp, settings)  # noqa: E731
         clock("evaluate and report", stamp.path, step, lambda _: len(test))
@@ -180,13 +181,16 @@ def _evaluate(
         scores[name] = {"score": found.score, "constant": found.constant, "knn": knn, "ceiling": ceiling}
         scores[name]["alone"] = {Path(folder).name: score for folder, score in found.alone.items()}
         scores[name]["skill"] = evaluate.skill(found.score, found.constant, ceiling)
-    folder = make_folder(run_.report)
+    folder, found = run_.report, predictions["test"]
+    names = ("strips", "gallery", "cosines", "history", "ensemble", "threshold")
+    predicted_csv = run_.metadata.with_name("predicted.csv")
+    strip_files = [folder / "strips" / f"{file.stem}.png" for file in found.files]
+    outputs = [folder / "scores.json", *(folder / f"{name}.png" for name in names), *strip_files, predicted_csv]
+    stamp.claim(outputs)
     write_json(folder / "scores.json", scores)
 
-    found = predictions["test"]
     nearest = found.prompts["prompt"].tolist()
     cosines = (evaluate.unit(text_encoder.encode(nearest)) * targets).sum(1)
-    predicted_csv = run_.metadata.with_name("predicted.csv")
     names = [file.name for file in found.files]
     seeds = test.set_index("image_name")["seed"].loc[names].tolist()
     metadata.write_table(predicted_csv, pd.DataFrame({"image_name": names, "prompt": nearest, "seed": seeds}))
@@ -197,8 +201,8 @@ def _evaluate(
         report.strip(file, prompt, cosine, near, again / file.name)
         for file, prompt, cosine, near in zip(found.files, prompts, cosines, nearest, strict=True)
     ]
-    for file, picture in zip(found.files, strips, strict=True):
-        report.save(picture, make_folder(folder / "strips") / f"{file.stem}.png")
+    for file, picture in zip(strip_files, strips, strict=True):
+        report.save(picture, file)
     order = np.argsort(-cosines)
     chosen = order[np.linspace(0, len(order) - 1, min(SHOWN_STRIPS, len(order))).astype(int)]
     report.save(report.grid([strips[i] for i in chosen], 2), folder / "strips.png")
@@ -209,5 +213,4 @@ def _evaluate(
     shutil.copyfile(run_.checkpoint / "history.png", folder / "history.png")
     shutil.copyfile(run_.ensemble / "history.png", folder / "ensemble.png")
     shutil.copyfile(dedupe.picture_path(run_.metadata), folder / "threshold.png")
-    pictures = ("strips", "gallery", "cosines", "history", "ensemble", "threshold")
-    stamp.write([folder / "scores.json", *(folder / f"{name}.png" for name in pictures)])
+    stamp.write(outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,14 +121,24 @@ def split(
     return rows
 
 
-def load_metadata(csvs: tuple[Path, ...], folders: tuple[Path, ...] = ()) -> pd.DataFrame:
+def _paths(given: Path | str | Sequence[Path | str]) -> tuple[Path, ...]:
+    """One path or several, as text or not."""
+    try:
+        return tuple(map(Path, [given] if isinstance(given, str | Path) else given))
+    except TypeError:
+        raise UserError(f"{given!r}: give paths of CSVs, and of folders of images") from None
+
+
+def load_metadata(
+    csvs: Path | str | Sequence[Path | str], folders: Path | str | Sequence[Path | str] = ()
+) -> pd.DataFrame:
     """Loads any mix of metadata CSVs, the reference's own files included, as one table.
 
     A row whose image_name stood before, in its file or in an earlier one, is left out and counted in the log, and so
     are rows without an image. Equal prompts stay, for an image each; `dedupe` knows which prompts are alike.
 
     Args:
-        csvs: Metadata CSVs; a file's name is the `source` of rows that have none.
+        csvs: Metadata CSV or CSVs; a file's name is the `source` of rows that have none.
         folders: Folders of images or archives, one a CSV or one for all; none: no images are looked for.
 
     Returns:
@@ -137,6 +147,7 @@ def load_metadata(csvs: tuple[Path, ...], folders: tuple[Path, ...] = ()) -> pd.
     Raises:
         UserError: If there is no CSV, folders and CSVs do not match, or no row of a CSV has an image.
     """
+    csvs, folders = _paths(csvs), _paths(folders)
     if not csvs or len(folders) not in (0, 1, len(csvs)):
         raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
     frames = []
@@ -174,8 +185,7 @@ def _with_images(frame: pd.DataFrame, csv: Path, folder: Path) -> pd.DataFrame:
         if useless.any():
             log.warning("%s: %d rows left out: blank, blacked or failed images", csv, useless.sum())
         frame = frame[~useless].reset_index(drop=True)
-    found = {path.stem: path for path in images.find(folder)}
-    frame = frame.assign(path=[found.get(Path(metadata.image_file(name)).stem) for name in frame["image_name"]])
+    frame = frame.assign(path=images.join(frame["image_name"], images.find(folder), folder))
     missing = frame["path"].isna()
     if missing.any():
         row = int(missing.to_numpy().argmax())

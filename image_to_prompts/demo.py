@@ -51,8 +51,8 @@ class Config:
     """Address to answer on; 0.0.0.0 lets others in, without any password."""
     port: int = 7860
     """Port to answer on."""
-    no_artists: bool = False
-    """No names of artists."""
+    artists: bool = True
+    """Let prompts name artists."""
 
 
 def check_upload(path: Path) -> None:
@@ -192,7 +192,7 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
     except ModuleNotFoundError as error:
         raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
     run = workspace.Run(config.run)
-    describer = Describer(profiles.default_config("describe", run, config.profile, no_artists=config.no_artists))
+    describer = Describer(profiles.default_config("describe", run, config.profile, artists=config.artists))
     gc.freeze()  # see `describer`
     blocks = page(describer, painter(config.profile)).queue(max_size=WAITING)
     blocks.uploads = folder

@@ -28,6 +28,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pandas as pd
 import tyro
+from PIL import Image
 
 from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights, workspace
 from .devices import gather, rank_and_processes
@@ -64,8 +65,8 @@ class Config(StageConfig):
     """How many of the nearest known prompts to tell."""
     vocabulary: Path | None = None
     """Folder of own phrases: subjects, mediums, movements, flavors or artists .txt, one a line."""
-    no_artists: bool = False
-    """No names of artists."""
+    artists: bool = True
+    """Let prompts name artists."""
     most_words: int = 30
     """Words of a prompt."""
     batch_size: int = 32
@@ -113,7 +114,7 @@ class Describer:
         self.predictors = [predictors.checkpoint(folder) for folder in folders]
         self.interrogator = None if folders else _interrogator(config.profile, run)
         self.index = retrieval.open_index(csvs) if csvs else None
-        self.words = compose.vocabulary(config.vocabulary, not config.no_artists) if folders else None
+        self.words = compose.vocabulary(config.vocabulary, config.artists) if folders else None
 
     def describe(self, files: Sequence[Path]) -> list[Description]:
         """Describes images, `BLOCK` at once; one that cannot be read gets an error instead of a prompt."""
@@ -137,7 +138,7 @@ class Describer:
         for row, prompt, cosine, some in zip(readable.tolist(), said, cosines, nearest, strict=True):
             near = tuple((text, round(value, 4)) for text, value in some[: self.config.top])
             found[row] = Description(files[row], prompt, cosine, near, vector=vectors[row])
-        return [found.get(row) or Description(file, "", error=_why(file)) for row, file in enumerate(files)]
+        return [found.get(row) or Description(f, "", error=images.why_broken(f)) for row, f in enumerate(files)]
 
     def _look(self, files: list[Path]) -> tuple[np.ndarray, list[str]]:
         """Unit vectors, NaN for images that cannot be read; without a checkpoint also what the interrogator says."""
@@ -150,14 +151,6 @@ class Describer:
         options = infer.Config(batch_size=config.batch_size, views=config.views, loader_workers=config.loader_workers)
         seen = [predictors.predict(predictor, files, options)[0] for predictor in self.predictors]
         return evaluate.blend(seen, self.weights), []
-
-
-def _why(file: Path) -> str:
-    try:
-        images.read(file)
-    except images.BrokenImageError as error:
-        return str(error)
-    return f"{shown(file)}: could not be read"
 
 
 def sources(config: Config) -> tuple[list[Path], list[Path]]:
@@ -198,18 +191,29 @@ def _loaded(run: Path, profile: str) -> Describer:
     return Describer(profiles.default_config("describe", workspace.Run(run), profile))
 
 
-def describe(path: str | Path, run: str | Path | None = None, profile: str | None = None) -> Description:
+def describe(image: str | Path | Image.Image, run: str | Path | None = None, profile: str | None = None) -> Description:
     """Describes one image; the models are loaded with the first one. For many: `Describer`, or `run` of this module.
 
     Args:
-        path: The image.
+        image: A file, or an image in memory.
         run: Folder of the run whose checkpoints to use; left out: the default one.
         profile: `embedded` or `kaggle`; left out: the run's own.
 
     Raises:
         UserError: If the image is not there or cannot be read, or see `Describer`.
     """
-    (file,) = _files([Path(path)])
+    if isinstance(image, Image.Image):
+        with tempfile.TemporaryDirectory() as name:
+            plain = image if image.mode in ("RGB", "RGBA", "L", "LA", "P", "I;16") else image.convert("RGB")
+            plain.save(Path(name) / "image.png", exif=image.getexif())
+            return replace(describe(Path(name) / "image.png", run, profile), path=Path("image.png"))
+    try:
+        path = Path(image)
+    except TypeError:
+        raise UserError(f"describe({image!r}): give a path or a PIL image") from None
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; describe takes one image, `image-to-prompts describe` whole folders")
+    (file,) = _files([path])
     folder = (Path(run) if run else workspace.default_run()).resolve()
     (found,) = _loaded(folder, workspace.profile_of(folder, profile)).describe([file])
     if found.error:
@@ -245,6 +249,8 @@ def run(config: Config) -> list[Description]:
 def _run(config: Config, files: list[Path]) -> list[Description]:
     outputs = _Outputs(make_folder(config.run / "described"), config.overwrite)
     if config.out:
+        if any(path.exists() and config.out.exists() and path.samefile(config.out) for path in sources(config)[1]):
+            raise UserError(f"{config.out}: is read here; choose another --out")
         outputs.check(config.out)
     fingerprint = _fingerprint(config)
     done = _done(outputs.folder, fingerprint)
@@ -278,9 +284,9 @@ def _work(
     todo = [row for row, key in enumerate(keys) if key not in done]
     describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None
     gc.freeze()  # accelerate collects garbage before each block: .3 s, were it to look at all that was loaded
-    stay = 0
+    stay = []
     if config.txt:
-        stay += sum(not outputs.beside(file, done[key]) for file, key in zip(files, keys, strict=True) if key in done)
+        stay += filter(None, [outputs.beside(f, done[key]) for f, key in zip(files, keys, strict=True) if key in done])
     with progress_to(len(files), "describe", len(files) - len(todo)) as advance:
         for start in range(0, len(todo), BLOCK):
             block = todo[start : start + BLOCK]
@@ -291,10 +297,10 @@ def _work(
                 done[keys[row]] = found
             append_line(journal, *records)  # all at once, so that a resumed run cuts the rest into the same blocks
             if config.txt:
-                stay += sum(not outputs.beside(files[row], done[keys[row]]) for row in block)
+                stay += filter(None, [outputs.beside(files[row], done[keys[row]]) for row in block])
             advance(len(block))
-    if stay:
-        log.warning("%d .txt files are not from here or were edited, and stay; --overwrite replaces them", stay)
+    for path in stay:
+        log.warning("%s: not from here, or edited: it stays; --overwrite replaces it", shown(path))
 
 
 def _check_places(files: list[Path]) -> None:
@@ -318,7 +324,8 @@ def _files(paths: Sequence[Path]) -> list[Path]:
                 continue
             archives.stat(path)
         except OSError as error:
-            raise UserError(f"{shown(path)}: no such file or folder ({error.strerror or error}); correct it") from error
+            why = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror or error})"
+            raise UserError(f"{shown(path)}: no such file or folder{why}; correct it") from error
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(f"{shown(path)}: not an image ({', '.join(IMAGE_SUFFIXES)}); give image files or folders")
         found.append(path)
@@ -336,7 +343,7 @@ def _fingerprint(config: Config) -> str:
     folders, csvs = sources(config)
     names = ("model.safetensors", "config.json", "validation.safetensors")  # the last one decides the blend's weights
     inputs = [folder / name for folder in folders for name in names] + csvs
-    kept = {name: getattr(config, name) for name in ("views", "no_artists", "most_words", "profile")}
+    kept = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
     kept |= {"method": METHOD, "top": max(config.top, compose.NEIGHBOURS)}
     kept |= {
         "phrases": compose.phrases_in(config.vocabulary),
@@ -408,12 +415,12 @@ class _Outputs:
             self.written.add((name, digest))
         write_text(path, text)
 
-    def beside(self, file: Path, record: dict[str, Any]) -> bool:
-        """Writes the prompt of an image beside it; False if another file is there."""
+    def beside(self, file: Path, record: dict[str, Any]) -> Path | None:
+        """Writes the prompt of an image beside it; returns the file that is in the way, if one is."""
         path, text = file.with_suffix(".txt"), record["prompt"] + "\n"
         if record["error"] or (path.is_file() and path.read_bytes() == text.encode("utf-8")):
-            return True
+            return None
         if path.is_dir() or (not self.overwrite and not self.is_ours(path)):
-            return False
+            return path
         self.write(path, text)
-        return True
+        return None

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import archives, dataset, embeddings, encoders, text_encoder, weights
+from . import dataset, embeddings, encoders, images, text_encoder, weights
 from .devices import process_state, rank_and_processes, wait_for_files
 from .encoders import Encoded
 from .engine import EngineConfig, over_blocks
@@ -83,29 +83,28 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
 
 def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
     rows = dataset.load_metadata(tables, config.images)
-    listing = [(str(path), *archives.stat(path)) for path in rows["path"]]
-    settings = config.settings("out", "images", "metadata", "loader_workers") | {"files": listing}
+    files = rows["path"].tolist()
+    settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size")
+    settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
     places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
     settings["weights"] = [weights.digest(place) for place in places if place.is_dir()]
     terms = sorted(Path(config.terms).glob("*.txt")) if config.terms else []
-    stamp = Stamp(config.out / ".embed.done", settings, [*tables, *terms])
+    stamp = Stamp(config.out / ".embed.done", "embed", settings, [*tables, *terms])
     slugs = [slug(name) for name in config.encoders]
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return _shapes(config.out, slugs)
+    outputs = [config.out / f"{name}{end}" for name in [*slugs, embeddings.PROMPTS] for end in embeddings.ENDS]
+    stamp.claim(outputs)
     work = stamp.work_folder()
     built = _build(config)
-    files = rows["path"].tolist()
     _encode_blocks(built, files, config, work)
     if process_state().is_main_process:
         encoded = _joined_blocks(len(built), len(files), work)
         if np.isnan(encoded[0].vectors).all():
             raise UserError("no image can be read; check --images")
-        stamp.revoke()
-        for name in set(embeddings.arrays(config.out)) - set(slugs):  # of other encoders, perhaps of other images
-            for end in embeddings.ENDS:
-                (config.out / f"{name}{end}").unlink(missing_ok=True)
-        _write(rows, slugs, built, encoded, config.out, stamp)
+        _write(rows, slugs, built, encoded, config.out)
+        stamp.write(outputs)
     process_state().wait_for_everyone()
     return _shapes(config.out, slugs)
 
@@ -116,7 +115,7 @@ def _shapes(folder: Path, slugs: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def _write(
-    rows: pd.DataFrame, slugs: list[str], built: list[encoders.Encoder], encoded: list[Encoded], out: Path, stamp: Stamp
+    rows: pd.DataFrame, slugs: list[str], built: list[encoders.Encoder], encoded: list[Encoded], out: Path
 ) -> None:
     """Writes the arrays of all encoders and of the prompts."""
     for name, encoder, made in zip(slugs, built, encoded, strict=True):
@@ -128,15 +127,13 @@ def _write(
     targets = text_encoder.encode(rows["prompt"].tolist())
     names = rows[[column for column in embeddings.KEPT if column in rows]]
     embeddings.write(out, embeddings.PROMPTS, targets, names, {"encoder": text_encoder.NAME})
-    for file in rows["path"][~readable]:
-        log.warning("%s could not be read and was left out", file)
-    stamp.write([out / f"{name}{end}" for name in [*slugs, embeddings.PROMPTS] for end in embeddings.ENDS])
+    images.tell_broken(rows["path"][~readable], "left out")
     log.info("%s: %s", out, ", ".join(f"{name} {shape}" for name, shape in _shapes(out, slugs).items()))
 
 
 def _build(config: Config) -> list[encoders.Encoder]:
     chosen = {name: getattr(config, name) for name in ("caption", "ranker", "mode", "terms", "artists")}
-    return [encoders.build(name, config.image_size, **chosen) for name in config.encoders]
+    return weights.all_of(*(partial(encoders.build, name, config.image_size, **chosen) for name in config.encoders))
 
 
 def _start(config: Config, built: list[encoders.Encoder] | None = None) -> Callable[[list[Path]], list[Encoded]]:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import metadata
 from .errors import UserError
-from .files import check_whole, write_array, write_json, write_text
+from .files import check_whole, write_array, write_json, write_text, writing
 from .text_encoder import DIMENSION
 
 PROMPTS = "prompt"  # name of the prompts' own embeddings
@@ -148,23 +148,28 @@ def import_bare(files: dict[str, Path], listing: Path, out: Path) -> dict[str, t
             raise UserError(f"{listing}: cannot be read: {error}; give the list of the arrays' images") from error
     names = names[[column for column in KEPT if column in names]]
     metadata.check_names(names, listing)
-    shapes = {}
+    arrays = {}
     for name, path in files.items():
         try:
-            vectors = np.load(path, allow_pickle=False)
+            arrays[name] = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path}: not a .npy array: {error}; give the seed's own file") from error
-        if vectors.ndim != 2 or len(vectors) != len(names):
-            raise UserError(f"{path}: shape {vectors.shape} for a list of {len(names)} images; correct --list")
-        if name == PROMPTS and vectors.shape[1] != DIMENSION:
-            raise UserError(f"{path}: {vectors.shape[1]} numbers a row; all-MiniLM-L6-v2's embeddings have {DIMENSION}")
-        bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+        shape = arrays[name].shape
+        if len(shape) != 2 or shape[0] != len(names):
+            raise UserError(f"{path}: shape {shape} for a list of {len(names)} images; correct --list")
+        if name == PROMPTS and shape[1] != DIMENSION:
+            raise UserError(f"{path}: {shape[1]} numbers a row; all-MiniLM-L6-v2's embeddings have {DIMENSION}")
+        bad = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
         if len(bad):
             image = names["image_name"].iloc[bad[0]]
             raise UserError(f"{path}: row {bad[0] + 1} ({image}) is not finite; embed this image again")
-        write(out, name, vectors, names if name == PROMPTS else names[["image_name"]], {"imported": path.name})
-        shapes[name] = vectors.shape
-    return shapes
+    outputs = [out / f"{name}{end}" for name in files for end in ENDS]
+    with writing(out / ".import.done", "import-embeddings", outputs, [*files.values(), listing]):
+        for name, vectors in arrays.items():
+            write(
+                out, name, vectors, names if name == PROMPTS else names[["image_name"]], {"imported": files[name].name}
+            )
+    return {name: vectors.shape for name, vectors in arrays.items()}
 
 
 def export_bare(folder: Path, out: Path) -> dict[str, tuple[int, ...]]:
@@ -183,7 +188,10 @@ def export_bare(folder: Path, out: Path) -> dict[str, tuple[int, ...]]:
             raise UserError(f"{folder / name}.npy: no row for {table.frame['image_name'][missing[0]]}; embed it again")
     order = np.argsort(table.frame["image_name"].to_numpy(str), kind="stable")
     every = {**table.arrays, PROMPTS: table.targets}
-    for name, vectors in every.items():
-        write_array(out / f"{name}.npy", vectors[order])
-    write_text(out / "images.txt", "\n".join(table.frame["image_name"].to_numpy(str)[order]) + "\n")
+    reads = [folder / f"{name}.npy" for name in every]
+    outputs = [*(out / f"{name}.npy" for name in every), out / "images.txt"]
+    with writing(out / ".export.done", "export-embeddings", outputs, reads):
+        for name, vectors in every.items():
+            write_array(out / f"{name}.npy", vectors[order])
+        write_text(out / "images.txt", "\n".join(table.frame["image_name"].to_numpy(str)[order]) + "\n")
     return {name: vectors.shape for name, vectors in every.items()}

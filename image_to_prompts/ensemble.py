@@ -22,7 +22,7 @@ from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validat
 from . import model as models
 from .devices import process_state
 from .errors import UserError
-from .files import Stamp, alone, atomic_path, check_whole, make_folder, write_json, write_text
+from .files import Stamp, alone, atomic_path, check_whole, make_folder, write_json, write_text, writing
 from .profiles import StageConfig
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ MEMBERS = ("attention", "ridge", "knn")
 PAIRS = ("scale", "ridge", "known")  # of arrays, in a checkpoint
 PUBLISHED = ("open_clip:ViT-B-32-quickgelu", "transformers:facebook/convnext-tiny-224", "interrogator")
 OUTPUTS = (
-    *("config.json", "model.safetensors", "README.md", "history.csv", "history.png", "members.csv"),
+    *(*models.FILES, "history.csv", "history.png", "members.csv"),
     *("validation.csv", "validation.safetensors"),
 )
 
@@ -187,10 +187,13 @@ def _run(config: Config) -> pd.DataFrame:
     table = embeddings.load(config.embeddings, config.arrays)
     names = list(table.arrays)
     inputs = [config.embeddings / f"{name}{end}" for name in [*names, embeddings.PROMPTS] for end in embeddings.ENDS]
-    stamp = Stamp(config.out / ".ensemble.done", config.settings("out", "embeddings", "save_minutes"), inputs)
+    stamp = Stamp(
+        config.out / ".ensemble.done", "ensemble", config.settings("out", "embeddings", "save_minutes"), inputs
+    )
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return pd.read_csv(config.out / "members.csv")
+    stamp.claim(config.out / name for name in OUTPUTS)
     work = stamp.work_folder()
     rows, test = load_rows(table, config.fold, config.test_fold)
     log.info("%d rows train, %d validate, %d test", len(rows.train), len(rows.valid), len(test))
@@ -224,7 +227,6 @@ def _run(config: Config) -> pd.DataFrame:
     ensemble = Ensemble(network, description, evaluate.unit(targets.mean(0)), scale, ridge, known)
     members = _scores(ensemble, arrays, rows, test)
     description["metrics"] = {f"validation_{m}": float(v) for m, v in members[["member", "validation"]].to_numpy()}
-    stamp.revoke()
     validation.write(config.out, rows, ensemble([array[rows.valid] for array in arrays]))
     metadata.write_table(config.out / "members.csv", members.round(4))
     metadata.write_table(config.out / "history.csv", history.round(6))
@@ -338,5 +340,6 @@ def import_published(file: Path, out: Path) -> Ensemble:
         "profile": "kaggle",
     }
     scale = (np.zeros(sum(widths), np.float32), np.ones(sum(widths), np.float32))
-    save(out, Ensemble(network, config, mean, scale))
+    with writing(out / ".import.done", "import-checkpoint", [out / name for name in models.FILES], [file]):
+        save(out, Ensemble(network, config, mean, scale))
     return load(out)

@@ -19,6 +19,7 @@ PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
 RIDGE_BLOCK = 8192  # rows in double precision at once
 CEILING_DRAWS = 16
+ROWS = 64  # of `in_fixed_rows`
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -30,6 +31,17 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def mean_cosine(predicted: np.ndarray, targets: np.ndarray) -> float:
     """The competition's score: mean cosine of rows, both (n, 384)."""
     return float((unit(predicted) * unit(targets)).sum(1).mean())
+
+
+def in_fixed_rows(work: Callable[[list[np.ndarray]], np.ndarray], arrays: list[np.ndarray]) -> np.ndarray:
+    """Applies `work`, which maps rows of arrays to rows, to always as many rows: so no row depends on its company.
+
+    A product of matrices rounds otherwise with other numbers of rows.
+    """
+    count = len(arrays[0])
+    padded = [np.concatenate([array, np.zeros((-count % ROWS, array.shape[1]), array.dtype)]) for array in arrays]
+    found = [work([array[start : start + ROWS] for array in padded]) for start in range(0, count, ROWS)]
+    return np.concatenate(found)[:count]
 
 
 def constant_score(mean: np.ndarray, targets: np.ndarray) -> float:

@@ -11,13 +11,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import archives
 from .devices import rank_and_processes
 from .errors import UserError
 
@@ -153,7 +153,7 @@ def check_whole(folder: Path, *names: str) -> None:
     """
     for stamp in sorted(folder.glob(".*.done")):
         outputs = _read_stamp(stamp)["outputs"]
-        for path in (folder / name for name in names if name in outputs):
+        for path in (folder / name for name in names if outputs.get(name)):
             if path.is_file() and sha256(path) != outputs[path.name]:
                 raise UserError(
                     f"{path}: damaged: not what the stage that made it wrote; run that stage again, or delete {stamp} "
@@ -194,29 +194,31 @@ def _read_stamp(path: Path) -> dict[str, Any]:
     """A stamp; an empty one where there is none or where it is damaged."""
     try:
         stamp = json.loads(path.read_bytes())
-        return {"fingerprint": str(stamp["fingerprint"]), **{key: dict(stamp[key]) for key in ("outputs", "broken")}}
+        return {**stamp, "fingerprint": str(stamp["fingerprint"]), "outputs": dict(stamp["outputs"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"fingerprint": "", "outputs": {}, "broken": {}}
+        return {"fingerprint": "", "outputs": {}}
 
 
 class Stamp:
-    """Remembers from which settings and inputs a stage's outputs were made, so that a second run does nothing.
+    """Remembers from which settings and inputs a command's outputs were made, so that a second run does nothing.
 
-    The stamp is written after the outputs. A stage killed half-way leaves none and starts again from its journal,
-    whose own key is the same fingerprint.
+    Its file also says which files the command may replace: `claim` writes their names before they are made, `write`
+    their digests afterwards. A command killed between the two starts again from its work folder, whose name is the
+    fingerprint of the same settings and inputs.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], inputs: Iterable[Path] = ()) -> None:
+    def __init__(self, path: Path, by: str, settings: dict[str, Any], inputs: Iterable[Path] = ()) -> None:
         """Computes the fingerprint.
 
         Args:
-            path: Where the stamp lives.
+            path: Where the stamp lives, beside or above the outputs.
+            by: Name of the command.
             settings: JSON-like values on which the outputs depend.
             inputs: Files on whose contents they depend; missing ones are passed over.
         """
-        self.path = path
-        digests = [sha256(file) for file in inputs if file.is_file()]
-        text = json.dumps([settings, digests], sort_keys=True, default=str)
+        self.path, self.by = path, by
+        self.inputs = [file for file in inputs if file.is_file()]
+        text = json.dumps([settings, [sha256(file) for file in self.inputs]], sort_keys=True, default=str)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self._work = path.with_name(f"{path.stem}-{self.fingerprint[:12]}")
 
@@ -230,30 +232,71 @@ class Stamp:
             (self.path.parent / name).is_file() and sha256(self.path.parent / name) == digest
             for name, digest in stamp["outputs"].items()
         )
-        current = current and all(archives.digest(Path(name)) == found for name, found in stamp["broken"].items())
         if current:
-            self._clear()
+            self._clear(stamp["outputs"])
         return current
 
-    def revoke(self) -> None:
-        """Removes the stamp, before outputs that it lists are replaced one by one."""
-        self.path.unlink(missing_ok=True)
-
-    def write(self, outputs: list[Path], broken: Iterable[Path] = ()) -> None:
-        """Declares `outputs`, which lie beside or below the stamp, finished, and removes the work folder.
+    def claim(self, outputs: Iterable[Path], reads: Iterable[Path] = ()) -> None:
+        """Notes which files are going to be written, to be called before the first of them is.
 
         Args:
             outputs: The files.
-            broken: Images that could not be read; the stamp holds until one of them has changed.
+            reads: What is read beside the inputs.
+
+        Raises:
+            UserError: If one of them is read here, or is there already and not from an earlier run of this command.
         """
-        digests = {os.path.relpath(out, self.path.parent): sha256(out) for out in outputs}
-        unread = {str(path): archives.digest(path) for path in broken}
-        write_json(self.path, {"fingerprint": self.fingerprint, "outputs": digests, "broken": unread})
-        self._clear()
+        if rank_and_processes()[0]:
+            return
+        stamp, there = _read_stamp(self.path), self.path.is_file()
+        names, inputs = {self._name(out): "" for out in outputs}, [*self.inputs, *reads]
+        ours = stamp["outputs"] if stamp.get("by", self.by) == self.by else {}
+        for name in names:
+            out = self.path.parent / name
+            if any(out.exists() and out.samefile(file) for file in inputs):
+                raise UserError(f"{out}: is read here; choose another --out")
+            if out.exists() and name not in ours and not (there and not stamp["outputs"]):
+                raise UserError(f"{out}: not written by {self.by} before; move it away, or choose another --out")
+        write_json(self.path, {"by": self.by, "fingerprint": "", "outputs": {**dict.fromkeys(ours, ""), **names}})
+
+    def write(self, outputs: Iterable[Path]) -> None:
+        """Declares `outputs` finished; removes what earlier runs left: work folders, files that are made no more."""
+        digests = {self._name(out): sha256(out) for out in outputs}
+        for name in _read_stamp(self.path)["outputs"].keys() - digests.keys():
+            (self.path.parent / name).unlink(missing_ok=True)
+        write_json(self.path, {"by": self.by, "fingerprint": self.fingerprint, "outputs": digests})
+        self._clear(digests)
+
+    def _name(self, out: Path) -> str:
+        return os.path.relpath(out, self.path.parent)
 
     def work_folder(self) -> Path:
         """A folder for half-done work that only the same settings and inputs may continue."""
         return make_folder(self._work)
 
-    def _clear(self) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)
+    def _clear(self, outputs: Iterable[str]) -> None:
+        """Removes what this and earlier runs left half-done; the lock on the output keeps others from working on it."""
+        for folder in self.path.parent.glob(f"{self.path.stem}-*"):
+            if re.fullmatch("[0-9a-f]{12}", folder.name.removeprefix(f"{self.path.stem}-")):
+                shutil.rmtree(folder, ignore_errors=True)
+        sweep(self.path.parent / name for name in (*outputs, self.path.name))
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Removes what killed processes left half-written of files that nobody else is writing now."""
+    wanted = set(paths)
+    for folder in {path.parent for path in wanted}:
+        for part in folder.glob(".*.part"):
+            name = re.fullmatch(r"\.(.+)\.\d+\.part", part.name)
+            if name and folder / name[1] in wanted:
+                part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path, by: str, outputs: Sequence[Path], reads: Iterable[Path] = ()) -> Iterator[None]:
+    """For commands that do their work anew each time: a stamp around the writing of `outputs`; see `Stamp`."""
+    stamp = Stamp(path, by, {})
+    with alone(path):
+        stamp.claim(outputs, reads)
+        yield
+        stamp.write(outputs)

@@ -23,7 +23,7 @@ from . import model as models
 from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from .errors import UserError
 from .files import Stamp, alone, atomic_path, sha256
-from .images import ImageRows, find
+from .images import ImageRows, contents, find, tell_broken
 from .profiles import StageConfig
 from .text_encoder import DIMENSION
 from .workspace import LAST, MANIFEST, kaggle_inputs
@@ -39,7 +39,8 @@ COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
 OUTPUTS = (
     *("model.safetensors", "config.json", "README.md", "baselines.safetensors", "history.csv", "history.png"),
-    *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png", f"{LAST}/model.safetensors"),
+    *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png"),
+    *(f"{LAST}/{name}" for name in models.FILES),
 )
 
 
@@ -197,15 +198,19 @@ def _train(config: Config) -> pd.DataFrame:
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
     manifests = [folder / MANIFEST for folder in config.images]
-    names = [[file.relative_to(folder).as_posix() for file in find(folder)] for folder in config.images]
-    settings = config.settings(*LOOSE) | {"images": names}
-    stamp = Stamp(config.out / ".finetune.done", settings, dict.fromkeys([*tables, *manifests]))
+    files = {folder: find(folder) for folder in config.images}
+    names = [[file.relative_to(folder).as_posix() for file in found] for folder, found in files.items()]
+    settings = config.settings(*LOOSE) | {"images": names, "contents": [contents(found) for found in files.values()]}
+    first = [config.init / name for name in models.FILES] if config.init else []
+    inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
+    stamp = Stamp(config.out / ".finetune.done", "finetune", settings, inputs)
     history_path = config.out / "history.csv"
     state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if stamp.is_current():
-        state.unlink(missing_ok=True)
+        _forget(state)
         log.info("%s is up to date", config.out)
         return pd.read_csv(history_path)
+    stamp.claim(config.out / name for name in OUTPUTS)
     work = stamp.work_folder()
     rows = dataset.load_rows(tables, config.images, config.fold, config.leave_out, parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
@@ -217,6 +222,8 @@ def _train(config: Config) -> pd.DataFrame:
     sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen.KNN_ROWS)]
     wanted = np.concatenate([sample, rows.valid])
     features, cached = frozen.features(model, images, wanted, device, config, work)
+    told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
+    tell_broken(told, "left out")
     base = frozen.baselines(features, rows)
     if config.init is None:
         models.fit_head(model, base.features, base.targets)
@@ -245,7 +252,6 @@ def _train(config: Config) -> pd.DataFrame:
     }
 
     def save(folder: Path, epoch: int, cosine: float) -> None:
-        stamp.revoke()
         metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
         models.save(folder, model, {**description, "metrics": metrics}, base.mean)
 
@@ -284,14 +290,25 @@ def _train(config: Config) -> pd.DataFrame:
         metadata.write_table(config.out / "sources.csv", sources.round(4))
         log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
         validation.gallery(config.out, rows)
-    broken = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]} | images.broken.keys()
-    broken |= training_images.broken.keys() if config.augment else set()
     if accelerator.is_main_process:
-        stamp.write([config.out / name for name in OUTPUTS], broken)
-        state.unlink(missing_ok=True)
-    if broken:
-        log.warning("%d images could not be read and were left out", len(broken))
+        stamp.write(config.out / name for name in OUTPUTS)
+        _forget(state)
+        tell_broken(images.broken.keys() - told, "left out")
+        if base.scores["constant"] >= (best := frame["cosine"].max()):
+            log.warning(
+                "validation cosine %.3f is no better than the constant's %.3f: nothing was learnt that holds for other "
+                "prompts; look at whether images and prompts belong together, and give more of them",
+                *(best, base.scores["constant"]),
+            )
     return frame
+
+
+def _forget(state: Path) -> None:
+    """Removes the state of a training that has ended, and what trainings of other settings left for the same output."""
+    for path in state.parent.glob("unfinished-*.pt"):
+        if path != state:
+            log.warning("%s: removed, an unfinished training of other settings", path)
+        path.unlink(missing_ok=True)
 
 
 def adopt(state: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import random
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from . import archives
 from .devices import cores
 from .errors import UserError
 from .files import shown
-from .metadata import IMAGE_SUFFIXES
+from .metadata import IMAGE_SUFFIXES, stem
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB
+OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # images that are passed over
 AHEAD = 2  # batches read before they are asked for
 
 
@@ -46,17 +48,23 @@ def find(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of images")
-    found = []
+    found, passed = [], Counter()
     for path in folder.rglob("*"):
         if path.name.startswith(".") or not path.is_file():
+            passed["dangling link"] += path.is_symlink() and not path.exists()
             continue
         if path.suffix.lower() in IMAGE_SUFFIXES:
             found.append(path)
+        elif path.suffix.lower() in OTHER_SUFFIXES:
+            passed[path.suffix.lower()] += 1
         elif archives.is_archive(path):
             try:
                 found += [path / name for name in archives.index(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
             except OSError as error:
                 raise UserError(f"{path}: {error}; render or download it again, or delete it") from error
+    if passed := +passed:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed.items()))
+        log.warning("%s: passed over: %s (%s are read)", folder, kinds, ", ".join(IMAGE_SUFFIXES))
     if not found:
         raise UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it or below; check the path")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
@@ -87,6 +95,50 @@ def read(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise BrokenImageError(shown(f"{path}: cannot be read as an image: {error}")) from error
+
+
+def why_broken(path: Path) -> str:
+    """Why an image cannot be read."""
+    try:
+        read(path)
+    except BrokenImageError as error:
+        return str(error)
+    return f"{shown(path)}: could not be read"
+
+
+def tell_broken(paths: Iterable[Path], outcome: str) -> None:
+    """Warns of images that cannot be read, a line each, and says what became of them."""
+    for path in sorted(paths):
+        log.warning("%s; %s", why_broken(path), outcome)
+
+
+def contents(files: Sequence[Path]) -> str:
+    """SHA-256 over the contents of image files, in order: what tells a replaced image, whatever its name and date."""
+    with ThreadPoolExecutor(cores()) as pool:
+        found = hashlib.sha256("\n".join(map(str, pool.map(archives.digest, files))).encode())
+    return found.hexdigest()
+
+
+def join(names: Iterable[str], files: Sequence[Path], folder: Path) -> list[Path | None]:
+    """The image of each name: the one rule by which rows and images find each other.
+
+    A name is an image's path below the folder, suffix included. Where no image has it, it may lack the suffix, have
+    that of another format, or lack the folders, as long as it fits one image alone.
+
+    Args:
+        names: As in the column `image_name`.
+        files: Images, as `find` gives them.
+        folder: Where they lie.
+
+    Returns:
+        A file a name; None where no image or more than one fits.
+    """
+    inside = {path.relative_to(folder).as_posix(): path for path in files}
+    whole, bare = Counter(map(stem, inside)), Counter(path.stem for path in files)
+    by_stem = {path.stem: path for path in files if bare[path.stem] == 1}
+    by_stem |= {stem(name): path for name, path in inside.items() if whole[stem(name)] == 1}
+    by_stem |= dict.fromkeys(name for name, count in whole.items() if count > 1)
+    return [inside.get(name) or by_stem.get(stem(name)) for name in names]
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -167,9 +219,7 @@ class ImageRows:
             pixels = self._pixels(image)
         except BrokenImageError as error:
             pixels = None
-            if self.paths[row] not in self.broken:
-                self.broken[self.paths[row]] = str(error)
-                log.warning("%s", error)
+            self.broken[self.paths[row]] = str(error)
         return pixels, row
 
     def _pixels(self, image: Image.Image) -> np.ndarray:

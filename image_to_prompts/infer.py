@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import archives, evaluate, images, metadata, predictors, submission, text_encoder, validation
+from . import evaluate, images, metadata, predictors, submission, text_encoder, validation
 from .engine import EngineConfig
 from .errors import UserError
 from .files import Stamp, alone, make_folder, write_json
@@ -123,8 +123,8 @@ def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[fl
     return weights
 
 
-def read_key(path: Path, files: list[Path]) -> list[str]:
-    """The true prompt of each image file, joined by name.
+def read_key(path: Path, files: list[Path], folder: Path) -> list[str]:
+    """The true prompt of each image file below a folder; see `images.join`.
 
     Raises:
         UserError: If the key is bad or an image has no row in it.
@@ -133,11 +133,11 @@ def read_key(path: Path, files: list[Path]) -> list[str]:
     column = next((name for name in ("image_name", "image", "imgId") if name in frame), None)
     if column is None:
         raise UserError(f"{path}: no column 'image_name', found {', '.join(frame.columns)}; rename or add it")
-    known = {Path(name).stem: prompt for name, prompt in zip(frame[column], frame["prompt"], strict=True)}
-    missing = [file for file in files if file.stem not in known]
+    known = dict(zip(images.join(frame[column], files, folder), frame["prompt"], strict=True))
+    missing = [file for file in files if file not in known]
     if missing:
         raise UserError(f"{path}: no row for image {missing[0].name} ({len(missing)} such images); add it to the key")
-    return [known[file.stem] for file in files]
+    return [known[file] for file in files]
 
 
 def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.ndarray) -> pd.DataFrame:
@@ -151,14 +151,10 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
     Returns:
         `prompt,cosine`, one row a prediction.
     """
-    import faiss
+    from .retrieval import nearest
 
-    index = faiss.IndexFlatIP(prompt_vectors.shape[1])
-    index.add(prompt_vectors)
-    cosines, rows = index.search(evaluate.unit(vectors), 1)
-    return pd.DataFrame(
-        {"prompt": [prompts[row] for row in rows[:, 0]], "cosine": np.round(cosines[:, 0].astype(float), 4)}
-    )
+    rows, cosines = (column[:, 0] for column in nearest(vectors, prompt_vectors, 1))
+    return pd.DataFrame({"prompt": [prompts[row] for row in rows], "cosine": np.round(cosines.astype(float), 4)})
 
 
 def run(config: Config) -> Prediction:
@@ -178,7 +174,7 @@ def run(config: Config) -> Prediction:
 
 
 def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
-    truth = read_key(config.key, files) if config.key else None
+    truth = read_key(config.key, files, config.images) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     run_ = Run(config.run)
     folders = list(config.checkpoint) or newest(run_, config.fallback)
@@ -190,10 +186,11 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
             own += [_checkpoint_rung([folder], [1.0]) for folder in folders]
         rungs = [*own, *rungs]
     make_folder(config.out.parent)
-    listing = [(str(file.relative_to(config.images)), *archives.stat(file)) for file in files]
+    listing = [[file.relative_to(config.images).as_posix() for file in files], images.contents(files)]
     inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
     stamp = Stamp(
         config.out.with_name(f".{config.out.stem}.done"),
+        "infer",
         {
             **{"images": listing, "key": bool(truth), "bank": bool(bank), "weights": weights, "views": config.views},
             "rungs": [rung.what for rung in rungs],
@@ -205,10 +202,13 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         log.info("%s is up to date", config.out)
         scores = json.loads(scores_path.read_text(encoding="utf-8"))
         broken = [Path(name) for name in scores["broken"]]
-        nearest = pd.read_csv(nearest_path) if bank else None
+        nearest = metadata.read_table(nearest_path, ("image", "prompt", "cosine")) if bank else None
+        nearest = nearest.astype({"cosine": float}) if bank else None
         vectors = submission.read(config.out, stems)
         found = (scores["how"], scores["alone"], scores["score"], scores["constant"])
         return Prediction(files, vectors, broken, 0, *found, nearest)
+    outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
+    stamp.claim(outputs)
     work = stamp.work_folder()
     rung, found, mean, reached = predictors.climb(rungs, files, config, work)
     vectors = evaluate.blend([np.nan_to_num(one) for one in found], rung.weights)
@@ -232,6 +232,12 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
                 result.alone[str(folder)] = evaluate.mean_cosine(one, targets)
                 log.info("%s alone: %.4f", folder, result.alone[str(folder)])
         log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
+        trained = predictors.trained_on(folders, targets) if rung is rungs[0] else 0
+        if trained:
+            log.warning(
+                "%d of %d images have prompts that the checkpoint was trained on: on others the score will be lower",
+                *(trained, len(files)),
+            )
     names = [str(file) for file in broken]
     scores = {"score": result.score, "constant": result.constant, "alone": result.alone, "how": result.how}
     scores["broken"] = names
@@ -239,9 +245,8 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     if min(reached) < max(reached):
         log.warning("%d images were not reached by all checkpoints of the blend", max(reached) - min(reached))
     if rung is rungs[0] and min(reached) == len(files):
-        stamp.write([config.out, scores_path, *([nearest_path] if bank else [])])
-    for file in broken:
-        log.warning("%s could not be read and got the mean prediction", file)
+        stamp.write(outputs)
+    images.tell_broken(broken, "predicted by the mean")
     if result.unreached:
         log.warning("%d of %d images not reached in time: they got the mean prediction", result.unreached, len(files))
     log.info("%s: %d images, predicted by %s", config.out, len(files), result.how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 from .errors import UserError
 from .files import atomic_path
 
-NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f\x7f]")
+NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 LONGEST_NAME = 200  # bytes; file systems take 255, of which temporary names need some
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -31,6 +32,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path or run the stage that writes it")
+    _refuse_nul(path)
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8")
     except pd.errors.EmptyDataError as error:
@@ -46,6 +48,20 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     if frame.empty:
         raise UserError(f"{path}: a header but no rows; add rows or run the stage that writes it")
     return frame
+
+
+def _refuse_nul(path: Path) -> None:
+    """Raises UserError where a field holds a NUL: pandas 2 cuts the field there without a word."""
+    if b"\0" not in path.read_bytes():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        reader = csv.reader(file)
+        header = next(reader)
+        for row, fields in enumerate(reader, start=1):
+            for column, field in zip(header, fields, strict=False):
+                if "\0" in field:
+                    raise UserError(f"{path}: row {row}: column {column!r} holds a NUL character; take it out")
+    raise UserError(f"{path}: holds NUL characters; save it as a UTF-8 CSV")
 
 
 def _bad_byte(path: Path) -> int:
@@ -97,11 +113,11 @@ def read(path: Path, unique: bool = True) -> pd.DataFrame:
 
 
 def check_names(frame: pd.DataFrame, path: Path, unique: bool = True) -> None:
-    """Refuses image names that are no bare file names or, if `unique`, stand twice; raises UserError naming the row."""
+    """Refuses image names that lead out of a folder or, if `unique`, stand twice; raises UserError naming the row."""
     seen: dict[str, int] = {}
     for row, name in enumerate(frame["image_name"], start=1):
-        if not name.strip() or name in (".", "..") or NOT_IN_NAMES.search(name) or len(name.encode()) > LONGEST_NAME:
-            must = f"must be a bare file name of at most {LONGEST_NAME} bytes"
+        if not name.strip() or NOT_IN_NAMES.search(name) or len(name.encode()) > LONGEST_NAME:
+            must = f"must be a file name, or a path below the image folder, of at most {LONGEST_NAME} bytes"
             raise UserError(f"{path}: row {row}: image_name {name!r} {must}; rename it")
         if unique and name in seen:
             raise UserError(f"{path}: row {row}: image_name {name!r} stands in row {seen[name]} too; make it unique")
@@ -162,9 +178,9 @@ def fold_of(group: str, folds: int) -> int:
     return int(hash_text(group)[8:16], 16) % folds
 
 
-def image_file(image_name: str) -> str:
-    """File name of a row's image: `image_name`, with `.png` where it has no image suffix."""
-    return image_name if image_name.lower().endswith(IMAGE_SUFFIXES) else f"{image_name}.png"
+def stem(image_name: str) -> str:
+    """`image_name` without its image suffix, if it has one; other dots belong to the name."""
+    return image_name.rpartition(".")[0] if image_name.lower().endswith(IMAGE_SUFFIXES) else image_name
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:

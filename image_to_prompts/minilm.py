@@ -1,7 +1,7 @@
-"""all-MiniLM-L6-v2's forward pass in batches of tokens, not of texts.
+"""all-MiniLM-L6-v2's forward pass over the tokens of many texts at once.
 
 Same weights and same result as sentence-transformers' (cosine 1.0000 in float32, at least .9999 in half precision). It
-is faster because texts of like length share a batch, and, on CPUs with bf16, because bias and GELU are computed inside
+is faster because nothing is padded, and, on CPUs with bf16, because bias and GELU are computed inside
 oneDNN's products; what is summed up from layer to layer stays float32 (docs/log.md).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor, nn
 
-TOKENS = 2048  # a batch; from 1,024 to 4,096 they are as fast
+TOKENS, BLOCK = (65_536, 1024), (4096, 128)  # of a batch, and of a product, on a GPU and on a CPU
 Pair = tuple["Tensor", "Tensor"]  # weight and bias
 
 
@@ -67,41 +68,46 @@ class MiniLM:
         )
 
     def _product(self, x: Tensor, pair: Pair, activation: str = "none") -> Tensor:
+        """A layer's product of all tokens, `BLOCK` at once: with other numbers of rows a product rounds otherwise."""
+        blocks = x.to(self.kind).split(BLOCK[self.device.type == "cpu"])
         if self.device.type == "cpu" and self.kind == torch.bfloat16:
-            return torch.ops.mkldnn._linear_pointwise(x, *pair, activation, [], "none" if activation == "gelu" else "")
-        y = linear(x, *pair)
+            said = (activation, [], "none" if activation == "gelu" else "")
+            return torch.cat([torch.ops.mkldnn._linear_pointwise(block, *pair, *said) for block in blocks])
+        y = torch.cat([linear(block, *pair) for block in blocks])
         return gelu(y) if activation == "gelu" else y
 
     @torch.inference_mode()
     def encode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Embeds a batch.
+        """Embeds texts; what one gets is the same, byte for byte, in any company.
 
         Args:
-            tokens: Numbers of the tokens of each text, best of like length.
+            tokens: Numbers of the tokens of each text, by length, from `batches`.
 
         Returns:
             float32 (n, width) unit vectors on the CPU.
         """
-        lengths = torch.tensor([len(text) for text in tokens])
-        longest = int(lengths.max())
-        words = torch.zeros(len(tokens), longest, dtype=torch.int64)
-        there = torch.arange(longest) < lengths[:, None]
-        words[there] = torch.tensor([token for text in tokens for token in text])
-        words, there = words.to(self.device), there.to(self.device)
-        mask = None
-        if int(lengths.min()) < longest:
-            mask = torch.zeros_like(there, dtype=self.kind).masked_fill(~there, -torch.inf)[:, None, None]
-        x = layer_norm(self.words[words] + self.positions[:longest], self.norm[0].shape, *self.norm, self.epsilon)
-        x = x.flatten(0, 1)
+        block = BLOCK[self.device.type == "cpu"]
+        flat = [token for text in tokens for token in text]
+        places = [place for text in tokens for place in range(len(text))]
+        words, positions = (torch.tensor(row + [0] * (-len(flat) % block)).to(self.device) for row in (flat, places))
+        groups = [(length, len(list(texts))) for length, texts in groupby(map(len, tokens))]
+        spans = [length * count for length, count in groups]
+        x = layer_norm(self.words[words] + self.positions[positions], self.norm[0].shape, *self.norm, self.epsilon)
         for layer in self.layers:
-            y = self._product(x.to(self.kind), layer.attention)
-            query, key, value = y.view(len(tokens), longest, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            y = scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).reshape(x.shape)
+            parts = self._product(x, layer.attention)[: len(flat)].split(spans)
+            found = [self._attended(part, *group) for part, group in zip(parts, groups, strict=True)]
+            y = torch.cat([*found, found[0].new_zeros(len(x) - len(flat), x.shape[1])])
             x = self._add(x, self._product(y, layer.out), layer.norm)
-            y = self._product(x.to(self.kind), layer.inner, "gelu")
+            y = self._product(x, layer.inner, "gelu")
             x = self._add(x, self._product(y, layer.outer), layer.last_norm)
-        x = x.view(len(tokens), longest, -1) * there[..., None]
-        return normalize(x.sum(1)).cpu()
+        parts = x[: len(flat)].split(spans)
+        sums = [part.view(count, length, -1).sum(1) for part, (length, count) in zip(parts, groups, strict=True)]
+        return normalize(torch.cat(sums)).cpu()
+
+    def _attended(self, x: Tensor, length: int, count: int) -> Tensor:
+        """Attention within each of `count` texts of one length."""
+        query, key, value = x.view(count, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(count * length, -1)
 
     def _add(self, x: Tensor, y: Tensor, norm: Pair) -> Tensor:
         return layer_norm(x.add_(y), norm[0].shape, *norm, self.epsilon)
@@ -111,15 +117,19 @@ def _pair(module: nn.Module, kind: torch.dtype = torch.float32) -> Pair:
     return module.weight.detach().to(kind), module.bias.detach().to(kind)
 
 
-def batches(tokens: Sequence[Sequence[int]], order: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Cuts rows, ordered by length, into batches of `TOKENS` tokens, padding counted.
+def batches(tokens: Sequence[Sequence[int]], device: str = "cpu") -> Iterator[list[int]]:
+    """Cuts rows, ordered by length, into batches of about `TOKENS` tokens.
 
     Args:
         tokens: Tokens of each row.
-        order: Rows, longer ones later.
+        device: Kind of device.
     """
-    start = 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or len(tokens[order[end]]) * (end + 1 - start) > TOKENS:
-            yield order[start:end]
-            start = end
+    batch, count = [], 0
+    for row in sorted(range(len(tokens)), key=lambda row: len(tokens[row])):
+        batch.append(row)
+        count += len(tokens[row])
+        if count >= TOKENS[device == "cpu"]:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch

@@ -12,12 +12,15 @@ import numpy as np
 
 from . import backbones, evaluate
 from .errors import UserError
-from .files import atomic_path, check_whole, make_folder, write_json, write_text
+from .files import atomic_path, check_whole, make_folder, write_json, write_text, writing
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+FILES = ("model.safetensors", "config.json", "README.md")  # of a checkpoint
 
 
 @dataclass
@@ -219,7 +222,8 @@ def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
         model.head.bias.copy_(bias)
         grey = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
         mean = evaluate.unit(model(grey).numpy())[0]
-    save(out, model, {"backbone": spec.to_dict(), "imported": file.name, "profile": "kaggle"}, mean)
+    with writing(out / ".import.done", "import-checkpoint", [out / name for name in FILES], [file]):
+        save(out, model, {"backbone": spec.to_dict(), "imported": file.name, "profile": "kaggle"}, mean)
     return load(out)
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
 MOST_PROMPTS = 20_000  # the mean of more is the same to three digits
+SAME = 0.99999  # cosine of two embeddings of one prompt
 MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
 
 
@@ -73,9 +74,27 @@ def checkpoint(folder: Path) -> Predictor:
     if workspace.is_ensemble(folder):
         found = ensemble.load(folder)
         seen = found.config["ensemble"]["encoders"]
-        return Predictor(found.mean, [encoders.rebuild(about) for about in seen.values()], found)
+        alone = found.config["ensemble"]["attention"] != "seed"  # that network looks at a whole batch
+        finish = partial(evaluate.in_fixed_rows, found) if alone else found
+        return Predictor(found.mean, [encoders.rebuild(about) for about in seen.values()], finish)
     found = models.load(folder)
     return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
+
+
+def trained_on(folders: list[Path], targets: np.ndarray) -> int:
+    """How many of float32 (n, 384) embeddings of prompts are among those that checkpoints say they were trained on."""
+    from .dedupe.exact import near
+
+    found = np.zeros(len(targets), bool)
+    for folder in folders:
+        if workspace.is_ensemble(folder):
+            known = ensemble.load(folder).known
+            found |= near(targets, known[1], SAME) if known else False
+        elif (folder / "baselines.safetensors").is_file():
+            from safetensors.numpy import load_file
+
+            found |= near(targets, load_file(folder / "baselines.safetensors")["targets"], SAME)
+    return int(found.sum())
 
 
 def neighbours(folder: Path) -> Predictor:
@@ -106,9 +125,8 @@ def neighbours(folder: Path) -> Predictor:
             continue
         log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
         mean = evaluate.unit(targets.mean(0))
-        return Predictor(
-            mean, [encoder], lambda seen, f=features, t=targets, k=k: evaluate.nearest_mean(seen[0], f, t, k)
-        )
+        guess = partial(lambda f, t, k, seen: evaluate.nearest_mean(seen[0], f, t, k), features, targets, k)
+        return Predictor(mean, [encoder], partial(evaluate.in_fixed_rows, guess))
     raise UserError(f"{folder}: no array's encoder can be built: {missing}")
 
 
@@ -127,7 +145,7 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
     found = [pd.Series(dtype=str)]
     for path in csvs:
         try:
-            found.append(pd.read_csv(path, usecols=["prompt"], dtype=str)["prompt"])
+            found.append(pd.read_csv(path, usecols=["prompt"], dtype=str, keep_default_na=False)["prompt"])
         except (OSError, ValueError) as error:  # other people's files; the rest serve as well
             log.warning("%s: passed over: %s", path, error)
     prompts = pd.concat(found)

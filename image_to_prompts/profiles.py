@@ -60,19 +60,20 @@ SUBMISSION_HOURS = 8.5  # of the 9 that the competition's own runs have
 def place_defaults(stage: str, run: Run) -> dict[str, Any]:
     """What depends on the place: paths in the run's folder, such that each stage reads what its predecessor wrote."""
     limits = KERNEL_LIMITS if on_kaggle() else {}
+    images = run.rendered(run.filled(run.images, run.train_images))  # the whole chain holds test images out
     return {
         "generate": {"out": run.prompts},
         "dedupe": {"prompts": (run.have(run.prompts),), "out": run.metadata},
         "render": {"metadata": run.have(run.metadata), "out": run.images, **limits},
         "finetune": {
-            "images": run.rendered(run.images),
+            "images": images,
             "out": run.checkpoint,
             **{name: hours for name, hours in limits.items() if name == "max_hours"},
         },
-        "embed": {"images": run.rendered(run.images), "out": run.embeddings},
+        "embed": {"images": images, "out": run.embeddings},
         "ensemble": {"embeddings": run.have(run.embeddings), "out": run.ensemble},
         "infer": {
-            "images": run.images,
+            "images": run.filled(run.images, run.test_images),
             "out": run.submission,
             **({"max_hours": SUBMISSION_HOURS} if on_kaggle() else {}),
         },

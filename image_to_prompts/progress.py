@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .stages import stage as stage_called
+
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 BEGUN = time.monotonic()  # a notebook may run more than one stage in a session, whose time they share
 _quiet = False
@@ -21,9 +24,27 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+class _AboveBars(logging.StreamHandler):
+    """Writes to standard error, above a bar that stands there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "tqdm" not in sys.modules:  # no bar can be there
+            super().emit(record)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def heading(stage: str) -> None:
+    """Logs which stage begins."""
+    about = stage_called(stage)
+    log.info("%d %s: %s", about.number, about.name, about.does)
+
+
 def show_log(quiet: bool = False) -> None:
     """Sends the package's log to standard error, warnings alone if quiet."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveBars(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("image_to_prompts")
     logger.handlers = [handler]

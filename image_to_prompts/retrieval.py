@@ -76,11 +76,9 @@ def open_index(csvs: Sequence[Path]) -> Index:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(folder / ".lock"):  # one process builds, and nobody opens one file without the other
-            stamp = Stamp(folder / ".index.done", {"encoder": text_encoder.NAME}, csvs)
+            stamp = Stamp(folder / ".index.done", "index", {"encoder": text_encoder.NAME}, csvs)
             if not all(path.is_file() for path in csvs) or not stamp.is_current():
-                for left in folder.glob(".*.part"):  # by a killed process
-                    left.unlink()
-                stamp.revoke()
+                stamp.claim([texts, vectors])
                 _build(_prompts(csvs), texts, vectors)
                 stamp.write([texts, vectors])
             column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"].combine_chunks()

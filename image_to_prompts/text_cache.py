@@ -44,11 +44,7 @@ def _checksum(content: bytes) -> bytes:
 
 
 class TextCache:
-    """Vectors by key; once the file cannot be used, the process keeps nothing any more, but a full disk ends it.
-
-    A text may get another vector, by rounding, where it shares a batch with other texts. So all calls of a process use
-    the file or none does: texts that two of them embed then have the vectors of an undisturbed run.
-    """
+    """Vectors by key; once the file cannot be used, the process keeps nothing any more, but a full disk ends it."""
 
     def __init__(self, width: int) -> None:
         """Opens the file; vectors are float32 of `width` numbers."""

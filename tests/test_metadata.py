@@ -61,7 +61,7 @@ def test_seeds_schema_loads_as_it_is(tmp_path):
     path = write(tmp_path / "sd2.csv", "image_name,prompt\nabc.png,a cat\ndef,two dogs\n")
     frame = metadata.read(path)
     assert list(frame.columns[:2]) == ["image_name", "prompt"]
-    assert [metadata.image_file(name) for name in frame["image_name"]] == ["abc.png", "def.png"]
+    assert [metadata.stem(name) for name in frame["image_name"]] == ["abc", "def"]
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1), min_size=1))
@@ -73,6 +73,11 @@ def test_tables_survive_a_round_trip(tmp_path_factory, prompts):
     frame = metadata.with_keys(pd.DataFrame({"prompt": list(dict.fromkeys(prompts))}), path)
     metadata.write_table(path, frame)
     assert metadata.read(path)["prompt"].tolist() == frame["prompt"].tolist()
+
+
+@pytest.mark.parametrize(("name", "stem"), [("a.PNG", "a"), ("photo.v2", "photo.v2"), ("sub/b.c.webp", "sub/b.c")])
+def test_only_the_suffix_of_an_image_is_one(name, stem):
+    assert metadata.stem(name) == stem
 
 
 @given(st.text(min_size=1), st.integers(2, 20))

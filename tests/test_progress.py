@@ -1,8 +1,12 @@
 """Estimates in words."""
 
+import fcntl
 import logging
+import os
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -27,8 +31,6 @@ def test_an_estimate_says_images_seconds_hours_and_room():
 def test_log_lines_stand_above_the_bar():
     """On a terminal, as a person sees it: no text of the log shares a line with a bar."""
     pty = pytest.importorskip("pty")
-    import os
-
     code = (
         "import logging, time\n"
         "from image_to_prompts import progress\n"
@@ -38,7 +40,9 @@ def test_log_lines_stand_above_the_bar():
         "    if i == 20: logging.getLogger('image_to_prompts.x').info('%d images', 97)\n"
     )
     parent, child = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=child, env=os.environ | {"TERM": "xterm"})
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=child, env=environment)
     os.close(child)
     said = b""
     while True:

@@ -135,7 +135,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_pictures(tiny_sd2, monkeyp
 @pytest.mark.parametrize(("device", "expected"), [("cpu", []), ("cuda", [16, 8, 4, 4, 4, 4])])
 def test_the_batch_is_sized_to_memory_with_one_step(tiny_sd2, monkeypatch, device, expected):
     nothing = SimpleNamespace(device=SimpleNamespace(type=device))
-    monkeypatch.setattr(stable_diffusion, "load", lambda path, fast: nothing)
+    monkeypatch.setattr(stable_diffusion, "load", lambda *_: nothing)
     monkeypatch.setattr(StableDiffusionBackend, "_call", lambda self, rows, steps: [(None, "")] * len(rows))
     backend = StableDiffusionBackend(tiny_sd2)
     tried = out_of_memory(backend, monkeypatch, fits=4)

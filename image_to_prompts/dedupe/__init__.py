@@ -25,7 +25,7 @@ import pandas as pd
 from .. import metadata, text_encoder
 from ..engine import EngineConfig
 from ..errors import UserError
-from ..files import Stamp, alone
+from ..files import Stamp, alone, writing
 from . import look
 from .result import BLOCK, FLOOR, Result, dedupe, leaders
 
@@ -85,9 +85,10 @@ def hold_out(frame: pd.DataFrame, folds: Sequence[int], train: Path, test: Path)
     held_out = frame["fold"].isin(list(folds))
     if held_out.all() or (len(folds) and not held_out.any()):
         raise UserError(f"{train}: folds {list(folds)} hold {held_out.sum()} of {len(frame)} rows; use more prompts")
-    metadata.write_table(train, frame[~held_out])
-    if len(folds):
-        metadata.write_table(test, frame[held_out])
+    sides = {train: frame[~held_out], **({test: frame[held_out]} if len(folds) else {})}
+    with writing(train.with_name(f".{train.stem}.done"), "hold_out", list(sides)):
+        for path, side in sides.items():
+            metadata.write_table(path, side)
     return frame[~held_out], frame[held_out]
 
 
@@ -157,11 +158,12 @@ def run(config: Config) -> pd.DataFrame:
 
 def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     inputs = [*config.prompts, *config.against]
-    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), config.settings("out"), inputs)
+    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), "dedupe", config.settings("out"), inputs)
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
-
+    outputs = [config.out, removed_path(config.out), picture_path(config.out)]
+    stamp.claim(outputs)
     result = dedupe(
         frame,
         lambda texts: text_encoder.encode(texts, config.fast, config),
@@ -180,7 +182,7 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     metadata.write_table(removed_path(config.out), result.removed)
     metadata.write_table(config.out, kept)
     look.save(result, picture_path(config.out))
-    stamp.write([config.out, removed_path(config.out), picture_path(config.out)])
+    stamp.write(outputs)
     counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
     log.info("%s; largest group %.1f %%", counts, 100 * kept["group"].value_counts(normalize=True).max())
     return kept

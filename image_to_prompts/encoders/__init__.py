@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .. import text_encoder
+from ..devices import local_device
 from ..errors import UserError
 from ..images import Fit, FittedRows, load
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
+ON_CPU = 8 * 224**2  # pixels at once on a CPU; twice as many are 4 % faster (docs/log.md)
 INTERROGATOR = ("blip-large", "open_clip:ViT-H-14")  # its models for captions and for ranking
 
 
@@ -119,6 +121,17 @@ def encode(encoders: Sequence[Encoder], files: list[Path], batch_size: int = 32,
     return viewer(encoders, batch_size)(files, view)
 
 
+def rows_at_once(fits: Sequence[Fit], batch_size: int) -> int:
+    """How many images an encoder always sees at once, made-up ones among them: so none depends on its company.
+
+    On a CPU no more than are needed to keep it busy, since one image takes as long as all of them.
+    """
+    if local_device().type != "cpu":
+        return batch_size
+    largest = max(fit.size for fit in fits)
+    return max(1, min(batch_size, ON_CPU // largest**2))
+
+
 def _see(
     batch_size: int, encoders: Sequence[Encoder], rows: FittedRows, workers: int
 ) -> tuple[list[list[np.ndarray | list[str]]], np.ndarray]:
@@ -127,15 +140,18 @@ def _see(
 
     from ..progress import progress
 
-    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    count = rows_at_once(rows.fits, batch_size)
+    batches = [range(start, min(start + count, len(rows))) for start in range(0, len(rows), count)]
     seen: list[list[np.ndarray | list[str]]] = [[] for _ in encoders]
     where = []
     with torch.inference_mode():
         for squares, positions in progress(load(rows, batches, workers), "images", len(batches)):
             if len(positions):
                 where.append(positions.numpy())
+                squares = [torch.cat([one, one.new_zeros(count - len(one), *one.shape[1:])]) for one in squares]
                 for encoder, parts in zip(encoders, seen, strict=True):
-                    parts.append(encoder.see([squares[rows.fits.index(fit)] for fit in encoder.fits]))
+                    found = encoder.see([squares[rows.fits.index(fit)] for fit in encoder.fits])
+                    parts.append(found[: len(positions)])
     return seen, np.concatenate([np.empty(0, np.int64), *where])
 
 

@@ -4,12 +4,15 @@ Three modes, as in clip-interrogator 0.6.0. `fast`: the caption and the 32 highe
 the caption, a medium, an artist, a site, a movement and three flavours. `best`: terms are added one by one as long as
 the similarity grows; of this, the two others and the caption the most similar one.
 
-The embeddings of the terms are kept on disk, by the hash of the weights and the terms, in the folder of `text_cache`.
+The embeddings of the terms are kept beside the weights, by the hash of weights and terms, so that they go where the
+weights go; in the folder of `text_cache` where nothing can be written there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +22,7 @@ import numpy as np
 from .. import backbones, text_cache, weights
 from ..devices import mixed_precision, process_state, type_of
 from ..errors import UserError
-from ..files import make_folder, write_array
+from ..files import write_array
 from ..images import Fit
 from . import INTERROGATOR
 from . import terms as term_lists
@@ -28,10 +31,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+log = logging.getLogger(__name__)
 MODES = ("fast", "classic", "best")
 CAPTION_TOKENS, TERMS, FLAVOURS = 32, 32, 3  # clip-interrogator's limits: a caption, fast, classic
 CANDIDATES, LEAST_STEPS, MOST_STEPS = 2048, 8, 32  # and of best
-TEXTS = 2048  # texts that CLIP embeds at once
+TEXTS = 512  # texts that CLIP embeds at once, and of a file of kept terms
+TRIAL = 16  # texts by which the time of all is estimated
 
 
 class Interrogator:
@@ -47,6 +52,7 @@ class Interrogator:
         terms: dict[str, list[str]],
         mode: str = "fast",
         digest: str = "",
+        home: Path | None = None,
         about: dict[str, Any] | None = None,
     ) -> None:
         """Takes the models, and embeds the terms unless that has been done before.
@@ -60,6 +66,7 @@ class Interrogator:
             terms: From `terms.read`.
             mode: One of `MODES`.
             digest: Tells the CLIP weights from others; "": the terms' embeddings are not kept.
+            home: Folder to keep them in, that of the weights.
             about: See `encoders.Encoder`.
         """
         import torch
@@ -75,7 +82,8 @@ class Interrogator:
         self.fits = (Fit(side, squash=True), Fit(spec.image_size))
         self.scales = [self._scale(pixels.image_mean, pixels.image_std), self._scale(spec.mean, spec.std)]
         self.labels = [label for kind in term_lists.KINDS for label in terms[kind]]
-        kept = self._embedded(self.labels, f"{digest} {precision}" if digest else "")
+        places = [*([home / "terms"] if home else []), text_cache.path().with_name("terms")] if digest else []
+        kept = self._embedded(self.labels, f"{digest} {precision}", places)
         self.features = torch.from_numpy(kept).to(self.device, self.type)
         starts = np.cumsum([0, *(len(terms[kind]) for kind in term_lists.KINDS)])
         self.ranges = {
@@ -103,27 +111,32 @@ class Interrogator:
             parts.append(found / found.norm(dim=-1, keepdim=True))
         return torch.cat(parts)
 
-    def _embedded(self, labels: list[str], key: str) -> np.ndarray:
+    def _embedded(self, labels: list[str], key: str, places: list[Path]) -> np.ndarray:
         """Embeddings of terms, rounded to float16 as clip-interrogator keeps them, block by block from the disk."""
         import torch
 
-        from ..progress import progress_to
+        from ..progress import Estimate, progress_to
 
-        blocks = []
-        with torch.inference_mode(), progress_to(len(labels), "embed terms", 0) as advance:
-            for start in range(0, len(labels), TEXTS):
-                block = labels[start : start + TEXTS]
-                name = hashlib.sha256("\n".join([key, *block]).encode()).hexdigest()
-                file = text_cache.path().with_name("terms") / f"{name[:32]}.npy"
-                if key and file.is_file():
-                    blocks.append(np.load(file))
-                else:
-                    blocks.append(self._texts(block).half().cpu().numpy())
-                    if key:
-                        make_folder(file.parent)
-                        write_array(file, blocks[-1])
+        blocks = [labels[start : start + TEXTS] for start in range(0, len(labels), TEXTS)]
+        names = [hashlib.sha256("\n".join([key, *block]).encode()).hexdigest()[:32] + ".npy" for block in blocks]
+        found = [next((p / name for p in places if (p / name).is_file()), None) for name in names]
+        left = sum(len(block) for block, file in zip(blocks, found, strict=True) if not file)
+        parts = []
+        with torch.inference_mode(), progress_to(len(labels), "embed terms", len(labels) - left) as advance:
+            if left:
+                begun = time.perf_counter()
+                trial = self._texts(labels[:TRIAL])
+                took = (time.perf_counter() - begun) / len(trial)
+                estimate = Estimate("terms to embed", len(labels), left, took, 2 * trial.shape[1])
+                log.info("%s, kept in %s", estimate, places[0] if places else "memory alone")
+            for block, name, file in zip(blocks, names, found, strict=True):
+                if file:
+                    parts.append(np.load(file))
+                    continue
+                parts.append(self._texts(block).half().cpu().numpy())
+                _keep(parts[-1], name, places)
                 advance(len(block))
-        return np.concatenate(blocks)
+        return np.concatenate(parts)
 
     def see(self, squares: list[torch.Tensor]) -> list[str]:
         """Describes images: uint8 (n, 3, 384, 384) for BLIP and (n, 3, 224, 224) for CLIP to n texts."""
@@ -201,6 +214,16 @@ class Interrogator:
         return best
 
 
+def _keep(vectors: np.ndarray, name: str, places: list[Path]) -> None:
+    """Writes vectors to the first place where that is possible."""
+    for place in places:
+        try:
+            write_array(place / name, vectors)
+            return
+        except (OSError, UserError) as error:
+            log.info("%s: terms cannot be kept here: %s", place, error)
+
+
 def load(
     caption: str = INTERROGATOR[0],
     ranker: str = INTERROGATOR[1],
@@ -226,13 +249,15 @@ def load(
     if mode not in MODES:
         raise UserError(f"--mode {mode}: must be one of {', '.join(MODES)}")
     lists = term_lists.read(Path(terms) if terms else None, artists)
-    folder = weights.locate(caption, Path(caption) if caption not in weights.WEIGHTS else None)
+    model = ranker.partition(":")[2]
+    local = Path(model) / "open_clip_model.safetensors"
+    folder, file = weights.all_of(
+        lambda: weights.locate(caption, Path(caption) if caption not in weights.WEIGHTS else None),
+        lambda: backbones.locate(ranker, local if local.is_file() else None),
+    )
     with weights.reading(folder, "a BLIP captioning model"):
         captioner = BlipForConditionalGeneration.from_pretrained(folder, **weights.FROM_FOLDER)
         processor = BlipProcessor.from_pretrained(folder, **weights.FROM_FOLDER)
-    model = ranker.partition(":")[2]
-    local = Path(model) / "open_clip_model.safetensors"
-    file = backbones.locate(ranker, local if local.is_file() else None)
     with weights.reading(file, "open_clip weights"):
         if local.is_file():
             model = f"local-dir:{model}"
@@ -249,5 +274,6 @@ def load(
         lists,
         mode,
         weights.digest(file),
+        file.parent,
         {"encoder": "interrogator", "image_size": 0, "settings": settings},
     )

@@ -177,7 +177,7 @@ def _stamp(config: Config) -> Stamp:
         raise UserError(f"--input, --rules, --limit, --name: {config.source} writes new prompts; give --source {known}")
     inputs = [path for path in (config.starts,) if path]
     settings = config.settings("out", "batch_size", "starts")
-    return Stamp(config.out.with_name(f".{config.out.stem}.done"), settings, inputs)
+    return Stamp(config.out.with_name(f".{config.out.stem}.done"), "generate", settings, inputs)
 
 
 def estimate(config: Config) -> Estimate:
@@ -240,6 +240,7 @@ def _write(config: Config, stamp: Stamp) -> pd.DataFrame:
     if stamp.is_current():
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
+    stamp.claim([config.out])
     found, _ = _fill(config, stamp)
     prompts = list(found.prompts)
     if not prompts:

@@ -63,8 +63,11 @@ def load(path: Path | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
 
 
 def clean(text: str) -> str:
-    """The reference's clean-up: drops tokens with an inner dot, newlines and angle brackets, trims " .,"."""
-    text = re.sub(r"[\n\r<>]", " ", text)
+    """The reference's clean-up: drops tokens with an inner dot, newlines and angle brackets, trims " .,".
+
+    Control characters go too, which it left in: pandas 2.2 cuts a field at NUL.
+    """
+    text = re.sub(r"[\x00-\x08\x0e-\x1f\x7f]", "", re.sub(r"[<>]", " ", text))
     words = [word for word in text.split() if not re.search(r"\w\.\w", word)]
     return " ".join(words).strip(" .,")
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from importlib import metadata as installed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -17,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 from .. import weights as located
 from ..errors import UserError
-from ..files import atomic_path, make_folder, sha256, write_json, write_text
+from ..files import atomic_path, sha256, write_json, write_text, writing
 from .kernels import PLACEHOLDER
 
 NAME = "image-to-prompts"
@@ -77,20 +80,48 @@ def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, .
     Raises:
         UserError: If a wheel cannot be built or downloaded.
     """
-    _clear(make_folder(out))
-    image = needed(IMAGE)
-    missing = sorted(needed([NAME], image) - {NAME})
-    _pip("wheel", "--no-deps", "--wheel-dir", out, source.resolve())
-    if not list(out.glob("image_to_prompts-*.whl")):
-        raise UserError(f"{source}: not a clone of this project; give it with --source")
-    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    pins = [f"{name}=={installed.version(name)}" for name in missing]
-    for python in pythons:
-        where = ("--only-binary", ":all:", "--python-version", python, *platforms)
-        _pip("download", "--no-deps", *where, "--dest", out, *pins)
-    files = {path.name: f"Wheel of {path.name.split('-')[0]}" for path in sorted(out.glob("*.whl"))}
-    subtitle = "Wheels for image-to-prompts kernels without internet"
-    return describe(out, owner, "wheels", "Image to prompts wheels", subtitle, files)
+    with _filling(out, "wheels"), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        image = needed(IMAGE)
+        missing = sorted(needed([NAME], image) - {NAME})
+        _pip("wheel", "--no-deps", "--wheel-dir", folder, source.resolve())
+        if not list(folder.glob("image_to_prompts-*.whl")):
+            raise UserError(f"{source}: not a clone of this project; give it with --source")
+        platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+        pins = [f"{name}=={installed.version(name)}" for name in missing]
+        for python in pythons:
+            where = ("--only-binary", ":all:", "--python-version", python, *platforms)
+            _pip("download", "--no-deps", *where, "--dest", folder, *pins)
+        found = {path.name: path for path in sorted(folder.glob("*.whl"))}
+        with _filling(out, "wheels-files", found, ()):
+            files = {name: f"Wheel of {name.split('-')[0]}" for name in found}
+        subtitle = "Wheels for image-to-prompts kernels without internet"
+        return describe(out, owner, "wheels", "Image to prompts wheels", subtitle, files)
+
+
+@contextlib.contextmanager
+def _filling(
+    out: Path,
+    which: str,
+    sources: dict[str, Path] = MappingProxyType({}),
+    more: tuple[str, ...] = ("dataset-metadata.json",),
+) -> Iterator[None]:
+    """Copies files into a dataset's folder, under the names given, before the block describes them.
+
+    What an earlier call of the same kind has put there, and this one does not, goes; nothing of others is touched.
+
+    Args:
+        out: The folder; its stamp lies beside it, since all that is in it is published.
+        which: Kind of the files.
+        sources: The files, by their name below `out`.
+        more: Names of what the block writes.
+    """
+    outputs = [out / name for name in (*sources, *more)]
+    with writing(out.with_name(f".{out.name}.{which}.done"), f"kaggle {which}", outputs, sources.values()):
+        for name, source in sources.items():
+            with atomic_path(out / name) as part:
+                shutil.copyfile(source, part)
+        yield
 
 
 def _pip(*words: Any) -> None:
@@ -122,18 +153,18 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
         raise UserError(f"weights: two of {', '.join(targets)} have one name; rename a folder")
     for name, target in targets.items():
         path = Path(name) if Path(name).exists() else _locate(name)
-        shutil.rmtree(target, ignore_errors=True)
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            hidden = any(part.startswith(".") for part in file.relative_to(path.parent).parts)
-            if file.is_file() and not hidden:
-                with atomic_path(target / (file.relative_to(path) if path.is_dir() else file.name)) as part:
-                    shutil.copyfile(file, part)
-    copied = sorted(file for file in out.rglob("*") if file.is_file() and file.parent != out)
-    sums = "\n".join(f"{sha256(file)}  {file.relative_to(out).as_posix()}" for file in copied)
-    write_text(out / "SHA256SUMS", f"{sums}\n")
-    files = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
-    subtitle = "Checkpoints and encoder weights of image-to-prompts"
-    return describe(out, owner, "weights", "Image to prompts weights", subtitle, files)
+        inside = {file: file.relative_to(path.parent) for file in (path.rglob("*") if path.is_dir() else [path])}
+        shown = sorted(f for f, at in inside.items() if f.is_file() and not any(p.startswith(".") for p in at.parts))
+        names = {f"{target.name}/{f.relative_to(path) if path.is_dir() else f.name}": f for f in shown}
+        with _filling(out, f"weights-{target.name}", names, ()):
+            pass
+    with _filling(out, "weights", more=("SHA256SUMS", DESCRIPTION)):
+        copied = sorted(file for file in out.rglob("*") if file.is_file() and file.parent != out)
+        sums = "\n".join(f"{sha256(file)}  {file.relative_to(out).as_posix()}" for file in copied)
+        write_text(out / "SHA256SUMS", f"{sums}\n")
+        files = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
+        subtitle = "Checkpoints and encoder weights of image-to-prompts"
+        return describe(out, owner, "weights", "Image to prompts weights", subtitle, files)
 
 
 def _locate(name: str) -> Path:
@@ -165,7 +196,6 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
     csvs = sorted(path for path in data.glob("*.csv") if path.name != COLUMNS)
     if not csvs:
         raise UserError(f"{data}: no CSVs of prompts; give a run's folder, for example --data runs/default/data_meta")
-    _clear(out)
     files: dict[str, Any] = {}
     for csv in csvs:
         columns = {}
@@ -174,10 +204,9 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
                 raise UserError(f"{csv}: column {name!r} is not in {described}; describe it there")
             columns[name] = (known["type"][name], known["description"][name])
         files[csv.name] = (f"{csv.stem}: one row a {'prompt' if 'prompt' in columns else 'file'}", columns)
-        with atomic_path(out / csv.name) as part:
-            shutil.copyfile(csv, part)
     subtitle = "Prompts with the names of their images, deduplicated"
-    return describe(out, owner, "metadata", "Image to prompts metadata", subtitle, files)
+    with _filling(out, "metadata", {csv.name: csv for csv in csvs}):
+        return describe(out, owner, "metadata", "Image to prompts metadata", subtitle, files)
 
 
 NAMES = {
@@ -196,25 +225,17 @@ def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
     from .. import embeddings as stored
 
     names = [*stored.arrays(data), stored.PROMPTS]
-    _clear(out)
     files: dict[str, Any] = {}
     for name in names:
         vectors, table, about = stored.read(data, name)
         made = about.get("encoder") or about.get("backbone", {}).get("name") or f"whoever made {about.get('imported')}"
-        stored.write(out, name, vectors, table, about)
         files[f"{name}.npy"] = f"float32 {vectors.shape}, by {made}; rows named in {name}.names.csv"
         said = {column: NAMES[column] for column in table}
         files[f"{name}.names.csv"] = (f"names of the rows of {name}.npy", said)
         files[f"{name}.json"] = f"how {name}.npy was made"
     subtitle = "Embeddings of images and of their prompts, for kNN"
-    return describe(out, owner, "embeddings", "Image to prompts embeddings", subtitle, files)
-
-
-def _clear(folder: Path) -> None:
-    """Removes the files that an earlier call described, so that what is gone since is not published again."""
-    path = folder / DESCRIPTION
-    for resource in json.loads(path.read_text(encoding="utf-8"))["resources"] if path.is_file() else ():
-        (folder / resource["path"]).unlink(missing_ok=True)
+    with _filling(out, "embeddings", {name: data / name for name in files}):
+        return describe(out, owner, "embeddings", "Image to prompts embeddings", subtitle, files)
 
 
 def describe(folder: Path, names: dict[str, str], which: str, title: str, subtitle: str, files: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
-from ..files import atomic_path
+from ..files import atomic_path, write_text, writing
 from .folders import DESCRIPTION
 from .kernels import PLACEHOLDER, Kernel
 
@@ -214,23 +214,21 @@ def output(api: Any, kernel: str, folder: Path, timeout: float = TIMEOUT) -> lis
                 for piece in reply.iter_content(1 << 20):
                     file.write(piece)
 
-    written, token = [], ""
-    while True:
-        found = call(f"output of {kernel}", page, token, timeout=timeout)
-        for item in found.files or []:
-            path = folder / item.file_name
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"output of {kernel}: the name {item.file_name!r} leads out of {folder}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            call(f"downloading {item.file_name}", fetch, item.url, path, timeout=timeout)
-            written.append(path)
-        if found.log and not token:
-            with atomic_path(folder / f"{slug}.log") as part:
-                part.write_text(found.log, encoding="utf-8")
-            written.append(folder / f"{slug}.log")
-        token = found.next_page_token
-        if not token:
-            return written
+    pages = [call(f"output of {kernel}", page, "", timeout=timeout)]
+    while pages[-1].next_page_token:
+        pages.append(call(f"output of {kernel}", page, pages[-1].next_page_token, timeout=timeout))
+    urls = {folder / item.file_name: item.url for found in pages for item in found.files or []}
+    for path in urls:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            name = path.relative_to(folder)
+            raise UserError(f"output of {kernel}: the name {str(name)!r} leads out of {folder}")
+    said = {folder / f"{slug}.log": pages[0].log} if pages[0].log else {}
+    with writing(folder / f".{slug}.done", f"kaggle output of {kernel}", [*urls, *said]):
+        for path, url in urls.items():
+            call(f"downloading {path.name}", fetch, url, path, timeout=timeout)
+        for path, text in said.items():
+            write_text(path, text)
+    return [*urls, *said]
 
 
 def submit(api: Any, kernel: str, version: int, competition: str, message: str, timeout: float = TIMEOUT) -> str:

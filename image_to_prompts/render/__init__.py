@@ -23,7 +23,7 @@ from .. import metadata, workspace
 from ..devices import rank_and_processes
 from ..engine import EngineConfig, over_blocks
 from ..errors import UserError
-from ..files import alone, make_folder
+from ..files import alone, make_folder, sweep
 from ..progress import Estimate, progress_to
 from ..workspace import MANIFEST
 from . import store as stores
@@ -68,6 +68,8 @@ class Config(EngineConfig):
     """Stop cleanly before this process has run for so many hours; 0: no limit."""
     max_gb: float = 0.0
     """Stop cleanly before the run's folder (or --out, if elsewhere) holds so many GB (10^9 bytes); 0: no limit."""
+    any_model: bool = False
+    """Take weights of another Stable Diffusion than 2.0 at 768 px, and render at their own size (sd2)."""
     adopt: tuple[Path, ...] | None = None
     """Folders in which an earlier run's images count as done; left out: Kaggle inputs of the same folder name."""
     verify: bool = False
@@ -92,11 +94,12 @@ def expand(frame: pd.DataFrame, seeds: int, suffix: str, path: Path) -> tuple[pd
     keep = [c for c in frame.columns if c not in stores.OUTCOME]
     parts = [frame[keep]]
     for k in range(1, seeds):
-        names = [f"{Path(name).stem}-{k}{Path(name).suffix}" for name in frame["image_name"]]
+        stems = map(metadata.stem, frame["image_name"])
+        names = [f"{stem}-{k}{name[len(stem) :]}" for stem, name in zip(stems, frame["image_name"], strict=True)]
         derived = [metadata.row_seed(f"{seed} {k}") for seed in frame["seed"]]
         parts.append(frame[keep].assign(image_name=names, seed=derived))
     whole = pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
-    files = [f"{Path(metadata.image_file(name)).stem}.{suffix}" for name in whole["image_name"]]
+    files = [f"{metadata.stem(name)}.{suffix}" for name in whole["image_name"]]
     twice = pd.Series(files).duplicated()
     if twice.any():
         row = int(twice.argmax())
@@ -134,7 +137,8 @@ def run(config: Config) -> pd.DataFrame:
         UserError: On bad metadata, settings or weights, or if images of other settings are in `out`.
     """
     if config.verify:
-        return verify(config.out)
+        run_ = workspace.Run(config.run)
+        return verify(run_.filled(run_.images, run_.train_images) if config.out == run_.images else config.out)
     return _run(config)[0]
 
 
@@ -187,7 +191,9 @@ def _backend(config: Config) -> Any:
         return SceneBackend(config.family, config.format, config.workers)
     from .stable_diffusion import StableDiffusionBackend
 
-    return StableDiffusionBackend(config.weights, config.fast, config.steps, config.batch_size, config.format)
+    return StableDiffusionBackend(
+        config.weights, config.fast, config.steps, config.batch_size, config.format, config.any_model
+    )
 
 
 def _drawn(config: Config, backend: Any, blocks: list[list[Row]], there: Set[str]) -> Iterator[Callable[[], Finished]]:
@@ -210,16 +216,18 @@ def _store(config: Config, settings: dict[str, Any], rows: list[Row], journal: s
     if not config.per_tar:
         return FolderStore(config.out, settings, journal)
     for row in rows:
-        if "." in Path(row.file).stem:
+        if {".", "/"} & set(metadata.stem(row.file)):
             raise UserError(
-                f"{config.metadata}: image name {row.name!r}: names in a tar shard end at the first dot; rename it, or "
-                "leave --per-tar out"
+                f"{config.metadata}: image name {row.name!r}: names in a tar shard end at the first dot and have no "
+                "folders; rename it, or leave --per-tar out"
             )
     return TarStore(config.out, settings, journal, config.per_tar, len(rows))
 
 
 def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estimate]:
     _check(config)
+    if config.metadata.resolve() == (config.out / MANIFEST).resolve():
+        raise UserError(f"{config.metadata}: is read here; choose another --out, or copy it and give the copy")
     part, parts = part_of(config.shard)
     frame, rows = expand(metadata.read(config.metadata), config.seeds, config.format, config.metadata)
     backend = _backend(config)
@@ -267,6 +275,7 @@ def _render(
                 run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
         finally:
             store.close()
+            sweep(config.out / row.file for row in mine)
             manifest = stores.write_manifest(store, frame, {row.name for row in mine} - adopted)
     failed = int((manifest["flag"] == FAILED).sum())
     log.info("%s: %d images, %d by an earlier run, %d failed", config.out, len(manifest), len(there), failed)

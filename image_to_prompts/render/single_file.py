@@ -25,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "unet": {
         "_class_name": "UNet2DConditionModel",
         "sample_size": 96,
+        "layers_per_block": 2,
         "attention_head_dim": [5, 10, 20, 20],
         "cross_attention_dim": 1024,
         "use_linear_projection": True,
@@ -84,20 +85,21 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     )  # fmt: skip
 
 
-def load(path: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+def load(path: Path, dtype: torch.dtype, any_model: bool = False) -> StableDiffusionPipeline:
     """Loads a single-file checkpoint.
 
     Args:
         path: `.safetensors`, or `.ckpt`, which is read without unpickling code.
         dtype: Of the weights in memory.
+        any_model: Whether the name need not be that of 2.0's.
 
     Raises:
         UserError: If the name does not say that it is the 768-px model: the 512-px one has the very same tensors.
     """
-    if "768" not in path.name:
+    if not any_model and ("768" not in path.name or "2-1" in path.name):  # 2.1's is v2-1_768-ema-pruned
         raise UserError(
-            f"{path}: the tensors do not tell the 768-px v_prediction model from the 512-px one; if it is the former, "
-            "give it its name, 768-v-ema"
+            f"{path}: the tensors do not tell the 768-px v_prediction model 2.0 from the 512-px one and 2.1; if it is "
+            "the former, give it its name, 768-v-ema; otherwise take it with --any-model"
         )
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 

@@ -31,27 +31,36 @@ ENCODERS = 2  # threads that downsize and encode
 PROBE = Row(0, "", "", 0, "")  # what any machine in order renders
 
 
+OTHER_WEIGHTS = "attach or download the right weights, or take these with --any-model"
+
+
 def check_model(pipeline: StableDiffusionPipeline) -> None:
-    """Refuses any model that is not the 768-px v-prediction one, which the competition used.
+    """Refuses any model that is not Stable Diffusion 2.0 at 768 px, which the competition used.
+
+    2.1 has the same size, prediction type and tensors; its U-Net alone says `upcast_attention`
+    (stabilityai/stable-diffusion-2-1, unet/config.json).
 
     Raises:
         UserError: Saying what was found.
     """
+    if pipeline.unet.config.get("upcast_attention"):
+        raise UserError(f"found Stable Diffusion 2.1, need 2.0; {OTHER_WEIGHTS}")
     prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if prediction != "v_prediction" or size != RENDER_SIZE:
         raise UserError(
             f"found a {size}-px {prediction} model, need the {RENDER_SIZE}-px v_prediction one "
-            "(stable-diffusion-2, not -base); attach or download the right weights"
+            f"(stable-diffusion-2, not -base); {OTHER_WEIGHTS}"
         )
 
 
-def load(path: Path, fast: bool = False) -> StableDiffusionPipeline:
+def load(path: Path, fast: bool = False, any_model: bool = False) -> StableDiffusionPipeline:
     """Loads and checks the pipeline, in float16 on a GPU, on this process's device.
 
     Args:
         path: Folder in diffusers' layout, or a single-file checkpoint (768-v-ema).
         fast: DPM-Solver++ (Lu et al. 2022, second-order multistep) instead of the reference's DDIM.
+        any_model: Whether other models than the competition's are taken too.
 
     Raises:
         UserError: If the weights are damaged or another model's.
@@ -68,14 +77,17 @@ def load(path: Path, fast: bool = False) -> StableDiffusionPipeline:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     with weights.reading(path, "a Stable Diffusion pipeline"):
         if path.is_file():
-            pipeline = single_file.load(path, dtype)
+            pipeline = single_file.load(path, dtype, any_model)
         else:
             unet = path / "unet"
             only_half = unet.is_dir() and not list(unet.glob("diffusion_pytorch_model.[bs]*"))
+            # Its feature extractor serves the safety checker, of which Stable Diffusion 2 has none.
+            without = {} if (path / "feature_extractor").is_dir() else {"feature_extractor": None}
             pipeline = StableDiffusionPipeline.from_pretrained(
-                path, torch_dtype=dtype, local_files_only=True, variant="fp16" if only_half else None
+                path, torch_dtype=dtype, local_files_only=True, variant="fp16" if only_half else None, **without
             )
-    check_model(pipeline)
+    if not any_model:
+        check_model(pipeline)
     scheduler = DPMSolverMultistepScheduler if fast else DDIMScheduler
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.vae.enable_slicing()
@@ -90,7 +102,13 @@ class StableDiffusionBackend:
     ahead = 2
 
     def __init__(
-        self, path: Path | None = None, fast: bool = False, steps: int = 0, batch_size: int = 0, suffix: str = "png"
+        self,
+        path: Path | None = None,
+        fast: bool = False,
+        steps: int = 0,
+        batch_size: int = 0,
+        suffix: str = "png",
+        any_model: bool = False,
     ) -> None:
         """Finds the weights and computes their digest; `start` loads them.
 
@@ -100,14 +118,15 @@ class StableDiffusionBackend:
             steps: Denoising steps; 0: the preset's.
             batch_size: Images at once; 0: as many as fit, at most 16.
             suffix: File format.
+            any_model: See `load`.
 
         Raises:
             UserError: If the weights are nowhere.
         """
         self.path = weights.locate("stable-diffusion-2", path)
-        self.fast, self.suffix = fast, suffix
+        self.fast, self.suffix, self.any_model, self.asked = fast, suffix, any_model, batch_size
         self.steps = steps or (FAST_STEPS if fast else STEPS)
-        self.block = batch_size
+        self.block = batch_size or LARGEST_BATCH  # where Ray's actors draw, each finds out what fits
         self.settings = {
             "backend": "sd2",
             "model": self.path.name,
@@ -119,9 +138,9 @@ class StableDiffusionBackend:
 
     def start(self) -> None:
         """Loads the pipeline and, if asked to, finds the batch size that fits, with one step, which needs as much."""
-        self.pipeline = load(self.path, self.fast)
-        self.limit = self.block
-        if self.block == 0:
+        self.pipeline = load(self.path, self.fast, self.any_model)
+        self.limit = self.asked
+        if not self.asked:
             self.limit = LARGEST_BATCH if self.pipeline.device.type == "cuda" else 1
             if self.limit > 1:
                 self._within_memory([PROBE] * self.limit, steps=1)
@@ -196,13 +215,16 @@ class StableDiffusionBackend:
         """One pipeline call; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
         import torch
 
+        size = RENDER_SIZE
+        if self.any_model:
+            size = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
         result = self.pipeline(
             prompt=[row.prompt for row in rows],
             generator=[torch.Generator("cpu").manual_seed(row.seed) for row in rows],
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
-            height=RENDER_SIZE,
-            width=RENDER_SIZE,
+            height=size,
+            width=size,
         )
         blacked = result.nsfw_content_detected or [False] * len(rows)
         return [(image, NSFW if black else "") for image, black in zip(result.images, blacked, strict=True)]

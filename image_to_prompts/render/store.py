@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import archives, metadata
 from ..errors import UserError
-from ..files import append_line, atomic_path, read_journal, write_text
+from ..files import append_line, atomic_path, read_journal, sweep, write_text
 from ..progress import progress
 from ..workspace import MANIFEST
 
@@ -63,6 +63,7 @@ class FolderStore:
     def __init__(self, out: Path, settings: Record, journal: str) -> None:
         self.out, self.settings = out, settings
         self.records: dict[str, Record] = {}
+        self.known: set[str] = set()  # what earlier runs rendered here, intact or not
         self.journal = out / f".journal-{journal}.jsonl"
 
     def scan(self, rows: list[Row]) -> None:
@@ -72,6 +73,7 @@ class FolderStore:
             UserError: If images made with other settings are there.
         """
         known = {record["image_name"]: record for record in read_manifest(self.out)}
+        self.known = set(known)
         for row in progress(rows, "check images"):
             record = known.get(row.name)
             if record and self.is_intact(record) and self.fits(record, row):
@@ -124,12 +126,18 @@ class FolderStore:
         return {**identity, **self.settings, "file": "" if data is None else row.file, "sha256": digest, "flag": flag}
 
     def add(self, row: Row, data: bytes | None, flag: str) -> None:
-        """Keeps one finished image, or, without data, the fact that it failed."""
-        record = self.record(row, data, flag)
+        """Keeps one finished image, or, without data, the fact that it failed.
+
+        Raises:
+            UserError: If a file of its name is there that was not rendered here.
+        """
+        record, path = self.record(row, data, flag), self.out / row.file
+        if row.name not in self.known and data is not None and path.exists() and path.read_bytes() != data:
+            raise _foreign(path)
+        append_line(self.journal, record)  # before the file, so that every file is known that a killed run leaves
         if data is not None:
-            with atomic_path(self.out / row.file) as part:
+            with atomic_path(path) as part:
                 part.write_bytes(data)
-        append_line(self.journal, record)
         self.records[row.name] = record
 
     def close(self) -> None:
@@ -138,6 +146,10 @@ class FolderStore:
     def listed(self) -> dict[str, Record]:
         """Records for the manifest."""
         return self.records
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path}: not written by render before; move it away, or choose another --out")
 
 
 class TarStore(FolderStore):
@@ -191,10 +203,13 @@ class TarStore(FolderStore):
 
     def scan(self, rows: list[Row]) -> None:
         """See `FolderStore.scan`; a shard that is whole but for its name is finished."""
+        known = {record["file"].partition("/")[0] for record in read_manifest(self.out)}
         for number, unit in progress(self.shards(rows), "check shards"):
             for path in (self.path(number), self.part(number)):
                 if path.is_file():
                     records, ends = read_shard(path)
+                    if not records and path == self.path(number) and path.name not in known:
+                        raise _foreign(path)
                     self._take(path, unit, records)
                     self._ends[number] = max(ends[: len(unit)], default=0)  # rows that are no more are cut off
                     if len(records) >= len(unit):
@@ -326,6 +341,7 @@ def write_manifest(store: FolderStore, frame: pd.DataFrame, own: set[str]) -> pd
             path.unlink(missing_ok=True)
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
+        sweep([path])
         for journal in store.out.glob(".journal-*.jsonl") if len(done) == len(frame) else [store.journal]:
             journal.unlink(missing_ok=True)
     return done

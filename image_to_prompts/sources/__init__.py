@@ -68,8 +68,6 @@ def collect(
     """
     kind = SOURCES[source]
     paths = [path for given in inputs for path in weights.dataset_files(given)]
-    if out.resolve() in {path.resolve() for path in paths}:
-        raise UserError(f"--out {out}: is one of --input; choose another file")
     names = rule_names or kind.rules
     names = (*(one for one in names if one != "blank"), "blank")
     chosen = {one: rules.load(one) for one in names}
@@ -77,10 +75,11 @@ def collect(
     settings = {"source": source, "name": name, "column": column, "rules": names, "limit": limit}
     files = [(path, file) for path in paths for file in readers.files(path)]
     settings["files"] = [(path.name, str(file.relative_to(path)), *_facts(file)) for path, file in files]
-    stamp = Stamp(out.with_name(f".{out.stem}.done"), settings, own)
+    stamp = Stamp(out.with_name(f".{out.stem}.done"), "generate", settings, own)
     if stamp.is_current():
         log.info("%s is up to date", out)
         return _frame(json.loads(report_path(out).read_text(encoding="utf-8")))
+    stamp.claim([out, report_path(out)], reads=paths)
     work, reports, total = stamp.work_folder(), [], 0
     seen = Seen(("image_name",) if kind.pairs else ("prompt", "image_name"))
     readings = [Reading(path, column) for path in paths]
