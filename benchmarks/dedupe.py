@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from pathlib import Path
 import encode
 import numpy as np
 from turns import Prepared, in_turns, lines, ratio
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 CORES = ("", "Haswell", "SkylakeX", "Zen", "SapphireRapids")
 THRESHOLD = 0.8
@@ -44,10 +47,10 @@ def flat(file: Path) -> Prepared:
 
 
 def range_search(file: Path) -> Prepared:
-    from image_to_prompts.dedupe import with_faiss
+    from plain_dedupe import leaders
 
     vectors = np.load(file)
-    return lambda: int((with_faiss.reference(vectors, THRESHOLD)[0] == np.arange(len(vectors))).sum())
+    return lambda: int((leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))).sum())
 
 
 def semhash(file: Path) -> Prepared:
@@ -145,12 +148,13 @@ def real(options: argparse.Namespace, vectors: np.ndarray, folder: Path) -> dict
     fast = {name: ratio(seconds, name, "exact") for name in [*peers, "bare products"]}
     for name, values in fast.items():
         print("exact engine, times as fast as {}: {min:.2f} {median:.2f} {max:.2f}".format(name, **values))
+    from plain_dedupe import leaders
+
     from image_to_prompts.dedupe import exact as engine
-    from image_to_prompts.dedupe import with_faiss
 
     checked = {}
     for what, rows in {"real": vectors, "made of real ones": grown(vectors, 100_000)}.items():
-        same = np.array_equal(engine.leaders(rows, THRESHOLD)[0], with_faiss.reference(rows, THRESHOLD)[0])
+        same = np.array_equal(engine.leaders(rows, THRESHOLD)[0], leaders(rows, THRESHOLD)[0])
         checked[f"{len(rows)} {what}"] = same
         print(f"{len(rows)} rows, {what}: same leaders as float32 range search: {same}", flush=True)
     return {"rows": len(vectors), "kernels": cores, "seconds": seconds, "peak GB": memory} | {

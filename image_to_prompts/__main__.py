@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,6 @@ EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",
     "explain": "a prompt's nearest neighbours, and why dedupe kept or removed it: explain PROMPT",
     "demo": "a page in the browser: drop an image, edit its prompt, render it again",
-    "compare": "what each embedding, their ridge regression and both kinds of attention score, over several seeds",
     "catalogue": "metadata CSVs by source, which of them are there, and the commands that rebuild the others",
     "import-checkpoint": "converts the references' .pt and .ckpt files: import-checkpoint FILE --out DIR",
     "import-embeddings": "takes over bare .npy arrays of the first seed: import-embeddings FILE... --list TXT",
@@ -53,6 +52,15 @@ class ImportCheckpoint:
     image_size: int = 512
     """Side of the input in px."""
 
+    def run(self) -> str:
+        from . import backbones, ensemble, model
+
+        if self.ensemble:
+            ensemble.import_published(self.file, self.out)
+        else:
+            model.import_reference(self.file, backbones.describe(self.backbone, self.image_size), self.out)
+        return f"{self.file}: imported to {self.out}"
+
 
 @dataclass
 class ImportEmbeddings:
@@ -65,6 +73,11 @@ class ImportEmbeddings:
     out: Path = Path("embeddings")
     """Folder to write."""
 
+    def run(self) -> str:
+        from . import embeddings
+
+        return f"{self.out}: {embeddings.import_bare({file.stem: file for file in self.files}, self.list, self.out)}"
+
 
 @dataclass
 class ExportEmbeddings:
@@ -75,6 +88,11 @@ class ExportEmbeddings:
     out: Path = Path("bare")
     """Folder to write."""
 
+    def run(self) -> str:
+        from . import embeddings
+
+        return f"{self.out}: {embeddings.export_bare(self.folder, self.out)}"
+
 
 @dataclass
 class Explain:
@@ -82,12 +100,18 @@ class Explain:
 
     prompt: Annotated[str, tyro.conf.Positional]
     """One of the prompts, or any other."""
-    metadata: Path = Path("data_meta/prompts.csv")
+    metadata: Path = field(default_factory=lambda: workspace.Run(workspace.default_run()).metadata)
     """What dedupe wrote."""
     threshold: float = 0.8
     """Its threshold, for prompts that it did not see."""
     fast: bool = False
     """Whether it embedded with --fast."""
+
+    def run(self) -> str:
+        from .dedupe import look, removed_path
+
+        kept, removed = look.read(self.metadata, removed_path(self.metadata))
+        return look.explain(self.prompt, kept, removed, self.threshold, self.fast)
 
 
 @dataclass
@@ -98,6 +122,32 @@ class CheckSubmission:
     """The submission CSV."""
     images: Path | None = None
     """Folder of the images that it must cover."""
+
+    def run(self) -> str:
+        from . import submission
+
+        return f"{self.file}: valid, {submission.check(self.file, self.images)} images"
+
+
+@dataclass
+class Catalogue:
+    """Lists the metadata CSVs of the catalogue, and how to rebuild those that are missing."""
+
+    data: Path = Path("data_meta")
+    """Folder of catalogue.csv and of the metadata CSVs."""
+
+    def run(self) -> str:
+        from . import catalogue
+
+        return catalogue.describe(catalogue.read(self.data))
+
+
+SMALL = {
+    **{"explain": Explain, "catalogue": Catalogue, "check-submission": CheckSubmission},
+    **{"import-checkpoint": ImportCheckpoint, "import-embeddings": ImportEmbeddings},
+    "export-embeddings": ExportEmbeddings,
+}
+"""The commands that are a call of one function; each `run` gives what to print."""
 
 
 def usage() -> str:
@@ -173,61 +223,16 @@ def _dispatch(words: list[str]) -> None:
         sys.stdout.write(chain.run(config) + "\n")
     elif words[0] == "kaggle":
         _run_kaggle(words[1:])
-    elif words[0] == "explain":
-        from .dedupe import look, removed_path
-
-        fate = Explain("", workspace.Run(workspace.default_run()).metadata)
-        config = _parse(Explain, words[1:], words[0], replace(fate, prompt=tyro.MISSING))
-        _set_up(quiet=True)
-        kept, removed = look.read(config.metadata, removed_path(config.metadata))
-        sys.stdout.write(look.explain(config.prompt, kept, removed, config.threshold, config.fast) + "\n")
     elif words[0] == "demo":
         from . import demo
 
-        folder = Path(_value_of("--run", words) or workspace.default_run())
-        profile = workspace.profile_of(folder, _value_of("--profile", words))
-        config = _parse(demo.Config, words[1:], words[0], demo.Config(folder, profile))
+        config = _parse(demo.Config, words[1:], words[0], demo.Config(*_place(words)))
         _set_up(quiet=False)
         demo.launch(config)
-    elif words[0] == "check-submission":
-        from . import submission
-
-        config = _parse(CheckSubmission, words[1:], words[0])
-        count = submission.check(config.file, config.images)
-        sys.stdout.write(f"{config.file}: valid, {count} images\n")
-    elif words[0] == "import-checkpoint":
-        from . import backbones, ensemble, model
-
-        config = _parse(ImportCheckpoint, words[1:], words[0])
-        if config.ensemble:
-            ensemble.import_published(config.file, config.out)
-        else:
-            model.import_reference(config.file, backbones.describe(config.backbone, config.image_size), config.out)
-        sys.stdout.write(f"{config.file}: imported to {config.out}\n")
-    elif words[0] == "compare":
-        from . import compare
-
-        config = _parse(
-            compare.Config, words[1:], words[0], compare.Config(workspace.Run(workspace.default_run()).embeddings)
-        )
-        _set_up(config.quiet)
-        sys.stdout.write(compare.summary(compare.run(config)).to_string() + "\n")
-    elif words[0] == "catalogue":
-        from . import catalogue
-
-        config = _parse(catalogue.Config, words[1:], words[0])
-        sys.stdout.write(catalogue.describe(catalogue.read(config.data)) + "\n")
-    elif words[0] == "import-embeddings":
-        from . import embeddings
-
-        config = _parse(ImportEmbeddings, words[1:], words[0])
-        shapes = embeddings.import_bare({file.stem: file for file in config.files}, config.list, config.out)
-        sys.stdout.write(f"{config.out}: {shapes}\n")
-    elif words[0] == "export-embeddings":
-        from . import embeddings
-
-        config = _parse(ExportEmbeddings, words[1:], words[0])
-        sys.stdout.write(f"{config.out}: {embeddings.export_bare(config.folder, config.out)}\n")
+    elif words[0] in SMALL:
+        config = _parse(SMALL[words[0]], words[1:], words[0])
+        _set_up(quiet=True)
+        sys.stdout.write(config.run() + "\n")
     else:
         known = [*(s.name for s in STAGES), *EXTRA]
         raise UserError(f"unknown command {words[0]!r}{_near(words[0], known)}; choose one of {', '.join(known)}")
@@ -236,8 +241,7 @@ def _dispatch(words: list[str]) -> None:
 def _run_stage(name: str, words: list[str]) -> Any:
     from . import profiles
 
-    folder = Path(_value_of("--run", words) or workspace.default_run())
-    profile = workspace.profile_of(folder, _value_of("--profile", words))
+    folder, profile = _place(words)
     default = profiles.default_config(name, workspace.Run(folder), profile)
     config = _parse(type(default), words, name, default)
     _set_up(config.quiet)
@@ -259,6 +263,12 @@ def _run_kaggle(words: list[str]) -> None:
     config = _parse(ACTIONS[words[0]], words[1:], f"kaggle {words[0]}")
     _set_up(quiet=False)
     sys.stdout.write(config.run() + "\n")
+
+
+def _place(words: list[str]) -> tuple[Path, str]:
+    """The run's folder and its profile."""
+    folder = Path(_value_of("--run", words) or workspace.default_run())
+    return folder, workspace.profile_of(folder, _value_of("--profile", words))
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:

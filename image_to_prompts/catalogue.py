@@ -5,7 +5,6 @@ image-to-prompts catalogue [--data data_meta]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,14 +13,6 @@ from . import metadata
 from .errors import UserError
 
 COLUMNS = ("file", "reference", "source", "where", "licence", "rows", "generate", "dedupe", "note")
-
-
-@dataclass
-class Config:
-    """Lists the metadata CSVs of the catalogue, and how to rebuild those that are missing."""
-
-    data: Path = Path("data_meta")
-    """Folder of catalogue.csv and of the metadata CSVs."""
 
 
 def read(folder: Path) -> pd.DataFrame:

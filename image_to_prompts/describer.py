@@ -236,9 +236,8 @@ def run(config: Config) -> list[Description]:
         raise UserError(f"--out {config.out}: must end in {' or '.join(TABLES)}")
     if not config.views:
         raise UserError("--views: give at least one")
-    for name, least in (("top", 1), ("most_words", 1), ("batch_size", 1), ("loader_workers", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+    config.at_least(1, "top", "most_words", "batch_size")
+    config.at_least(0, "loader_workers")
     files = _files(config.paths)
     if config.txt:
         _check_places(files)

@@ -74,8 +74,9 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     Raises:
         UserError: On bad input, terms or weights, or if no image can be read.
     """
-    if config.image_size < 1 or config.batch_size < 1 or not config.encoders:
-        raise UserError("--image-size and --batch-size must be at least 1, --encoders must name one; correct them")
+    config.at_least(1, "image_size", "batch_size")
+    if not config.encoders:
+        raise UserError("--encoders: name at least one")
     tables = dataset.tables(config.metadata, config.images)
     with alone(config.out):
         return _run(config, tables)

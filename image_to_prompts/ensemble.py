@@ -175,8 +175,8 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad input or settings.
     """
-    if config.epochs < 1 or config.patience < 0:
-        raise UserError("--epochs must be at least 1, --patience not negative; correct them")
+    config.at_least(1, "epochs")
+    config.at_least(0, "patience")
     with process_state().main_process_first(), alone(config.out):
         return _run(config)
 

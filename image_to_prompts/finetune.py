@@ -137,12 +137,8 @@ def plot_history(history: pd.DataFrame, scores: dict[str, float], path: Path) ->
 
 
 def _check(config: Config) -> None:
-    for name in ("epochs", "cycles", "batch_size", "image_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    for name in ("micro_batch", "patience", "max_hours", "save_minutes"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    config.at_least(1, "epochs", "cycles", "batch_size", "image_size")
+    config.at_least(0, "micro_batch", "patience", "max_hours", "save_minutes")
     if not config.learning_rate > 0:
         raise UserError(f"--learning-rate {config.learning_rate}: must be above 0")
     if config.augment and config.cache_features:

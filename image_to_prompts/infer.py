@@ -163,8 +163,7 @@ def run(config: Config) -> Prediction:
     Raises:
         UserError: If there are no images, no usable checkpoint, a bad key or bank, or two images with one stem.
     """
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size {config.batch_size}: must be at least 1")
+    config.at_least(1, "batch_size")
     if not config.views:
         raise UserError("--views: give at least one")
     files = images.find(config.images)
@@ -177,7 +176,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     truth = read_key(config.key, files, config.images) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     run_ = Run(config.run)
-    folders = list(config.checkpoint) or newest(run_, config.fallback)
+    folders = list(dict.fromkeys(config.checkpoint)) or newest(run_, config.fallback)
     weights = blend_weights(folders, config.blend) if folders else []
     rungs = predictors.ladder(run_) if config.fallback and not config.checkpoint else []
     if folders:
@@ -238,10 +237,8 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
                 "%d of %d images have prompts that the checkpoint was trained on: on others the score will be lower",
                 *(trained, len(files)),
             )
-    names = [str(file) for file in broken]
     scores = {"score": result.score, "constant": result.constant, "alone": result.alone, "how": result.how}
-    scores["broken"] = names
-    write_json(scores_path, scores)
+    write_json(scores_path, {**scores, "broken": list(map(str, broken))})
     if min(reached) < max(reached):
         log.warning("%d images were not reached by all checkpoints of the blend", max(reached) - min(reached))
     if rung is rungs[0] and min(reached) == len(files):

@@ -38,7 +38,8 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path}: the file is empty; it needs the header {','.join(required)} and rows") from error
     except UnicodeDecodeError as error:
-        row = path.read_bytes()[: _bad_byte(path)].count(b"\n")
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        row = text[: re.search("[\udc80-\udcff]", text).start()].count("\n")
         raise UserError(f"{path}: row {row}: bytes that are not UTF-8; save the file as UTF-8") from error
     except pd.errors.ParserError as error:
         raise UserError(f"{path}: not a CSV: {error}; quote fields that contain commas") from error
@@ -62,14 +63,6 @@ def _refuse_nul(path: Path) -> None:
                 if "\0" in field:
                     raise UserError(f"{path}: row {row}: column {column!r} holds a NUL character; take it out")
     raise UserError(f"{path}: holds NUL characters; save it as a UTF-8 CSV")
-
-
-def _bad_byte(path: Path) -> int:
-    try:
-        path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.start
-    return 0
 
 
 def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",), unique: bool = True) -> pd.DataFrame:

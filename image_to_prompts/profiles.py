@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 from .stages import stage as stage_called
 from .workspace import Run, on_kaggle
 
@@ -21,6 +22,12 @@ class StageConfig:
     """`embedded` (stand-ins, any machine) or `kaggle` (the reference; GPU and weights)."""
     quiet: bool = False
     """No progress bars."""
+
+    def at_least(self, least: float, *names: str) -> None:
+        """Raises UserError where one of these fields is smaller."""
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
     def settings(self, *without: str) -> dict[str, Any]:
         """The fields on which a stage's outputs depend: all but those named and the shared ones."""

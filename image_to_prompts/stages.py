@@ -149,8 +149,6 @@ def markdown_table() -> str:
     """The stages as the Markdown table that the README shows."""
     head = "| # | stage | notebook | does | reads | writes |\n| --- | --- | --- | --- | --- | --- |\n"
     return head + "\n".join(
-        f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | `{s.reads}` | `{s.writes}` |"
-        if "/" in s.reads
-        else f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | {s.reads} | `{s.writes}` |"
-        for s in STAGES
+        f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | {quote}{s.reads}{quote} | `{s.writes}` |"
+        for s, quote in ((s, "`" if "/" in s.reads else "") for s in STAGES)
     )

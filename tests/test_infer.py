@@ -48,7 +48,7 @@ def test_submission_is_complete_and_valid(folder, small_checkpoint, tmp_path, ca
     out = tmp_path / "new" / "submission.csv"
     result = infer.run(settings(folder, small_checkpoint, out))
     assert submission.check(out, folder) == 8
-    assert result.broken == [folder / "broken.jpg"] and "broken.jpg could not be read" in caplog.text
+    assert result.broken == [folder / "broken.jpg"] and "broken.jpg: cannot be read" in caplog.text
     from image_to_prompts import model
 
     row = result.files.index(folder / "broken.jpg")
@@ -104,6 +104,7 @@ def test_what_cannot_be_used_is_refused(folder, small_run, small_checkpoint, tmp
     (folder / "sub" / "odd.webp").unlink()
     base = [*words, "--images", folder, "--checkpoint", small_checkpoint]
     refused([*base, "--key", small_run.metadata], "no row for image")
+    refused([*base, small_checkpoint, "--blend", 1, 1], "--blend has 2 numbers for 1 checkpoints")
     (tmp_path / "key.csv").write_text("name,prompt\na,b\n")
     refused([*base, "--key", tmp_path / "key.csv"], "no column 'image_name'")
     (tmp_path / "file").write_text("x")
@@ -285,7 +286,8 @@ def test_a_score_on_images_that_were_trained_on_is_said_to_be_one(small_run, sma
 
 def test_a_broken_image_is_told_of_once(folder, small_checkpoint, tmp_path, command):
     (folder / "torn.png").write_bytes(b"\x89PNG\r\n")
-    words = ["infer", "--images", folder, "--checkpoint", small_checkpoint, small_checkpoint, "--blend", 1, 1]
+    shutil.copytree(small_checkpoint, tmp_path / "other")
+    words = ["infer", "--images", folder, "--checkpoint", small_checkpoint, tmp_path / "other", "--blend", 1, 1]
     code, _, err = command(*words, "--out", tmp_path / "s.csv", "--run", tmp_path / "run")
     assert code == 0, err
     for name in ("broken.jpg", "torn.png"):

@@ -14,7 +14,7 @@ from image_to_prompts.stages import STAGES
 
 MINE = b"written by hand, kept for years"
 READ_ONLY = {
-    *("explain", "compare", "catalogue", "check-submission", "demo"),
+    *("explain", "catalogue", "check-submission", "demo"),
     *("kaggle push", "kaggle status", "kaggle submit"),  # of these, push writes its own journal alone
 }
 

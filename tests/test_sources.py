@@ -405,7 +405,7 @@ def test_own_rules_through_the_command_line(tmp_path, command, refused):
     assert command(*words, tmp_path / "o.csv", "--rules", f"{own}:not_a_number")[0] == 0
     assert metadata.read(tmp_path / "o.csv")["prompt"].tolist() == ["a red fox"]
     refused([*words, tmp_path / "o.csv", "--rules", f"{own}:lazily"], "a rule returns a Series, not Expr")
-    refused([*words, tmp_path / "a.txt"], "is one of --input; choose another file")
+    refused([*words, tmp_path / "a.txt"], "is read here; choose another --out")
     refused(["generate", "--run", tmp_path / "r", "--limit", 3], "grammar writes new prompts")
 
 

@@ -7,7 +7,7 @@ least the threshold with it. The kept rows get a `group` (their leader at cosine
 group), so that near-identical prompts never stand on both sides of a split.
 
 exact.py       the engine: all near pairs, or the greedy pass, exact
-with_faiss.py  the readable reference, and an inverted index for millions of rows
+with_faiss.py  an inverted index for millions of rows
 result.py      what is kept and removed, and why, at any threshold
 look.py        pictures and tables to judge a threshold by, and the fate of one prompt
 """
@@ -115,8 +115,7 @@ def read(config: Config) -> tuple[pd.DataFrame, int]:
         raise UserError("dedupe: no input; give --prompts A.csv [B.csv ...]")
     if not 0 < config.threshold <= 1:
         raise UserError(f"--threshold {config.threshold}: must lie above 0 and at most 1")
-    if config.folds < 2:
-        raise UserError(f"--folds {config.folds}: must be at least 2")
+    config.at_least(2, "folds")
     if config.search not in ("auto", "exact", "faiss"):
         raise UserError(f"--search {config.search}: must be auto, exact or faiss")
     if config.out.suffix != ".csv":

@@ -1,4 +1,4 @@
-"""FAISS for deduplication: the readable reference, and an index for more rows than the exact engine is made for."""
+"""FAISS for deduplication: an index for more rows than the exact engine is made for."""
 
 from __future__ import annotations
 
@@ -16,25 +16,6 @@ PROBED = 1 / 16  # share of the lists that a query visits
 MOST_PROBED = 2048  # what FAISS allows on GPUs
 TRAINING = 40  # rows a list from which its centre is computed; FAISS asks for 39
 SAMPLE = 1000  # rows on which missed pairs are counted
-
-
-def reference(vectors: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """`exact.leaders` in a few plain lines: each row, in order, takes what comes later, is near and is still free."""
-    import faiss
-
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    # FAISS keeps inner products greater than the radius, the law says at least the threshold.
-    radius = float(np.nextafter(np.float32(threshold), np.float32(-1)))
-    limits, cosines, neighbours = index.range_search(vectors, radius)
-    leader, cosine = np.arange(len(vectors)), np.ones(len(vectors), np.float32)
-    for row in range(len(vectors)):
-        if leader[row] == row:
-            found = slice(limits[row], limits[row + 1])
-            near, how = neighbours[found], cosines[found]
-            free = (near > row) & (leader[near] == near)
-            leader[near[free]], cosine[near[free]] = row, how[free]
-    return leader, cosine
 
 
 def leaders(vectors: np.ndarray, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:

@@ -168,8 +168,7 @@ def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Dist
 
 
 def _stamp(config: Config) -> Stamp:
-    if config.count < 1 or config.batch_size < 1:
-        raise UserError(f"--count {config.count}, --batch-size {config.batch_size}: both must be at least 1")
+    config.at_least(1, "count", "batch_size")
     if config.starts and config.source != "magicprompt":
         raise UserError("--starts needs --source magicprompt; the grammar knows no start phrases")
     if config.input or config.rules or config.limit or config.name:
@@ -205,8 +204,7 @@ def _collect(config: Config) -> pd.DataFrame:
 
     if not config.input:
         raise UserError(f"--source {config.source}: no input; give --input FILE [FILE ...]")
-    if config.limit < 0:
-        raise UserError(f"--limit {config.limit}: must not be negative")
+    config.at_least(0, "limit")
     if config.starts:
         raise UserError("--starts needs --source magicprompt; a source has its own prompts")
     if rank_and_processes()[1] > 1:

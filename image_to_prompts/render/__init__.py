@@ -177,11 +177,8 @@ def verify(out: Path) -> pd.DataFrame:
 
 
 def _check(config: Config) -> None:
-    for name, least in (("batch_size", 0), ("steps", 0), ("workers", 0), ("per_tar", 0), ("seeds", 1)):
-        if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
-    if config.max_hours < 0 or config.max_gb < 0:
-        raise UserError("--max-hours and --max-gb must be at least 0")
+    config.at_least(0, "batch_size", "steps", "workers", "per_tar", "max_hours", "max_gb")
+    config.at_least(1, "seeds")
 
 
 def _backend(config: Config) -> Any:

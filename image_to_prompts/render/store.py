@@ -152,6 +152,14 @@ def _foreign(path: Path) -> UserError:
     return UserError(f"{path}: not written by render before; move it away, or choose another --out")
 
 
+def _is_begun_by(path: Path, row: Row) -> bool:
+    """Whether a file that may be cut short begins as a shard whose first row this is."""
+    with path.open("rb") as file:
+        head = file.read(tarfile.LENGTH_NAME)
+    names = (row.file, f"{Path(row.file).stem}.json", "././@LongLink")
+    return any(name.encode().ljust(tarfile.LENGTH_NAME, b"\0").startswith(head) for name in names)
+
+
 class TarStore(FolderStore):
     """Tar shards of `unit` rows in webdataset's layout: `<stem>.png`, then `<stem>.json` with the row's record.
 
@@ -203,12 +211,11 @@ class TarStore(FolderStore):
 
     def scan(self, rows: list[Row]) -> None:
         """See `FolderStore.scan`; a shard that is whole but for its name is finished."""
-        known = {record["file"].partition("/")[0] for record in read_manifest(self.out)}
         for number, unit in progress(self.shards(rows), "check shards"):
             for path in (self.path(number), self.part(number)):
                 if path.is_file():
                     records, ends = read_shard(path)
-                    if not records and path == self.path(number) and path.name not in known:
+                    if not records and not _is_begun_by(path, unit[0]):
                         raise _foreign(path)
                     self._take(path, unit, records)
                     self._ends[number] = max(ends[: len(unit)], default=0)  # rows that are no more are cut off

@@ -97,7 +97,7 @@ for attention in ("seed", "modalities"):
 pd.DataFrame(changes).astype(float).round(6)
 
 # %% [markdown]
-# `image-to-prompts compare` trains both on the same rows. Of 13,005 scenes and three seeds it found, on the test fold:
+# `benchmarks/compare.py` trains both on the same rows. Of 13,005 scenes and three seeds it found, on the test fold:
 #
 # | | cosine |
 # | --- | --- |

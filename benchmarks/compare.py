@@ -1,6 +1,6 @@
 """What each embedding, their mean, their ridge regression, and both kinds of attention score on the same rows.
 
-    image-to-prompts compare --embeddings DIR [--seeds 0 1 2]
+    python benchmarks/compare.py --embeddings DIR [--seeds 0 1 2]
 
 Seed i validates fold i and tests on fold i + 1, so that all ways vary with the rows, and the networks with their random
 numbers as well.
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import tyro
 
-from . import dataset, embeddings, ensemble, evaluate
-from .errors import UserError
+from image_to_prompts import dataset, embeddings, ensemble, evaluate, progress
+from image_to_prompts.errors import UserError
 
 log = logging.getLogger(__name__)
 Predict = Callable[[list[np.ndarray]], np.ndarray]
@@ -38,8 +39,6 @@ class Config:
     """Batch size and learning rate of both attentions: 10k, 43k or 93k."""
     epochs: int = 8
     """Passes over the training rows, of both attentions."""
-    quiet: bool = False
-    """No progress bars."""
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -75,7 +74,7 @@ def _ways(
     names: list[str], arrays: list[np.ndarray], rows: dataset.Rows, config: Config, seed: int
 ) -> Iterator[tuple[str, Predict]]:
     """Each way with what maps embeddings, float32 (n, d) each, to float32 (n, 384)."""
-    from . import fusion, fusion_training
+    from image_to_prompts import fusion, fusion_training
 
     train, targets = [array[rows.train] for array in arrays], rows.targets[rows.train]
     mean = evaluate.unit(targets.mean(0))
@@ -113,3 +112,8 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Mean and deviation over the seeds of what `run` returns, in the order of its ways."""
     grouped = frame.groupby("way", sort=False)[["validation", "test"]]
     return grouped.agg(["mean", "std"]).round(4)
+
+
+if __name__ == "__main__":
+    progress.show_log()
+    print(summary(run(tyro.cli(Config))).to_string())
