@@ -249,7 +249,7 @@ class Stamp:
         if rank_and_processes()[0]:
             return
         stamp, there = _read_stamp(self.path), self.path.is_file()
-        names, inputs = {self._name(out): "" for out in outputs}, [*self.inputs, *reads]
+        names, inputs = {os.path.relpath(out, self.path.parent): "" for out in outputs}, [*self.inputs, *reads]
         ours = stamp["outputs"] if stamp.get("by", self.by) == self.by else {}
         for name in names:
             out = self.path.parent / name
@@ -261,14 +261,11 @@ class Stamp:
 
     def write(self, outputs: Iterable[Path]) -> None:
         """Declares `outputs` finished; removes what earlier runs left: work folders, files that are made no more."""
-        digests = {self._name(out): sha256(out) for out in outputs}
+        digests = {os.path.relpath(out, self.path.parent): sha256(out) for out in outputs}
         for name in _read_stamp(self.path)["outputs"].keys() - digests.keys():
             (self.path.parent / name).unlink(missing_ok=True)
         write_json(self.path, {"by": self.by, "fingerprint": self.fingerprint, "outputs": digests})
         self._clear(digests)
-
-    def _name(self, out: Path) -> str:
-        return os.path.relpath(out, self.path.parent)
 
     def work_folder(self) -> Path:
         """A folder for half-done work that only the same settings and inputs may continue."""

@@ -231,8 +231,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
                 result.alone[str(folder)] = evaluate.mean_cosine(one, targets)
                 log.info("%s alone: %.4f", folder, result.alone[str(folder)])
         log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
-        trained = predictors.trained_on(folders, targets) if rung is rungs[0] else 0
-        if trained:
+        if rung is rungs[0] and (trained := predictors.trained_on(folders, targets)):
             log.warning(
                 "%d of %d images have prompts that the checkpoint was trained on: on others the score will be lower",
                 *(trained, len(files)),
