@@ -25,6 +25,9 @@ test: install ## all tests that this machine can run (python -m pytest alone: th
 chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
+mutants: install ## one-line faults in the modules that matter most, and which of them no test notices (about half an hour)
+	rm -rf mutants && $(VENV)/bin/mutmut run --max-children 2; $(VENV)/bin/python tests/mutants_report.py && tail -n 12 docs/reliability.md
+
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \
 		set -- $$part; $(VENV)/bin/python benchmarks/$$1.py $$2 || exit 1; done
@@ -41,4 +44,4 @@ kernels: install ## build the Kaggle kernels from the notebooks' sources
 fix: install ## format and lint
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-.PHONY: help install run quick test chaos bench bench-table notebooks kernels fix
+.PHONY: help install run quick test chaos mutants bench bench-table notebooks kernels fix

@@ -57,4 +57,6 @@ def write(path: Path, notes: list[str], failed: int) -> None:
     for target in targets:
         own = [row for row in rows if row[0] == target]
         lines.append(f"| {target} | {len(own)} | {sum(row[1].startswith('kill') for row in own)} |")
+    _, _, mutants = path.read_text(encoding="utf-8").partition("## Mutants") if path.is_file() else ("", "", "")
+    lines += ["", f"## Mutants{mutants.rstrip()}"] if mutants else []
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

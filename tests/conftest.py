@@ -63,6 +63,7 @@ def command(capsys):
         finally:  # its handler writes to this test's standard error
             logger = logging.getLogger("image_to_prompts")
             logger.handlers, logger.propagate = [], True
+            logger.setLevel(logging.NOTSET)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
