@@ -30,6 +30,7 @@ from . import (
     infer,
     metadata,
     profiles,
+    progress,
     render,
     report,
     text_encoder,
@@ -104,6 +105,7 @@ def run(config: Config) -> str:
     clock = Clock(folder / "timings.json")
 
     def settings(stage: str, **overrides: Any) -> Any:
+        progress.heading(stage)
         return profiles.default_config(stage, run_, "embedded", quiet=config.quiet, **overrides)
 
     generated = folder / "prompts" / ".generated.done"

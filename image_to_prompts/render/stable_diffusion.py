@@ -215,16 +215,14 @@ class StableDiffusionBackend:
         """One pipeline call; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
         import torch
 
-        size = RENDER_SIZE
-        if self.any_model:
-            size = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor
+        own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor if self.any_model else RENDER_SIZE
         result = self.pipeline(
             prompt=[row.prompt for row in rows],
             generator=[torch.Generator("cpu").manual_seed(row.seed) for row in rows],
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
-            height=size,
-            width=size,
+            height=own,
+            width=own,
         )
         blacked = result.nsfw_content_detected or [False] * len(rows)
         return [(image, NSFW if black else "") for image, black in zip(result.images, blacked, strict=True)]
