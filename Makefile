@@ -26,7 +26,7 @@ chaos: install ## the failure suite in full, about half an hour; writes docs/rel
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
 mutants: install ## one-line faults in the modules that matter most, and which of them no test notices (about half an hour)
-	rm -rf mutants && $(VENV)/bin/mutmut run --max-children 2; $(VENV)/bin/python tests/mutants_report.py && tail -n 12 docs/reliability.md
+	rm -rf mutants && HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2; $(VENV)/bin/python tests/mutants_report.py && tail -n 12 docs/reliability.md
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \

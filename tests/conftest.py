@@ -19,7 +19,8 @@ from image_to_prompts import dedupe, generate, profiles, render, text_cache, wor
 from image_to_prompts.__main__ import main
 
 # Shared machines are slow at times; how long an example takes says nothing about the code.
-settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+examples = int(os.environ.get("HYPOTHESIS_EXAMPLES", 100))  # make mutants needs fewer
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=examples)
 settings.load_profile("project")
 
 

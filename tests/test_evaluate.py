@@ -125,6 +125,16 @@ def test_fitted_weights_are_a_blend_that_no_single_model_surpasses(seed, noises)
     assert blended >= max(evaluate.mean_cosine(evaluate.blend(guesses, other), truth) for other in around) - 1e-3
 
 
+@pytest.mark.parametrize("noise", [0.3, 1.0, 2.0])
+def test_fitted_weights_are_the_best_of_all(noise):
+    truth = some(300, 8)
+    guesses = [truth + 0.8 * some(300, 8, 1), truth + noise * some(300, 8, 2)]
+    scores = [evaluate.mean_cosine(evaluate.blend(guesses, [w, 1 - w]), truth) for w in np.linspace(0, 1, 101)]
+    weights = evaluate.fit_weights(guesses, truth)
+    assert weights[0] == pytest.approx(np.argmax(scores) / 100, abs=0.011)
+    assert evaluate.mean_cosine(evaluate.blend(guesses, weights), truth) >= max(scores) - 1e-6
+
+
 def test_a_model_that_is_right_gets_all_the_weight():
     truth = some(50, 8)
     weights = evaluate.fit_weights([some(50, 8, 1), truth, some(50, 8, 2)], truth)

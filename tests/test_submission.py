@@ -90,3 +90,66 @@ def test_zero_or_odd_vectors_are_never_written(tmp_path):
     with pytest.raises(UserError, match="share the stem"):
         submission.write(tmp_path / "s.csv", ["a", "a"], np.ones((2, 384)))
     assert not (tmp_path / "s.csv").exists()
+
+
+def test_a_vector_that_cannot_be_scored_is_not_written(tmp_path):
+    path, whole = tmp_path / "s.csv", np.full((2, 384), 0.5, np.float32)
+    for row, column, value in ((1, slice(None), 0), (0, 3, np.nan), (1, 383, np.inf)):
+        vectors = whole.copy()
+        vectors[row, column] = value
+        with pytest.raises(ValueError, match="a vector is zero or not finite"):
+            submission.write(path, ["a", "b"], vectors)
+    for shape in ((3, 384), (2, 383)):
+        with pytest.raises(ValueError, match="need"):
+            submission.write(path, ["a", "b"], np.ones(shape, np.float32))
+    vectors = whole.copy()
+    vectors[0, 1:] = 0
+    submission.write(path, ["a", "b"], vectors)
+    assert submission.check(path) == 2
+
+
+def test_the_file_is_what_the_competition_reads(tmp_path):
+    submission.write(tmp_path / "s.csv", ["b", "a,é"], np.arange(768, dtype=np.float32).reshape(2, 384) + 0.5)
+    content = (tmp_path / "s.csv").read_bytes().decode("utf-8")
+    lines = content.split("\n")
+    assert lines[:3] == ["imgId_eId,val", "a,é_0,384.5", "a,é_1,385.5"] and lines[385] == "b_0,0.5"
+    assert lines[-1] == "" and len(lines) == 1 + 768 + 1 and "\r" not in content
+    found = submission.read(tmp_path / "s.csv", ["b", "a,é"])
+    np.testing.assert_array_equal(found, np.arange(768).reshape(2, 384) + 0.5)
+
+
+def test_two_images_of_one_stem_are_both_named(tmp_path):
+    files = [tmp_path / name for name in ("x.png", "a.png", "sub/a.jpg", "b.png")]
+    with pytest.raises(UserError, match=r"'a': .*/a\.png, .*/sub/a\.jpg; a submission"):
+        submission.check_stems(files)
+    assert submission.check_stems(files[:2]) == ["x", "a"]
+
+
+def test_it_covers_the_images_of_a_folder(good, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (4, 4)).save(folder / f"{name}.png")
+    assert submission.check(good, folder) == 2
+    Image.new("RGB", (4, 4)).save(folder / "c.png")
+    with pytest.raises(UserError, match=r"line 770: image 'c' is missing"):
+        submission.check(good, folder)
+    (folder / "c.png").unlink()
+    (folder / "b.png").unlink()
+    with pytest.raises(UserError, match=r"line 386: image 'b', one image more than the folder has"):
+        submission.check(good, folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "new", "said"),
+    [(1, "imgId_eId,val ", "header is"), (5, "a_3,1,2", "value '1,2'"), (5, "a_3 ,0.5", "expected 'a_3'")],
+)
+def test_a_line_that_is_nearly_right_is_wrong(good, number, new, said):
+    good.write_text(line(good.read_text(), number, new))
+    with pytest.raises(UserError, match=said):
+        submission.check(good)
+
+
+def test_line_ends_of_windows_are_taken(good):
+    good.write_bytes(good.read_bytes().replace(b"\n", b"\r\n"))
+    assert submission.check(good) == 2
