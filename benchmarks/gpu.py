@@ -76,7 +76,7 @@ def bench_render(sizes: Sizes, folder: Path, path: Path | None) -> dict[str, lis
     frame = metadata.with_keys(pd.DataFrame({"prompt": prompts}).drop_duplicates(), Path("benchmark"))
     metadata.write_table(folder / "m.csv", frame)
     pipelines = {fast: stable_diffusion.load(found, fast) for fast in (False, True)}
-    stable_diffusion.load = lambda path, fast: pipelines[fast]
+    stable_diffusion.load = lambda path, fast, *_: pipelines[fast]
 
     def one_by_one() -> None:
         for name, prompt, seed in zip(frame["image_name"], frame["prompt"], frame["seed"], strict=True):

@@ -257,7 +257,9 @@ class Stamp:
                 raise UserError(f"{out}: is read here; choose another --out")
             if out.exists() and name not in ours and not (there and not stamp["outputs"]):
                 raise UserError(f"{out}: not written by {self.by} before; move it away, or choose another --out")
-        write_json(self.path, {"by": self.by, "fingerprint": "", "outputs": {**dict.fromkeys(ours, ""), **names}})
+        claimed = {"by": self.by, "fingerprint": "", "outputs": {**dict.fromkeys(ours, ""), **names}}
+        if claimed != stamp:
+            write_json(self.path, claimed)
 
     def write(self, outputs: Iterable[Path]) -> None:
         """Declares `outputs` finished; removes what earlier runs left: work folders, files that are made no more."""

@@ -17,7 +17,6 @@ encoders = None  # None: the profile's; else names as in image_to_prompts.encode
 image_size = None
 
 # %%
-from pathlib import Path
 
 import pandas as pd
 
@@ -45,8 +44,8 @@ embed.run(config)
 table = embeddings.load(config.out)
 tables = [embeddings.read(config.out, name)[1] for name in table.arrays]
 said = next((names.head(12) for names in tables if "text" in names), pd.DataFrame(columns=["image_name", "text"]))
-files = {file.stem: file for folder in config.images for file in images.find(folder)}
-tiles = [report.tile(files[Path(name).stem], text) for name, text in zip(said["image_name"], said["text"], strict=True)]
+found = zip(*(images.join(said["image_name"], images.find(folder), folder) for folder in config.images), strict=True)
+tiles = [report.tile(next(filter(None, some)), text) for some, text in zip(found, said["text"], strict=True)]
 report.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the encoders"
 
 # %% [markdown]

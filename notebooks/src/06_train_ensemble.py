@@ -58,11 +58,12 @@ Image(filename=str(config.out / "history.png"))
 # %%
 if demo_folder:
     files = images.find(Path(demo_folder) / "images")[:8]
-    prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files)
+    prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files, Path(demo_folder) / "images")
 else:
     validated = validation.read(config.out)[0].head(8)
-    found = {file.stem: file for folder in run.rendered(run.train_images) for file in images.find(folder)}
-    files = [found[Path(name).stem] for name in validated["image_name"]]
+    folders = run.rendered(run.train_images)
+    found = [images.join(validated["image_name"], images.find(folder), folder) for folder in folders]
+    files = [next(filter(None, some)) for some in zip(*found, strict=True)]
     prompts = validated["prompt"].tolist()
 model = ensemble.load(config.out)
 about = model.config["ensemble"]["encoders"]
