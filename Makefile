@@ -22,6 +22,13 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
 	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu and not network'
 
+test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, everything else as in .venv
+	$(PYTHON) -m venv .venv-kaggle
+	.venv-kaggle/bin/python -m pip install --quiet 'pandas==2.2.3' 'numpy==2.0.*'
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-kaggle/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-shared.pth
+	.venv-kaggle/bin/python -m pytest -n 2
+
 chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
@@ -44,4 +51,4 @@ kernels: install ## build the Kaggle kernels from the notebooks' sources
 fix: install ## format and lint
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-.PHONY: help install run quick test chaos mutants bench bench-table notebooks kernels fix
+.PHONY: help install run quick test test-kaggle chaos mutants bench bench-table notebooks kernels fix

@@ -86,7 +86,7 @@ def diffusion(rounds: int, count: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         weights = save_diffusion(Path(name) / "sd2", "v_prediction", 96)
         pipeline = stable_diffusion.load(weights)
-        stable_diffusion.load = lambda path, fast: pipeline
+        stable_diffusion.load = lambda path, fast, *_: pipeline
         stable_diffusion.finish = recorded(stable_diffusion.finish, encoding)
         stable_diffusion.StableDiffusionBackend._call = recorded(stable_diffusion.StableDiffusionBackend._call, drawing)
         bare_loop(pipeline, frame_of(BATCH, 99), Path(name))  # warm-up
