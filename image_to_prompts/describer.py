@@ -39,7 +39,7 @@ from .profiles import StageConfig
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
-METHOD = 1  # to be raised when the same inputs give other texts
+METHOD = 2  # to be raised when the same inputs give other texts
 TABLES = (".csv", ".jsonl")
 
 

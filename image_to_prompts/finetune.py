@@ -219,7 +219,8 @@ def _train(config: Config) -> pd.DataFrame:
     wanted = np.concatenate([sample, rows.valid])
     features, cached = frozen.features(model, images, wanted, device, config, work)
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
-    tell_broken(told, "left out")
+    if accelerator.is_main_process:
+        tell_broken(told, "left out")
     base = frozen.baselines(features, rows)
     if config.init is None:
         models.fit_head(model, base.features, base.targets)

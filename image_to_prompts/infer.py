@@ -201,8 +201,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         log.info("%s is up to date", config.out)
         scores = json.loads(scores_path.read_text(encoding="utf-8"))
         broken = [Path(name) for name in scores["broken"]]
-        nearest = metadata.read_table(nearest_path, ("image", "prompt", "cosine")) if bank else None
-        nearest = nearest.astype({"cosine": float}) if bank else None
+        nearest = metadata.read_table(nearest_path, ()).astype({"cosine": float}) if bank else None
         vectors = submission.read(config.out, stems)
         found = (scores["how"], scores["alone"], scores["score"], scores["constant"])
         return Prediction(files, vectors, broken, 0, *found, nearest)

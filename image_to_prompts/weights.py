@@ -260,7 +260,7 @@ def _is_of(name: str, weights: Weights, marker: Path) -> bool:
         import open_clip
 
         known = open_clip.get_model_config(model)
-        return known is not None and _size(json.loads(config.read_text(encoding="utf-8"))["model_cfg"]) == _size(known)
+        return known is not None and _size(json.loads(config.read_text("utf-8")).get("model_cfg", {})) == _size(known)
     own = {name, model, f"{library}-{model}", *weights.called, *weights.hub}
     own = {one.rpartition("/")[2].lower().replace("_", "-") for one in own if one}
     return any(part.lower().replace("_", "-") in own for part in marker.relative_to(workspace.KAGGLE_INPUT).parts)
@@ -269,8 +269,8 @@ def _is_of(name: str, weights: Weights, marker: Path) -> bool:
 def _size(config: dict[str, Any]) -> tuple[Any, ...]:
     """What tells an image tower of open_clip from others."""
     keys = ("image_size", "layers", "width", "patch_size", "timm_model_name")
-    vision = (config["vision_cfg"].get(key) for key in keys)
-    return (config["embed_dim"], config.get("quick_gelu", False), *vision)
+    vision = (config.get("vision_cfg", {}).get(key) for key in keys)
+    return (config.get("embed_dim"), config.get("quick_gelu", False), *vision)
 
 
 def _from_hub(repository: str, weights: Weights) -> Path | None:

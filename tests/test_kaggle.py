@@ -17,7 +17,7 @@ from kaggle_stub import Stub, assert_redirected, environment, serving
 
 from image_to_prompts import embeddings
 from image_to_prompts.errors import UserError
-from image_to_prompts.kaggle import kernels, remote
+from image_to_prompts.kaggle import folders, kernels, remote
 from image_to_prompts.stages import COMPETITION, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,6 +303,17 @@ def test_a_dataset_is_made_published_and_published_again(kaggle, data, tmp_path,
     assert code == 0, err
     assert len(stub.asked("CreateDatasetVersion")) == 1 and len(stub.asked("CreateDataset")) == 1
     assert uploaded(stub) == written
+
+
+def test_terms_that_are_kept_beside_a_file_of_weights_go_with_it(tmp_path):
+    (tmp_path / "clip" / "terms").mkdir(parents=True)
+    for name in ("open_clip_model.safetensors", "terms/0123.npy", "other.safetensors", ".hidden"):
+        (tmp_path / "clip" / name).write_bytes(name.encode())
+    owner = {"owner": ME, "weights": "image-to-prompts-weights"}
+    out = folders.weights(tmp_path / "out", [str(tmp_path / "clip" / "open_clip_model.safetensors")], owner)
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    target = "open_clip_model.safetensors"
+    assert found == {f"{target}/{target}", f"{target}/terms/0123.npy", "SHA256SUMS", "dataset-metadata.json"}
 
 
 def test_what_goes_wrong_with_a_dataset_is_said(kaggle, data, tmp_path):

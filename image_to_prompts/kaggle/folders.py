@@ -153,9 +153,10 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
         raise UserError(f"weights: two of {', '.join(targets)} have one name; rename a folder")
     for name, target in targets.items():
         path = Path(name) if Path(name).exists() else _locate(name)
-        inside = {file: file.relative_to(path.parent) for file in (path.rglob("*") if path.is_dir() else [path])}
-        shown = sorted(f for f, at in inside.items() if f.is_file() and not any(p.startswith(".") for p in at.parts))
-        names = {f"{target.name}/{f.relative_to(path) if path.is_dir() else f.name}": f for f in shown}
+        base = path if path.is_dir() else path.parent
+        files = base.rglob("*") if path.is_dir() else [path, *(base / "terms").glob("*.npy")]  # the interrogator's
+        inside = {file.relative_to(base): file for file in sorted(files) if file.is_file()}
+        names = {f"{target.name}/{at}": f for at, f in inside.items() if not any(p.startswith(".") for p in at.parts)}
         with _filling(out, f"weights-{target.name}", names, ()):
             pass
     with _filling(out, "weights", more=("SHA256SUMS", DESCRIPTION)):
