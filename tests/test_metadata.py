@@ -1,5 +1,7 @@
 """Metadata CSVs: what is read, what is refused, and that row keys never depend on position."""
 
+import hashlib
+
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -89,3 +91,70 @@ def test_folds_are_stable_and_in_range(group, folds):
 def test_words_that_mean_nothing_to_pandas_are_prompts(tmp_path):
     path = write(tmp_path / "x.csv", "image_name,prompt\na.png,None\nb.png,NA\nc.png,n/a\nd.png,N/A\n")
     assert metadata.read(path)["prompt"].tolist() == ["None", "NA", "n/a", "N/A"]
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_keys_are_these_hashes_for_ever():
+    """Whoever adds rows later must get the old names, seeds and folds again."""
+    assert metadata.hash_text("é") == digest("é")
+    assert metadata.row_seed("x") == int(digest("x")[:8], 16) & 0x7FFFFFFF
+    assert metadata.own_seed("a.png", "a cat") == metadata.row_seed("a.png\na cat")
+    assert metadata.own_name("a cat", 5) == digest("a cat\n5")[:16] + ".png"
+    assert metadata.fold_of("g", 7) == int(digest("g")[8:16], 16) % 7
+    assert max(metadata.row_seed(str(number)) for number in range(200)) > 2**30
+
+
+def test_rows_get_the_keys_that_they_lack(tmp_path):
+    prompts = ["a cat", "a dog"]
+    both = metadata.with_keys(pd.DataFrame({"source": ["s", "t"], "prompt": prompts}), tmp_path)
+    assert list(both.columns) == ["image_name", "prompt", "source", "seed"]
+    assert both["seed"].tolist() == [metadata.own_seed("", prompt) for prompt in prompts]
+    assert both["image_name"].tolist() == [metadata.own_name(*row) for row in zip(prompts, both["seed"], strict=True)]
+    named = pd.DataFrame({"image_name": ["a.png", "b.png"], "prompt": prompts})
+    found = metadata.with_keys(named, tmp_path)
+    assert found["seed"].tolist() == [metadata.own_seed("a.png", "a cat"), metadata.own_seed("b.png", "a dog")]
+    assert list(named.columns) == ["image_name", "prompt"]  # its own frame stays as it is
+    seeded = metadata.with_keys(pd.DataFrame({"prompt": prompts, "seed": ["7", "8"]}), tmp_path)
+    assert seeded["seed"].tolist() == [7, 8] and seeded["image_name"][0] == metadata.own_name("a cat", 7)
+
+
+def test_what_is_read_has_numbers_where_they_belong(tmp_path):
+    path = write(tmp_path / "m.csv", "prompt,image_name,fold,seed,note\na cat,a.png,3,11,\na dog,b.png,0,12,x\n")
+    frame = metadata.read(path)
+    assert list(frame.columns) == ["image_name", "prompt", "fold", "seed", "note"]
+    assert (
+        frame["fold"].tolist() == [3, 0] and frame["seed"].tolist() == [11, 12] and frame["note"].tolist() == ["", "x"]
+    )
+    write(path, "prompt,image_name,fold\na cat,a.png,3\na dog,b.png,first\n")
+    with pytest.raises(UserError, match=r"m\.csv: row 2: fold 'first' is not a whole number"):
+        metadata.read(path)
+    write(path, "prompt,image_name\na cat,a.png\na dog,a.png\n")
+    assert metadata.read(path, unique=False)["image_name"].tolist() == ["a.png", "a.png"]
+    assert metadata.read_prompts(write(path, "prompt\nx\n"))["prompt"].tolist() == ["x"]
+    with pytest.raises(UserError, match="no column 'image_name'"):
+        metadata.read(path)
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "nan", " NaN ", "NULL", "null"])
+def test_a_blank_prompt_is_told_with_its_row(prompt, tmp_path):
+    path = write(tmp_path / "m.csv", f'prompt,n\na cat,1\n"{prompt}",2\n')
+    with pytest.raises(UserError, match="row 2: the prompt is blank"):
+        metadata.read_prompts(path)
+
+
+def test_names_of_200_bytes_are_the_longest(tmp_path):
+    for name, good in (
+        ("é" * 98 + ".png", True),
+        ("é" * 98 + "x.png", False),
+        ("a/b/c.png", True),
+        ("a/./c.png", False),
+    ):
+        frame = pd.DataFrame({"image_name": [name]})
+        if good:
+            metadata.check_names(frame, tmp_path)
+        else:
+            with pytest.raises(UserError, match="row 1"):
+                metadata.check_names(frame, tmp_path)

@@ -428,3 +428,108 @@ def test_nodes_that_do_not_share_the_output_are_told(small_run, tiny_open_clip, 
         folder.mkdir()
     for said, code in launched(words, folders):
         assert code and "not seen by process 1; --out must lie on a file system" in said
+
+
+def test_the_learning_rate_follows_a_cosine_in_each_cycle():
+    for done, factor in ((0, 1), (0.25, 0.8535534), (0.5, 0.5), (0.75, 0.1464466)):
+        assert training.learning_rate_factor(done, 1) == pytest.approx(factor)
+        assert training.learning_rate_factor(done / 2, 2) == pytest.approx(factor)
+        assert training.learning_rate_factor(0.5 + done / 2, 2) == pytest.approx(factor)
+
+
+def test_an_epochs_order_depends_on_seed_and_epoch():
+    rows = np.arange(10, 60)
+    orders = {(s, e): np.concatenate(training.batches(rows, s, e, 8)).tolist() for s in (0, 1) for e in (1, 2)}
+    assert len({tuple(order) for order in orders.values()}) == 4
+    assert orders[0, 1] == np.random.default_rng((0, 1)).permutation(rows).tolist()
+    assert [len(batch) for batch in training.batches(rows, 0, 1, 8)] == [8, 7, 7, 7, 7, 7, 7]
+    assert [len(batch) for batch in training.batches(rows, 0, 1, 50)] == [50]
+
+
+@pytest.mark.parametrize(
+    ("cosines", "patience", "stalled"),
+    [
+        ([0.5, 0.4, 0.4], 2, True),
+        ([0.5, 0.4, 0.5], 2, True),
+        ([0.5, 0.4, 0.51], 2, False),
+        ([0.4, 0.5, 0.4], 2, False),
+        ([0.5, 0.4], 2, False),
+        ([0.5, 0.4, 0.3, 0.2], 0, False),
+        ([0.5, 0.4], 1, True),
+    ],
+)
+def test_a_training_has_stalled_when_its_last_epochs_brought_nothing(cosines, patience, stalled):
+    assert training.has_stalled([{"cosine": cosine} for cosine in cosines], patience) == stalled
+
+
+def test_a_state_is_read_back_or_told_to_be_damaged(tmp_path, caplog):
+    path, state = tmp_path / "state.pt", {"model": {"w": torch.arange(300.0)}, "micro": 3}
+    assert training.read_state(path, "cpu") is None and not caplog.text
+    training.save_state(path, state)
+    found = training.read_state(path, "cpu")
+    assert found["micro"] == 3 and torch.equal(found["model"]["w"], state["model"]["w"])
+    data = bytearray(path.read_bytes())
+    place = data.index(torch.arange(300.0).numpy().tobytes()[:64])
+    data[place + 40] ^= 1
+    path.write_bytes(data)
+    assert training.read_state(path, "cpu") is None and f"{path}: damaged" in caplog.text
+    path.write_bytes(b"no archive")
+    assert training.read_state(path, "cpu") is None and caplog.text.count("damaged") == 2
+
+
+@pytest.fixture
+def trainer(small_run, tiny_open_clip, tmp_path):
+    """A trainer of the tiny tower, with its images."""
+    settings = config(small_run, tmp_path / "x", tiny_open_clip, epochs=4, cycles=2, learning_rate=1e-3)
+    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    accelerator = finetune.accelerator_for(settings)
+    model_, _ = finetune.build_model(backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False)
+    source = images.ImageRows(rows.paths, 64)
+    return training.Trainer(accelerator, model_, model_, source, rows, settings, tmp_path / "state.pt")
+
+
+def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
+    batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:6]])
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    trainer.standing.epoch = 2
+    loss = trainer.step(batch, rows, 6, 0.5)
+    assert 0 < loss / 6 < 2
+    rate = 1e-3 * training.learning_rate_factor((2 - 1 + 0.5) / 4, 2)
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [pytest.approx(rate)]
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-4}
+    assert all(not torch.equal(one, other) for one, other in zip(before, trainer.parameters, strict=True))
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
+    assert all(parameter.grad is None for parameter in trainer.parameters)
+
+
+def test_the_loss_is_one_minus_the_cosine_and_its_gradient_the_batches_mean(trainer):
+    batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:4]])
+    trainer.model.eval()
+    predicted = trainer.model(batch)
+    cosines = torch.nn.functional.cosine_similarity(predicted, torch.from_numpy(trainer.rows.targets)[rows])
+    expected = torch.autograd.grad((1 - cosines).mean(), trainer.parameters)
+    loss = trainer._gradients(batch, rows, 4, True)
+    assert loss == pytest.approx(float((1 - cosines).sum()), abs=1e-4)
+    for parameter, gradient in zip(trainer.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path):
+    loss = trainer.epoch()
+    count = len(training.batches(trainer.rows.train, 0, 1, 16))
+    assert trainer.standing.step == count and trainer.standing.rows == len(trainer.rows.train)
+    assert loss == pytest.approx(trainer.standing.loss / len(trainer.rows.train))
+    trainer.finish_epoch({"epoch": 1, "loss": loss, "cosine": 0.3})
+    assert trainer.standing == training.Standing(2, history=[{"epoch": 1, "loss": loss, "cosine": 0.3}])
+    kept = training.read_state(tmp_path / "state.pt", "cpu")
+    assert kept["standing"]["epoch"] == 2 and kept["micro"] == 16
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    buffers = {name for name, _ in trainer.model.named_buffers()} & set(trainer.model.state_dict())
+    assert set(kept["model"]) == trained | buffers
+
+
+def test_a_share_without_images_gives_a_gradient_of_zero(trainer):
+    assert trainer.step(torch.empty(0), torch.empty(0, dtype=torch.int64), 4, 0.0) == 0.0
+    trainer._nothing()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.parameters)
