@@ -22,7 +22,7 @@ from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validat
 from . import model as models
 from .devices import process_state
 from .errors import UserError
-from .files import Stamp, alone, atomic_path, check_whole, make_folder, write_json, write_text, writing
+from .files import Stamp, alone, check_whole, write_json, write_tensors, write_text, writing
 from .profiles import StageConfig
 
 if TYPE_CHECKING:
@@ -258,9 +258,7 @@ def _scores(ensemble: Ensemble, arrays: list[np.ndarray], rows: dataset.Rows, te
 
 def save(folder: Path, ensemble: Ensemble) -> None:
     """Writes a checkpoint; config.json comes last, so that a folder with one is complete."""
-    from safetensors.numpy import save_file
 
-    make_folder(folder)
     state = {f"network.{name}": value.cpu().numpy() for name, value in ensemble.network.state_dict().items()}
     state["mean_target"] = ensemble.mean
     for name in PAIRS:
@@ -268,8 +266,7 @@ def save(folder: Path, ensemble: Ensemble) -> None:
             state |= {f"{name}.{number}": part for number, part in enumerate(pair)}
     if ensemble.known:
         state["known.0"] = ensemble.known[0].astype(np.float16)
-    with atomic_path(folder / "model.safetensors") as part:
-        save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, part)
+    write_tensors(folder / "model.safetensors", {name: np.ascontiguousarray(value) for name, value in state.items()})
     write_text(folder / "README.md", models.card(ensemble.config))
     write_json(folder / "config.json", ensemble.config)
 

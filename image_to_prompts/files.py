@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -90,6 +91,23 @@ def write_blocks(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: It
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:  # by Python: NumPy's own writing does not say that a disk is full, a mapped file kills
             file.write(np.ascontiguousarray(block, dtype).data)
+
+
+def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Writes tensors, all of PyTorch or all of NumPy, as .safetensors atomically.
+
+    The library writes to a temporary file of its own first; here it lies in a folder that `sweep` knows.
+    """
+    import numpy as np
+
+    are_arrays = isinstance(next(iter(tensors.values())), np.ndarray)
+    library = importlib.import_module(f"safetensors.{'numpy' if are_arrays else 'torch'}")
+    folder = make_folder(path.with_name(f".{path.name}.{os.getpid()}.part"))
+    try:
+        library.save_file(tensors, folder / path.name)
+        (folder / path.name).replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -288,7 +306,7 @@ def sweep(paths: Iterable[Path]) -> None:
         for part in folder.glob(".*.part"):
             name = re.fullmatch(r"\.(.+)\.\d+\.part", part.name)
             if name and folder / name[1] in wanted:
-                part.unlink(missing_ok=True)
+                shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from . import backbones, evaluate
 from .dataset import Rows
 from .devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
 from .errors import UserError
-from .files import atomic_path, is_sealed, seal
+from .files import is_sealed, seal, write_tensors
 from .images import ImageRows
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ def _run_block(
 ) -> None:
     """Writes features and, if asked for, activations of some rows."""
     import torch
-    from safetensors.torch import save_file
 
     tail, first = backbones.trained_tail(model.backbone) if config.cache_features else (None, None)
     mixed = config.precision == "auto"
@@ -142,8 +141,7 @@ def _run_block(
         stored["activations"] = torch.cat([part.to(type_) for part in taken]) if taken else torch.empty(0)
         if taken:
             _compare(tail, stored["activations"], found, device)
-    with atomic_path(file) as part:
-        save_file({name: tensor.contiguous() for name, tensor in stored.items()}, part)
+    write_tensors(file, {name: tensor.contiguous() for name, tensor in stored.items()})
     seal(file)
 
 
@@ -235,10 +233,8 @@ def baselines(found: np.ndarray, rows: Rows) -> Baselines:
 
 def save(path: Path, base: Baselines) -> None:
     """Writes the kNN baseline's features (float16) and targets beside a checkpoint."""
-    from safetensors.numpy import save_file
 
-    with atomic_path(path) as part:
-        save_file({"features": base.features.astype(np.float16), "targets": base.targets}, part)
+    write_tensors(path, {"features": base.features.astype(np.float16), "targets": base.targets})
 
 
 def pretrained_features(spec: backbones.Spec, files: list[Path]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import backbones, evaluate
 from .errors import UserError
-from .files import atomic_path, check_whole, make_folder, write_json, write_text, writing
+from .files import check_whole, write_json, write_tensors, write_text, writing
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
@@ -119,12 +119,9 @@ def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarra
         mean: float32 (384,), the mean target.
     """
     import torch
-    from safetensors.torch import save_file
 
-    make_folder(folder)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with atomic_path(folder / "model.safetensors") as part:
-        save_file({**state, "mean_target": torch.from_numpy(mean)}, part)
+    write_tensors(folder / "model.safetensors", {**state, "mean_target": torch.from_numpy(mean)})
     write_text(folder / "README.md", card(config))
     write_json(folder / "config.json", config)
 

@@ -16,7 +16,7 @@ from . import evaluate, images, metadata, report
 from . import model as models
 from .dataset import Rows
 from .errors import UserError
-from .files import atomic_path, check_whole
+from .files import check_whole, write_tensors
 from .frozen import Baselines, pretrained_features
 
 
@@ -28,7 +28,6 @@ def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
         rows: The rows.
         predicted: float32 (len(rows.valid), 384), NaN where an image cannot be read.
     """
-    from safetensors.numpy import save_file
 
     readable = np.isfinite(predicted[:, 0])
     valid, predicted = rows.valid[readable], predicted[readable]
@@ -36,8 +35,9 @@ def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
     frame = rows.frame[known].iloc[valid].reset_index(drop=True)
     frame["source"] = rows.sources.to_numpy()[valid]
     cosines = (evaluate.unit(predicted) * rows.targets[valid]).sum(1)
-    with atomic_path(folder / "validation.safetensors") as part:
-        save_file({"predicted": predicted.astype(np.float32), "targets": rows.targets[valid]}, part)
+    write_tensors(
+        folder / "validation.safetensors", {"predicted": predicted.astype(np.float32), "targets": rows.targets[valid]}
+    )
     metadata.write_table(folder / "validation.csv", frame.assign(cosine=np.round(cosines.astype(float), 4)))
 
 

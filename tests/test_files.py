@@ -122,3 +122,20 @@ def test_what_is_no_output_any_more_goes_with_what_other_settings_left(tmp_path)
     assert two.exists() and half.exists()
     second.write([one])
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out-notes", ".out.done", "one.txt"]
+
+
+def test_what_a_killed_process_left_of_tensors_goes(tmp_path):
+    """The library's own temporary file too, whose name nobody can foretell."""
+    import numpy as np
+    import torch
+    from safetensors.numpy import load_file
+
+    for tensors in ({"a": np.arange(3, dtype=np.float32)}, {"a": torch.arange(3.0)}):
+        files.write_tensors(tmp_path / "out.safetensors", tensors)
+        assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [0, 1, 2]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+    left = tmp_path / ".out.safetensors.4194399.part"
+    left.mkdir()
+    (left / ".tmpAbC123").write_bytes(b"half")
+    files.sweep([tmp_path / "out.safetensors"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
