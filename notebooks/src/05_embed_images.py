@@ -17,7 +17,6 @@ encoders = None  # None: the profile's; else names as in image_to_prompts.encode
 image_size = None
 
 # %%
-
 import pandas as pd
 
 from image_to_prompts import embed, embeddings, ensemble, evaluate, images, profiles, report, workspace
