@@ -290,7 +290,7 @@ def _train(config: Config) -> pd.DataFrame:
     if accelerator.is_main_process:
         stamp.write(config.out / name for name in OUTPUTS)
         _forget(state)
-        tell_broken(images.broken.keys() - told, "left out")
+        tell_broken((images.broken | (training_images.broken if config.augment else {})).keys() - told, "left out")
         if base.scores["constant"] >= (best := frame["cosine"].max()):
             log.warning(
                 "validation cosine %.3f is no better than the constant's %.3f: nothing was learnt that holds for other "
