@@ -69,24 +69,28 @@ def test_an_unreadable_image_has_no_row(small_run, tmp_path, caplog):
     assert len(table.arrays[LITE]) == len(table.targets) == 3 and "; left out" in caplog.text
 
 
-def test_a_part_that_is_done_is_not_done_again(small_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "BLOCK", 16)
-    whole, torn = tiny(small_run, tmp_path / "whole"), tiny(small_run, tmp_path / "torn")
-    embed.run(whole)
-    seen, see = [], encoders._see
+def interrupted(config, monkeypatch):
+    """Stops a run after two blocks; returns how many images each block had, and goes on counting in later runs."""
+    seen, see, limit = [], encoders._see, 2
 
-    def two_blocks(batch_size, built, rows, workers):
-        if len(seen) == 2:
+    def counted(batch_size, built, rows, workers):
+        if len(seen) == limit:
             raise KeyboardInterrupt
         seen.append(len(rows))
         return see(batch_size, built, rows, workers)
 
-    monkeypatch.setattr(encoders, "_see", two_blocks)
+    monkeypatch.setattr(encoders, "_see", counted)
     with pytest.raises(KeyboardInterrupt):
-        embed.run(torn)
-    monkeypatch.setattr(
-        encoders, "_see", lambda size, built, rows, n: seen.append(len(rows)) or see(size, built, rows, n)
-    )
+        embed.run(config)
+    limit = None
+    return seen
+
+
+def test_a_part_that_is_done_is_not_done_again(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    whole, torn = tiny(small_run, tmp_path / "whole"), tiny(small_run, tmp_path / "torn")
+    embed.run(whole)
+    seen = interrupted(torn, monkeypatch)
     embed.run(torn)
     assert sum(seen) == len(metadata.read(small_run.images / "manifest.csv"))
     for file in sorted((tmp_path / "whole").iterdir()):
@@ -176,19 +180,7 @@ def test_a_missing_file_is_told_beside_a_stamp_that_lists_it(name, small_embeddi
 def test_fewer_images_at_once_go_on_from_the_blocks_that_are_done(small_run, tmp_path, monkeypatch):
     """As the error advises where memory runs out; and nothing of the killed run stays."""
     monkeypatch.setattr(embed, "BLOCK", 16)
-    seen, see = [], encoders._see
-
-    def two_blocks(batch_size, built, rows, workers):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(len(rows))
-        return see(batch_size, built, rows, workers)
-
-    with monkeypatch.context() as killed:
-        killed.setattr(encoders, "_see", two_blocks)
-        with pytest.raises(KeyboardInterrupt):
-            embed.run(tiny(small_run, tmp_path / "e"))
-    monkeypatch.setattr(encoders, "_see", lambda size, b, rows, n: seen.append(len(rows)) or see(size, b, rows, n))
+    seen = interrupted(tiny(small_run, tmp_path / "e"), monkeypatch)
     embed.run(tiny(small_run, tmp_path / "e", batch_size=3))
     assert sum(seen) == len(metadata.read(small_run.images / "manifest.csv"))
     assert not list((tmp_path / "e").glob(".embed-*"))
