@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .. import backbones, text_encoder
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ class ClassInterrogator:
     def __init__(self, image_size: int) -> None:
         """Loads the network and its classifier; raises as `backbones.load_pretrained`."""
         import timm
+        import torch
         from timm.data import ImageNetInfo
 
         from ..generate import grammar
@@ -30,22 +29,22 @@ class ClassInterrogator:
         self.backbone = BackboneEncoder.pretrained(spec)
         network = timm.create_model(NETWORK.partition(":")[2], num_classes=CLASSES)
         backbones.load_pretrained(network, spec)
-        self.weight, self.bias = (
-            part.detach().numpy() for part in (network.classifier.weight, network.classifier.bias)
-        )
+        self.classifier = network.classifier.requires_grad_(False)
         self.fits = self.backbone.fits
         self.about: dict[str, Any] = {"encoder": "classes", "image_size": image_size}
         self.names = [name.partition(",")[0] for name in ImageNetInfo().label_descriptions()]
         self.words = [*grammar.vocabulary(), *grammar.PLACES, *grammar.STYLES]
-        self.likeness = text_encoder.encode(self.names) @ text_encoder.encode(self.words).T
+        likeness = text_encoder.encode(self.names) @ text_encoder.encode(self.words).T
+        self.likeness = torch.from_numpy(likeness)
 
     def see(self, squares: list[torch.Tensor]) -> list[str]:
         """Maps uint8 (n, 3, size, size) to n texts."""
-        from scipy.special import softmax
+        import torch
 
-        likely = softmax(self.backbone.see(squares) @ self.weight.T + self.bias, axis=1)
-        classes = np.argsort(-likely, axis=1, kind="stable")[:, :NAMED]
-        nearest = np.argsort(-(likely @ self.likeness), axis=1, kind="stable")[:, :WORDS]
+        # NumPy's threads and PyTorch's in turn would wait for each other: with 8 images a third of the time.
+        likely = self.classifier(torch.from_numpy(self.backbone.see(squares))).softmax(1)
+        classes = torch.argsort(likely, dim=1, descending=True, stable=True)[:, :NAMED].tolist()
+        nearest = torch.argsort(likely @ self.likeness, dim=1, descending=True, stable=True)[:, :WORDS].tolist()
         return [
             ", ".join([*(self.names[name] for name in names), *(self.words[word] for word in words)])
             for names, words in zip(classes, nearest, strict=True)
