@@ -20,7 +20,7 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 	$(COMMAND) run --quick
 
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
-	$(VENV)/bin/python -m pytest -n 2 -m 'not gpu and not network'
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m 'not gpu and not network'
 
 test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, everything else as in .venv
 	$(PYTHON) -m venv .venv-kaggle
@@ -32,8 +32,13 @@ test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, 
 chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
-mutants: install ## one-line faults in the modules that matter most, and which of them no test notices (about half an hour)
-	rm -rf mutants && HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2; $(VENV)/bin/python tests/mutants_report.py && tail -n 12 docs/reliability.md
+MODULES := dataset evaluate metadata retrieval submission training dedupe.exact dedupe.result
+FUNCTIONS := images.x_join infer.x_blend_weights predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
+mutants: install ## one-line faults where they cost most, and which of them no test notices (about 40 minutes)
+	rm -rf mutants
+	HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \
+		$(MODULES:%='image_to_prompts.%.*') $(FUNCTIONS:%='image_to_prompts.%__mutmut_*')
+	$(VENV)/bin/python tests/mutants_report.py && tail -n 16 docs/reliability.md
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata, text_encoder
+from . import evaluate, images, metadata
 from .dedupe import add_groups
 from .errors import UserError
 from .render.store import BLANK, FAILED, NSFW
@@ -64,40 +64,27 @@ def tables(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> tuple[Path, ...
     return tuple(folder / MANIFEST for folder in folders)
 
 
-def load_rows(
-    csvs: tuple[Path, ...],
-    folders: tuple[Path, ...],
+def split(
+    frame: pd.DataFrame,
+    targets: np.ndarray,
     fold: int = 0,
     leave_out: str = "",
     source_weights: Mapping[str, float] | None = None,
 ) -> Rows:
-    """Loads metadata, finds every row's image, embeds the prompts and splits by fold.
+    """Splits rows by fold.
 
     Args:
-        csvs: Metadata CSVs; none: see `tables`. Where one has no `fold`, all rows are grouped and folded anew.
-        folders: Folders of images or tar shards, one a CSV or one for all.
+        frame: From `load_metadata`. Where a row has no `fold`, all rows are grouped and folded anew.
+        targets: float32 (n, 384), the embeddings of their prompts.
         fold: Fold that validates.
         leave_out: Source whose rows do not train; those of the validating fold validate alone.
         source_weights: How much the rows of a source count in training; 1 where nothing is said.
 
     Raises:
-        UserError: If no row of a CSV has an image, a side of the split is empty, or a source does not occur.
+        UserError: If a side of the split is empty, or a source does not occur.
     """
-    frame = load_metadata(tables(csvs, folders), folders)
-    paths = frame.pop("path").tolist()
-    targets = text_encoder.encode(frame["prompt"].tolist())
-    return split(frame, paths, targets, fold, leave_out, source_weights)
-
-
-def split(
-    frame: pd.DataFrame,
-    paths: list[Path],
-    targets: np.ndarray,
-    fold: int,
-    leave_out: str = "",
-    source_weights: Mapping[str, float] | None = None,
-) -> Rows:
-    """Splits rows by fold; see `load_rows` for the arguments and what it raises."""
+    frame = frame.copy()
+    paths = frame.pop("path").tolist() if "path" in frame else []
     if "fold" not in frame or frame["fold"].isna().any():
         frame = add_groups(frame, targets, folds=8)
     rows = Rows(frame, paths, targets, np.empty(0, int), np.empty(0, int), 0, np.ones(len(frame), np.float32))

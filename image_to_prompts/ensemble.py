@@ -151,7 +151,7 @@ def load_rows(table: embeddings.Table, fold: int, test_fold: int) -> tuple[datas
     Raises:
         UserError: If a side of the split is empty.
     """
-    rows = dataset.split(table.frame, [], table.targets, fold)
+    rows = dataset.split(table.frame, table.targets, fold)
     folds = rows.frame["fold"].to_numpy()
     rows.train = rows.train[folds[rows.train] != test_fold]
     if not len(rows.train) or not len(rows.valid):

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, evaluate, frozen, metadata, training, validation
+from . import backbones, dataset, evaluate, frozen, metadata, text_encoder, training, validation
 from . import model as models
 from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from .errors import UserError
 from .files import Stamp, alone, atomic_path, sha256
-from .images import ImageRows, contents, find, tell_broken
+from .images import ImageRows, contents, tell_broken
 from .profiles import StageConfig
-from .text_encoder import DIMENSION
 from .workspace import LAST, MANIFEST, kaggle_inputs
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def validate(
     rank, processes = rank_and_processes()
     mine = rows.valid[rank::processes]
     predicted = evaluate.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
-    return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), DIMENSION))), len(rows.valid)))
+    return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
 
 
 def plot_history(history: pd.DataFrame, scores: dict[str, float], path: Path) -> None:
@@ -194,9 +193,11 @@ def _train(config: Config) -> pd.DataFrame:
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
     manifests = [folder / MANIFEST for folder in config.images]
-    files = {folder: find(folder) for folder in config.images}
-    names = [[file.relative_to(folder).as_posix() for file in found] for folder, found in files.items()]
-    settings = config.settings(*LOOSE) | {"images": names, "contents": [contents(found) for found in files.values()]}
+    frame = dataset.load_metadata(tables, config.images)
+    settings = config.settings(*LOOSE) | {
+        "images": frame["image_name"].tolist(),
+        "contents": contents(frame["path"].tolist()),
+    }
     first = [config.init / name for name in models.FILES] if config.init else []
     inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
     stamp = Stamp(config.out / ".finetune.done", "finetune", settings, inputs)
@@ -208,7 +209,8 @@ def _train(config: Config) -> pd.DataFrame:
         return pd.read_csv(history_path)
     stamp.claim(config.out / name for name in OUTPUTS)
     work = stamp.work_folder()
-    rows = dataset.load_rows(tables, config.images, config.fold, config.leave_out, parse_weights(config.source_weights))
+    targets = text_encoder.encode(frame["prompt"].tolist())
+    rows = dataset.split(frame, targets, config.fold, config.leave_out, parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
     accelerator = accelerator_for(config)

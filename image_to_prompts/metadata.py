@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from pathlib import Path
 
@@ -32,13 +33,15 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path or run the stage that writes it")
-    _refuse_nul(path)
+    data = path.read_bytes()
+    if b"\0" in data:
+        _refuse_nul(path)
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8")
+        frame = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8")
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path}: the file is empty; it needs the header {','.join(required)} and rows") from error
     except UnicodeDecodeError as error:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = data.decode("utf-8", "surrogateescape")
         row = text[: re.search("[\udc80-\udcff]", text).start()].count("\n")
         raise UserError(f"{path}: row {row}: bytes that are not UTF-8; save the file as UTF-8") from error
     except pd.errors.ParserError as error:
@@ -52,9 +55,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _refuse_nul(path: Path) -> None:
-    """Raises UserError where a field holds a NUL: pandas 2 cuts the field there without a word."""
-    if b"\0" not in path.read_bytes():
-        return
+    """Raises UserError that says where a field holds a NUL: pandas 2 cuts the field there without a word."""
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.reader(file)
         header = next(reader)

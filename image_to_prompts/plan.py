@@ -108,7 +108,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def train_rows(config: finetune.Config) -> int:
-    """Rows that would train; where a table has no folds, seven of eight, as `dataset.load_rows` makes eight."""
+    """Rows that would train; where a table has no folds, seven of eight, as `dataset.split` makes eight."""
     count = 0
     for csv in dataset.tables(config.metadata, config.images):
         frame = metadata.read(csv)

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+from rows import loaded_rows
 
 from image_to_prompts import dataset, evaluate, metadata
 from image_to_prompts.errors import UserError
@@ -21,9 +22,9 @@ def frame_of(folds, **columns):
 
 
 def test_a_fold_validates_and_the_others_train():
-    rows = dataset.split(frame_of([0, 1, 2, 0, 1]), [], units(5), 0)
+    rows = dataset.split(frame_of([0, 1, 2, 0, 1]), units(5), 0)
     assert rows.valid.tolist() == [0, 3] and rows.train.tolist() == [1, 2, 4] and rows.left_out == 0
-    rows = dataset.split(frame_of([0, 1, 2, 0, 1]), [], units(5), 1)
+    rows = dataset.split(frame_of([0, 1, 2, 0, 1]), units(5), 1)
     assert rows.valid.tolist() == [1, 4] and rows.train.tolist() == [0, 2, 3]
     assert rows.weights.tolist() == [1] * 5 and rows.weights.dtype == np.float32
     assert rows.sources.tolist() == [""] * 5
@@ -35,16 +36,16 @@ def test_validating_rows_near_a_training_row_are_left_out():
         other = targets[5]
         across = evaluate.unit(targets[row] - (targets[row] @ other) * other)
         targets[row] = evaluate.unit(cosine * other + np.sqrt(1 - cosine**2) * across)
-    rows = dataset.split(frame_of([0, 0, 0, 1, 1, 1]), [], targets, 0)
+    rows = dataset.split(frame_of([0, 0, 0, 1, 1, 1]), targets, 0)
     assert rows.valid.tolist() == [1, 2] and rows.left_out == 1 and rows.train.tolist() == [3, 4, 5]
 
 
 def test_a_source_that_is_left_out_validates_alone():
     frame = frame_of([0, 0, 1, 1, 0, 1], source=["a", "b", "a", "b", None, "b"])
-    rows = dataset.split(frame, [], units(6), 0, leave_out="b")
+    rows = dataset.split(frame, units(6), 0, leave_out="b")
     assert rows.valid.tolist() == [1] and rows.train.tolist() == [2]
     assert rows.sources.tolist() == ["a", "b", "a", "b", "", "b"]
-    rows = dataset.split(frame, [], units(6), 0, source_weights={"b": 0.25, "a": 2})
+    rows = dataset.split(frame, units(6), 0, source_weights={"b": 0.25, "a": 2})
     assert rows.weights.tolist() == [2, 0.25, 2, 0.25, 1, 0.25]
     assert rows.valid.tolist() == [0, 1, 4]
 
@@ -53,13 +54,13 @@ def test_a_source_that_is_left_out_validates_alone():
 def test_a_source_that_does_not_occur_is_refused(values):
     frame = frame_of([0, 1], source=["a", "b"])
     with pytest.raises(UserError, match=r"no row of source 'c' \(sources: a, b\)"):
-        dataset.split(frame, [], units(2), 0, **values)
+        dataset.split(frame, units(2), 0, **values)
 
 
 def test_a_fold_without_rows_on_both_sides_is_refused():
     for folds, fold in (([1, 1], 0), ([0, 0], 0)):
         with pytest.raises(UserError, match=rf"fold {fold} holds {folds.count(fold)} of 2 rows"):
-            dataset.split(frame_of(folds), [], units(2), fold)
+            dataset.split(frame_of(folds), units(2), fold)
 
 
 def test_rows_without_folds_are_grouped_and_folded(caplog):
@@ -67,10 +68,10 @@ def test_rows_without_folds_are_grouped_and_folded(caplog):
     targets = units(40)
     targets[1] = targets[0]
     frame = frame_of([0] * 40).drop(columns="fold")
-    rows = dataset.split(frame, [], targets, 0)
+    rows = dataset.split(frame, targets, 0)
     assert rows.frame["group"][1] == "0.png" and set(rows.frame["fold"]) <= set(range(8))
     assert rows.frame["fold"].nunique() > 4
-    again = dataset.split(frame_of([np.nan] + [3] * 39), [], targets, 0)
+    again = dataset.split(frame_of([np.nan] + [3] * 39), targets, 0)
     assert again.frame["fold"].tolist() == rows.frame["fold"].tolist()  # one missing fold: all anew
     assert "the largest group has 5.0 % of the rows" in caplog.text
 
@@ -137,11 +138,11 @@ def test_the_manifests_are_the_metadata_where_none_is_given(tmp_path):
 def test_loading_rows_joins_embeds_and_splits(small_run):
     from image_to_prompts import text_encoder
 
-    rows = dataset.load_rows((small_run.metadata,), (small_run.images,), fold=1)
+    rows = loaded_rows(small_run.metadata, small_run.images, fold=1)
     frame = metadata.read(small_run.metadata)
     assert rows.frame["prompt"].tolist() == frame["prompt"].tolist()
     np.testing.assert_array_equal(rows.targets, text_encoder.encode(frame["prompt"].tolist()))
     assert [path.name for path in rows.paths] == frame["image_name"].tolist()
     assert (frame["fold"].to_numpy()[rows.valid] == 1).all() and not (frame["fold"].to_numpy()[rows.train] == 1).any()
-    grammar = dataset.load_rows((small_run.metadata,), (small_run.images,), source_weights={"grammar": 3.0})
+    grammar = loaded_rows(small_run.metadata, small_run.images, source_weights={"grammar": 3.0})
     assert set(grammar.weights) == {3.0}

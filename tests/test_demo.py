@@ -21,7 +21,7 @@ from PIL import Image
 from image_to_prompts import demo, describer, profiles
 
 gradio_client = pytest.importorskip("gradio_client")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one server for all
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 USERS = 10
 

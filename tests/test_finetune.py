@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rows import loaded_rows
 
-from image_to_prompts import backbones, dataset, evaluate, finetune, frozen, metadata, model, profiles, training
+from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, model, profiles, training
 from image_to_prompts.errors import UserError
 
 
@@ -42,7 +43,7 @@ def test_only_the_last_quarter_changes(small_checkpoint):
 def test_validation_is_what_the_saved_model_scores(small_checkpoint, small_run):
     """Validation over cached activations, in eval mode, equals the checkpoint's score on the images themselves."""
     loaded = model.load(small_checkpoint)
-    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    rows = loaded_rows(small_run.metadata, small_run.images)
     predicted = finetune.validate(
         loaded.model, finetune.ImageRows(rows.paths, loaded.spec.image_size), rows, torch.device("cpu")
     )
@@ -68,14 +69,14 @@ def test_rows_near_training_rows_do_not_validate(tmp_path, small_run):
     frame = frame.head(12).assign(fold=[0, 0, 0, 0, *[1] * 8])
     frame.loc[0, "prompt"] = frame.loc[10, "prompt"]
     metadata.write_table(tmp_path / "m.csv", frame)
-    rows = dataset.load_rows((tmp_path / "m.csv",), (small_run.images,))
+    rows = loaded_rows(tmp_path / "m.csv", small_run.images)
     assert rows.left_out == 1 and rows.valid.tolist() == [1, 2, 3] and len(rows.train) == 8
 
 
 def test_rows_without_folds_get_them(tmp_path, small_run):
     frame = metadata.read(small_run.metadata)[["image_name", "prompt"]]
     metadata.write_table(tmp_path / "m.csv", frame)
-    rows = dataset.load_rows((tmp_path / "m.csv",), (small_run.images,))
+    rows = loaded_rows(tmp_path / "m.csv", small_run.images)
     assert len(rows.train) + len(rows.valid) == len(frame)
 
 
@@ -171,7 +172,7 @@ def test_validation_sees_the_model_in_eval_mode(small_run):
             return self.drop(self.head(pixels.float().mean((2, 3))))
 
     model_ = Noisy().train()
-    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    rows = loaded_rows(small_run.metadata, small_run.images)
     images = finetune.ImageRows(rows.paths, 64)
     found = finetune.validate(model_, images, rows, torch.device("cpu"), mixed=False)
     assert (found != 0).all() and not model_.training

@@ -14,18 +14,22 @@ from PIL import Image
 
 from image_to_prompts import (
     backbones,
+    dataset,
     devices,
     evaluate,
     finetune,
+    images,
     infer,
     metadata,
     model,
+    predictors,
     profiles,
     submission,
     validation,
     workspace,
 )
 from image_to_prompts.encoders import backbone
+from image_to_prompts.errors import UserError
 
 
 def settings(images, checkpoint, out, **overrides):
@@ -160,6 +164,67 @@ def test_weights_are_fitted_on_the_common_validation(
     found = infer.run(settings_)
     assert list(found.alone) == [str(folder) for folder in folders]
     assert infer.run(settings_).alone == found.alone
+
+
+def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
+    """Two checkpoints validated other images, in another order; the second is right, the first knows nothing."""
+    rng = np.random.default_rng(0)
+    truth = evaluate.unit(rng.normal(size=(40, 384)))
+    names = [f"{number}.png" for number in range(40)]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, numbers, noise in ((folders[0], range(30), 1e3), (folders[1], rng.permutation(range(5, 40)), 1e-4)):
+        folder.mkdir()
+        numbers = np.array(numbers)
+        frame = pd.DataFrame({"image_name": [names[number] for number in numbers]})
+        every = np.arange(len(numbers))
+        rows = dataset.Rows(frame, [], truth[numbers], every[:0], every, 0, np.ones(len(every), np.float32))
+        validation.write(folder, rows, evaluate.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
+    caplog.set_level("INFO")
+    first, second = infer.blend_weights(folders)
+    assert second > 0.95 and first + second == pytest.approx(1)
+    assert f"{folders[1]}: 1.0000 alone on 25 images" in caplog.text and "blend: 1.0000" in caplog.text
+    monkeypatch.setattr(infer, "LEAST_TO_FIT", 25)
+    assert infer.blend_weights(folders) == [first, second]
+    monkeypatch.setattr(infer, "LEAST_TO_FIT", 26)
+    assert infer.blend_weights(folders) == [0.5, 0.5]
+    (folders[0] / "validation.safetensors").unlink()
+    assert infer.blend_weights(folders) == [0.5, 0.5]
+    assert infer.blend_weights(folders[1:]) == [1.0]
+    assert infer.blend_weights(folders, (0.0, 3.0)) == [0.0, 3.0]
+    for given_ in ((1.0,), (0.0, 0.0), (-1.0, 2.0)):
+        with pytest.raises(UserError, match="--blend"):
+            infer.blend_weights(folders, given_)
+
+
+def test_of_several_views_the_mean_counts(tmp_path):
+    """Each view by its own direction alone, however long its vectors; an image that cannot be read has none."""
+
+    class Sides:
+        fits, about = (images.Fit(8),), {}
+
+        def see(self, squares):
+            left, right = squares[0].float().chunk(2, dim=3)
+            sides = torch.stack([left.mean((1, 2, 3)), right.mean((1, 2, 3))], 1)
+            sides[sides[:, 0] < sides[:, 1]] *= 10
+            return torch.nn.functional.pad(sides, (0, 382)).numpy()
+
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, grey in zip(files, (10, 0, 90), strict=True):
+        picture = Image.new("RGB", (8, 8), (200, 200, 200))
+        picture.paste((grey, grey, grey), (4, 0, 8, 8))
+        picture.save(file)
+    files[1].write_bytes(b"no image")
+    predictor = predictors.Predictor(np.zeros(384, np.float32), [Sides()], lambda arrays: 2 * arrays[0])
+
+    def predict(chosen, *views):
+        return predictors.predict(predictor, chosen, infer.Config(views=views, batch_size=2))[0]
+
+    whole = predict(files, "whole")
+    np.testing.assert_allclose(whole[:, :2], evaluate.unit(np.array([[200, 10], [np.nan, np.nan], [200, 90]])))
+    both = predict(files, "whole", "mirror")
+    np.testing.assert_allclose(both[[0, 2], :2], np.full((2, 2), np.sqrt(0.5)), atol=1e-6)
+    assert both.dtype == np.float32 and np.isnan(both[1]).all() and not both[[0, 2], 2:].any()
+    assert np.isnan(predict(files[1:2], "whole", "mirror")).all()
 
 
 @given(st.integers(2, 4), st.integers(20, 60), st.integers(0, 10**6))

@@ -15,7 +15,7 @@ from image_to_prompts import metadata, render, weights, workspace
 from image_to_prompts.errors import UserError
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
-from image_to_prompts.render.store import Row
+from image_to_prompts.render.store import NSFW, Row
 
 
 def rows_of(prompts, seeds):
@@ -319,6 +319,38 @@ def test_each_row_draws_its_noise_from_its_own_seed(tiny_sd2, monkeypatch):
     (five, six), (six_again, five_again) = noises
     assert not (five == six).all()
     assert (five == five_again).all() and (six == six_again).all()
+
+
+def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
+    backend, asked, pictures, flags = started(tiny_sd2, steps=7), [], [], []
+
+    def pipeline(**values):
+        asked.append(values)
+        images = [Image.effect_noise((768, 768), 50 + number).convert("RGB") for number in range(2)]
+        pictures[:] = images
+        return SimpleNamespace(images=images, nsfw_content_detected=flags[0])
+
+    pipeline.unet, pipeline.vae_scale_factor = backend.pipeline.unet, backend.pipeline.vae_scale_factor
+    monkeypatch.setattr(backend, "pipeline", pipeline)
+    for black, expected in ((None, ["", ""]), ([True, False], [NSFW, ""])):
+        flags[:] = [black]
+        found = backend.render(rows_of(["a cat", "a dog"], [5, 6]))
+        assert [flag for _, flag in found] == expected
+        assert all(image is picture for (image, _), picture in zip(found, pictures, strict=True))
+    generators = asked[0].pop("generator")
+    assert [one.initial_seed() for one in generators] == [5, 6] and {str(one.device) for one in generators} == {"cpu"}
+    expected = {
+        "prompt": ["a cat", "a dog"],
+        "num_inference_steps": 7,
+        "guidance_scale": 9,
+        "height": 768,
+        "width": 768,
+    }
+    assert asked[0] == expected
+    backend.any_model = True
+    backend.render(rows_of(["a cat", "a dog"], [5, 6]))
+    own = backend.pipeline.unet.config.sample_size * backend.pipeline.vae_scale_factor
+    assert asked[-1]["height"] == asked[-1]["width"] == own
 
 
 def test_an_attached_single_file_is_found(tmp_path, monkeypatch):

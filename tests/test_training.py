@@ -18,11 +18,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rows import loaded_rows
 from safetensors.torch import load_file
 
 from image_to_prompts import (
     backbones,
-    dataset,
     finetune,
     images,
     metadata,
@@ -190,7 +190,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
     """The first step's gradient is that of the other rows alone, by their part of the batch."""
     frame = metadata.read(small_run.metadata)
     frame["source"] = np.where(np.arange(len(frame)) % 2, "odd", "even")
-    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    rows = loaded_rows(small_run.metadata, small_run.images)
     sources = frame.set_index("image_name")["source"].loc[rows.frame["image_name"]].to_numpy()
     weights = np.where(sources == "odd", 0, 1).astype(np.float32)
 
@@ -290,7 +290,7 @@ def test_a_replaced_image_is_trained_on_anew(small_run, tiny_open_clip, tmp_path
     stamp = (tmp_path / "a" / ".finetune.done").read_bytes()
     finetune.run(settings)
     assert (tmp_path / "a" / ".finetune.done").read_bytes() == stamp
-    rows = dataset.load_rows((small_run.metadata,), (images_,))
+    rows = loaded_rows(small_run.metadata, images_)
     first, second = (rows.paths[row] for row in rows.train[:2])
     times, size = first.stat(), first.stat().st_size
     first.write_bytes(second.read_bytes().ljust(size, b"\0")[: max(size, second.stat().st_size)])
@@ -481,7 +481,7 @@ def test_a_state_is_read_back_or_told_to_be_damaged(tmp_path, caplog):
 def trainer(small_run, tiny_open_clip, tmp_path):
     """A trainer of the tiny tower, with its images."""
     settings = config(small_run, tmp_path / "x", tiny_open_clip, epochs=4, cycles=2, learning_rate=1e-3)
-    rows = dataset.load_rows((small_run.metadata,), (small_run.images,))
+    rows = loaded_rows(small_run.metadata, small_run.images)
     accelerator = finetune.accelerator_for(settings)
     model_, _ = finetune.build_model(backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False)
     source = images.ImageRows(rows.paths, 64)

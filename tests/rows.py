@@ -1,0 +1,12 @@
+"""Rows to train on, as `finetune` makes them."""
+
+from pathlib import Path
+from typing import Any
+
+from image_to_prompts import dataset, text_encoder
+
+
+def loaded_rows(csv: Path, folder: Path, **split: Any) -> dataset.Rows:
+    """The rows of a CSV and their images, embedded and split."""
+    frame = dataset.load_metadata(csv, folder)
+    return dataset.split(frame, text_encoder.encode(frame["prompt"].tolist()), **split)
