@@ -15,7 +15,6 @@ from image_to_prompts.engine import EngineConfig, over_blocks
 from image_to_prompts.errors import UserError
 from image_to_prompts.generate import grammar
 
-pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 RAY = {"engine": "ray", "actors": 2}
 
 

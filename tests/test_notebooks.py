@@ -28,7 +28,7 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
         "05_embed_images": {},
         "06_train_ensemble": {"epochs": 2},
         "07_infer_submission": {},
-        "08_edit_prompts": {"scored": 20},
+        "08_edit_prompts": {"scored": 8},
     }
     if (SHARED / "diffusiondb_sample").is_dir():
         parameters["06_train_ensemble"]["demo_folder"] = str(SHARED / "diffusiondb_sample")

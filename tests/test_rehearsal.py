@@ -21,7 +21,7 @@ from image_to_prompts import embed, metadata, submission
 from image_to_prompts.kaggle import folders
 from image_to_prompts.stages import STAGES
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rehearsal")]  # one image for all
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = (
     *(
