@@ -5,7 +5,11 @@ python tests/mutants_report.py
 
 from __future__ import annotations
 
+import ast
+import difflib
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 HEAD = """## Mutants
@@ -15,19 +19,50 @@ costs most; a fault counts as caught when a test fails, or runs for ever. Texts 
 
 """
 CAUGHT, MARK = (1, 3, 24, 36, 152, 255, -24), "## Mutants"  # exit codes of mutmut: tests failed, or time was over
+ARGUED = json.loads(Path(__file__).with_name("mutants_argued.json").read_text(encoding="utf-8"))
+
+
+def why(change: str) -> str:
+    """Why no test can or need notice a change; "" where nobody has said."""
+    return next((reason for pattern, reason in ARGUED.items() if re.search(pattern, change)), "")
+
+
+def change_of(functions: dict[str, ast.AST], name: str) -> str:
+    """The lines of a function that a mutant takes out (-) and puts in (+)."""
+    original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", name)
+    texts = [ast.unparse(functions[one]).replace(one, "f").splitlines() for one in (original, name)]
+    found = [line for line in difflib.unified_diff(*texts, lineterm="", n=0)][2:]
+    return " ".join(re.sub(r"\s+", " ", line) for line in found if not line.startswith("@@"))
 
 
 def main() -> None:
     """Writes the table."""
     lines, total = ["| module | mutants | caught | |", "| --- | --- | --- | --- |"], [0, 0]
+    reasons, open_ = Counter(), []
     for meta in sorted(Path("mutants").rglob("*.meta")):
-        codes = [code for code in json.loads(meta.read_text())["exit_code_by_key"].values() if code is not None]
-        caught = sum(code in CAUGHT for code in codes)
-        if codes:
-            module = meta.relative_to("mutants").with_suffix("").as_posix()
-            lines.append(f"| `{module}` | {len(codes)} | {caught} | {caught / len(codes):.1%} |")
-            total = [total[0] + len(codes), total[1] + caught]
+        codes = {
+            name: code for name, code in json.loads(meta.read_text())["exit_code_by_key"].items() if code is not None
+        }
+        if not codes:
+            continue
+        tree = ast.parse(meta.with_suffix("").read_text(encoding="utf-8"))
+        functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        survivors = [name for name, code in codes.items() if code not in CAUGHT]
+        for name in survivors:
+            change = change_of(functions, name.rpartition(".")[2])
+            if reason := why(change):
+                reasons[reason] += 1
+            else:
+                open_.append(f"- `{name.removeprefix('image_to_prompts.')}`: `{change}`")
+        caught = len(codes) - len(survivors)
+        module = meta.relative_to("mutants").with_suffix("").as_posix()
+        lines.append(f"| `{module}` | {len(codes)} | {caught} | {caught / len(codes):.1%} |")
+        total = [total[0] + len(codes), total[1] + caught]
     lines.append(f"| all | {total[0]} | {total[1]} | {total[1] / max(total[0], 1):.1%} |")
+    lines += ["", "Why the others may live (tests/mutants_argued.json):", ""]
+    lines += [f"- {count}: {reason}" for reason, count in reasons.most_common()]
+    if open_:
+        lines += ["", f"{len(open_)} that nobody has looked at:", "", *open_]
     path = Path("docs/reliability.md")
     before = path.read_text(encoding="utf-8").partition(MARK)[0].rstrip()
     path.write_text(f"{before}\n\n{HEAD}" + "\n".join(lines) + "\n", encoding="utf-8")

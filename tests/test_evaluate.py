@@ -135,6 +135,13 @@ def test_fitted_weights_are_the_best_of_all(noise):
     assert evaluate.mean_cosine(evaluate.blend(guesses, weights), truth) >= max(scores) - 1e-6
 
 
+def test_no_weight_is_negative():
+    """What one model knows of the other's mistakes would help if it were taken away; a blend only adds."""
+    truth, mistakes = some(200, 8), some(200, 8, 1)
+    weights = evaluate.fit_weights([truth + mistakes, 0.1 * truth + mistakes], truth)
+    np.testing.assert_allclose(weights, [1, 0], atol=1e-6)
+
+
 def test_a_model_that_is_right_gets_all_the_weight():
     truth = some(50, 8)
     weights = evaluate.fit_weights([some(50, 8, 1), truth, some(50, 8, 2)], truth)

@@ -330,7 +330,7 @@ def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
         pictures[:] = images
         return SimpleNamespace(images=images, nsfw_content_detected=flags[0])
 
-    pipeline.unet, pipeline.vae_scale_factor = backend.pipeline.unet, backend.pipeline.vae_scale_factor
+    pipeline.unet, pipeline.vae_scale_factor = SimpleNamespace(config=SimpleNamespace(sample_size=64)), 8
     monkeypatch.setattr(backend, "pipeline", pipeline)
     for black, expected in ((None, ["", ""]), ([True, False], [NSFW, ""])):
         flags[:] = [black]
@@ -349,8 +349,7 @@ def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
     assert asked[0] == expected
     backend.any_model = True
     backend.render(rows_of(["a cat", "a dog"], [5, 6]))
-    own = backend.pipeline.unet.config.sample_size * backend.pipeline.vae_scale_factor
-    assert asked[-1]["height"] == asked[-1]["width"] == own
+    assert asked[-1]["height"] == asked[-1]["width"] == 512
 
 
 def test_an_attached_single_file_is_found(tmp_path, monkeypatch):
