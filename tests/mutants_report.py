@@ -31,7 +31,7 @@ def change_of(functions: dict[str, ast.AST], name: str) -> str:
     """The lines of a function that a mutant takes out (-) and puts in (+)."""
     original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", name)
     texts = [ast.unparse(functions[one]).replace(one, "f").splitlines() for one in (original, name)]
-    found = [line for line in difflib.unified_diff(*texts, lineterm="", n=0)][2:]
+    found = list(difflib.unified_diff(*texts, lineterm="", n=0))[2:]
     return " ".join(re.sub(r"\s+", " ", line) for line in found if not line.startswith("@@"))
 
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,7 +58,10 @@ def test_the_worst_that_rounding_does_is_allowed_for():
 def test_no_queries_no_vectors_and_all_of_them():
     rows, cosines = retrieval.nearest(np.zeros((0, 384), np.float32), units(3), 2)
     assert rows.shape == cosines.shape == (0, 2)
-    assert retrieval.nearest(units(3), units(0), 2)[0].shape == (3, 0)
+    nothing = retrieval.nearest(units(3), units(0), 2)
+    assert [part.shape for part in nothing] == [(3, 0), (3, 0)]
+    for kinds in ((rows, cosines), nothing, retrieval.nearest(units(2), units(5), 2)):
+        assert [part.dtype for part in kinds] == [np.int64, np.float32]
     rows, _ = retrieval.nearest(units(2), units(9000, 1), 6000)
     assert rows.shape == (2, 6000) and len(set(rows[0])) == 6000
 
@@ -85,6 +89,9 @@ def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
     assert index.prompts.to_pylist() == ["a red fox", "two boats", "an owl"] == encoded[0]
     ((first, second),) = index.search(encode(["an owl in a tree"]), 2)
     assert first[0] == "an owl" and 0.6 < first[1] <= 1 and second[1] < first[1]
+    vectors = evaluate.unit(np.random.default_rng(0).standard_normal((30, 384)))
+    many = retrieval.Index(pa.array(map(str, range(30))), vectors.astype(np.float32))
+    assert len(many.search(vectors[:1])[0]) == 10
 
     again = retrieval.open_index([one, two])
     assert len(encoded) == 1 and np.array_equal(again.vectors, index.vectors)

@@ -529,6 +529,17 @@ def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path
     assert set(kept["model"]) == trained | buffers
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (5, ""), (7, " and 2 more")])
+def test_a_loss_that_is_no_number_names_five_images_at_most(trainer, count, more):
+    batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:count]])
+    trainer.parameters[0].data.fill_(float("nan"))
+    trainer.standing.step = 3
+    with pytest.raises(UserError) as raised:
+        trainer.step(batch, rows, count, 0.0)
+    named = ", ".join(trainer.rows.frame["image_name"].iloc[rows.tolist()][:5])
+    assert f"epoch 1, step 4: the loss is not a number (images {named}{more});" in str(raised.value)
+
+
 def test_a_share_without_images_gives_a_gradient_of_zero(trainer):
     assert trainer.step(torch.empty(0), torch.empty(0, dtype=torch.int64), 4, 0.0) == 0.0
     trainer._nothing()
