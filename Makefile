@@ -32,11 +32,12 @@ test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, 
 chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
+PRELOADED := accelerate diffusers faiss matplotlib.pyplot open_clip polars pyarrow scipy.optimize sentence_transformers sklearn.pipeline sympy timm
 MODULES := dataset evaluate metadata retrieval submission training dedupe.exact dedupe.result
 FUNCTIONS := images.x_join infer.x_blend_weights predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
 mutants: install ## one-line faults where they cost most, and which of them no test notices (about 40 minutes)
 	rm -rf mutants
-	HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \
+	PRELOADED="$(PRELOADED)" HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \
 		$(MODULES:%='image_to_prompts.%.*') $(FUNCTIONS:%='image_to_prompts.%__mutmut_*')
 	$(VENV)/bin/python tests/mutants_report.py && tail -n 16 docs/reliability.md
 

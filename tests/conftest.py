@@ -1,5 +1,6 @@
 """Shared fixtures: a small embedded run, and tiny random models of the reference's classes, saved to disk."""
 
+import importlib
 import json
 import logging
 import os
@@ -18,6 +19,8 @@ from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, sav
 from image_to_prompts import dedupe, generate, profiles, render, text_cache, workspace
 from image_to_prompts.__main__ import main
 
+for name in os.environ.get("PRELOADED", "").split():  # make mutants forks a process for each fault
+    importlib.import_module(name)
 # Shared machines are slow at times; how long an example takes says nothing about the code.
 examples = int(os.environ.get("HYPOTHESIS_EXAMPLES", 100))  # make mutants needs fewer
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=examples)

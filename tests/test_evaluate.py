@@ -157,6 +157,23 @@ def test_the_interval_is_that_of_a_mean():
     assert evaluate.bootstrap(np.full(5, 0.25)) == (0.25, 0.25)
 
 
+def test_a_gap_is_what_a_classifier_can_tell_apart():
+    rng = np.random.default_rng(0)
+    mine, same, away = rng.normal(size=(40, 50)), rng.normal(size=(360, 50)), rng.normal(size=(30, 50)) + 3
+    gap, likeness = evaluate.domain_gap(mine, away)
+    assert gap == 1 and likeness.shape == (40,) and likeness.max() < 0.5
+    gap, likeness = evaluate.domain_gap(mine, same)  # nine times as many of the others are no reason to be like them
+    assert 0.35 < gap < 0.65 and 0.4 < likeness.mean() < 0.6
+    assert 0.2 < likeness.min() and likeness.max() < 0.8  # nor is chance in many dimensions
+    again = evaluate.domain_gap(mine, same)
+    assert again[0] == gap and np.array_equal(again[1], likeness)
+    scales = np.array([1e-3] + [1e3] * 9)  # what tells them apart is the smallest of all
+    small = np.eye(10)[0] * 4
+    gap, _ = evaluate.domain_gap(scales * rng.normal(size=(60, 10)), scales * (rng.normal(size=(60, 10)) + small))
+    assert gap > 0.95
+    assert [len(evaluate.domain_gap(*few)[1]) for few in ((mine[:3], away), (mine, away[:3]))] == [3, 40]
+
+
 @given(st.integers(0, 200))
 def test_work_in_fixed_rows_sees_always_as_many_and_gives_each_its_own(rows):
     sizes = []
