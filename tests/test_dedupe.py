@@ -151,6 +151,50 @@ def test_thresholds_from_one_pass(monkeypatch):
     assert found.at(0.9).at(0.7).counts == counts[0.7]
 
 
+@pytest.mark.parametrize("kept_pairs", [True, False])
+def test_another_threshold_is_as_if_it_had_been_asked_for(monkeypatch, kept_pairs):
+    """Also with rows of an earlier file, which copies of each other stay in, from pairs and from vectors."""
+    vectors = clustered(200, 3, 20)
+    frame = frame_of(*(f"prompt {number}" for number in range(200)))
+    if not kept_pairs:
+        monkeypatch.setattr(result, "MOST_PAIRS", -1)
+
+    def made(threshold, fixed=40):
+        return dedupe.dedupe(
+            frame, lambda texts: vectors[[int(text.split()[1]) for text in texts]], threshold, fixed=fixed
+        )
+
+    found = made(0.8)
+    assert (found.pairs is not None) == kept_pairs
+    for threshold in (0.75, 0.8, 0.9):
+        expected, other = made(threshold), found.at(threshold)
+        assert other.threshold == expected.threshold == threshold and other.how == expected.how
+        assert np.array_equal(expected.leader, oracle(vectors, threshold, 40))
+        assert np.array_equal(other.leader, expected.leader) and np.array_equal(other.cosine, expected.cosine)
+        assert not np.array_equal(expected.leader, made(threshold, 0).leader)
+    assert np.array_equal(found.groups(), oracle(vectors[found.kept_rows], 0.7))
+
+
+def test_what_searched_is_said(monkeypatch):
+    vectors = clustered(3000, 5, 384)
+    frame = frame_of(*(f"prompt {number}" for number in range(3000)))
+
+    def made(engine="auto"):
+        found = dedupe.dedupe(frame, lambda texts: vectors[[int(text.split()[1]) for text in texts]], engine=engine)
+        assert found.threshold == 0.8
+        return found, found.at(0.9)
+
+    monkeypatch.setattr(result, "MOST_EXACT", 100)
+    asked, many, exactly = made("faiss"), made(), made("exact")
+    for one, other in zip(asked, many, strict=True):
+        assert one.how.startswith("faiss (asked for), ") and other.how.startswith("faiss (more than 100 texts), ")
+        assert one.how.endswith("of the near rows missed")
+        assert np.array_equal(one.leader, other.leader)
+    assert all(one.how.startswith("exact, ") for one in exactly)
+    alike = [(one.leader == other.leader).mean() for one, other in zip(asked, exactly, strict=True)]
+    assert min(alike) > 0.95
+
+
 def test_too_many_pairs_are_not_kept(monkeypatch):
     prompts = frame_of(*[f"a red fox, number {i}" for i in range(30)])
     whole = dedupe.dedupe(prompts, text_encoder.encode)
