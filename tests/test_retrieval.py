@@ -95,12 +95,25 @@ def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
 
     again = retrieval.open_index([one, two])
     assert len(encoded) == 1 and np.array_equal(again.vectors, index.vectors)
+    retrieval.open_index([two])  # an index of its own, beside the other
+    encoded.clear()
+    retrieval.open_index([one, two])
+    assert not encoded
     write(two, ["a lighthouse"])
     changed = retrieval.open_index([one, two])
     assert changed.prompts.to_pylist() == ["a red fox", "two boats", "a lighthouse"]
     assert index.search(encode(["an owl"]), 1)[0][0][0] == "an owl"  # whoever has the old one open keeps it
     with pytest.raises(UserError, match="no such file"):
         retrieval.open_index([tmp_path / "none.csv"])
+
+
+def test_an_index_that_cannot_be_kept_is_searched_all_the_same(tmp_path, monkeypatch, caplog):
+    (tmp_path / "index").write_text("a file where a folder would be made")
+    monkeypatch.setenv(text_cache.FOLDER, str(tmp_path))
+    one = write(tmp_path / "one.csv", ["a red fox", "two boats", "a red fox"])
+    index = retrieval.open_index([one])
+    assert "the index is not kept" in caplog.text and index.prompts.to_pylist() == ["a red fox", "two boats"]
+    assert index.search(text_encoder.encode(["boats"]), 1)[0][0][0] == "two boats"
 
 
 def test_two_processes_with_one_index_do_not_mix_its_files(tmp_path, monkeypatch):
