@@ -23,8 +23,9 @@ ARGUED = json.loads(Path(__file__).with_name("mutants_argued.json").read_text(en
 
 
 def why(change: str) -> str:
-    """Why no test can or need notice a change; "" where nobody has said."""
-    return next((reason for pattern, reason in ARGUED.items() if re.search(pattern, change)), "")
+    """Why no test can or need notice what a change puts in; "" where nobody has said."""
+    added = change.rpartition(" +")[2]
+    return next((reason for pattern, reason in ARGUED.items() if re.search(pattern, added)), "")
 
 
 def change_of(functions: dict[str, ast.AST], name: str) -> str:
