@@ -22,8 +22,10 @@ HEADER = "imgId_eId,val"
 
 
 def check_stems(files: Sequence[Path]) -> list[str]:
-    """Stems of image files; raises UserError if two files share one, because a submission knows images by stem."""
+    """Stems of image files, by which a submission knows them; raises UserError if two share one, or one has a comma."""
     stems = [file.stem for file in files]
+    if split := [file for file in files if "," in file.stem]:
+        raise UserError(f"{split[0]}: a submission cannot hold a name with a comma; rename the file")
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         both = ", ".join(str(file) for file in files if file.stem == twice[0])

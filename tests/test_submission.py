@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import submission
+from image_to_prompts import infer, submission
 from image_to_prompts.errors import UserError
 
 STEMS = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="-_."), min_size=1, max_size=12)
@@ -109,12 +109,12 @@ def test_a_vector_that_cannot_be_scored_is_not_written(tmp_path):
 
 
 def test_the_file_is_what_the_competition_reads(tmp_path):
-    submission.write(tmp_path / "s.csv", ["b", "a,é"], np.arange(768, dtype=np.float32).reshape(2, 384) + 0.5)
+    submission.write(tmp_path / "s.csv", ["b", "a é"], np.arange(768, dtype=np.float32).reshape(2, 384) + 0.5)
     content = (tmp_path / "s.csv").read_bytes().decode("utf-8")
     lines = content.split("\n")
-    assert lines[:3] == ["imgId_eId,val", "a,é_0,384.5", "a,é_1,385.5"] and lines[385] == "b_0,0.5"
+    assert lines[:3] == ["imgId_eId,val", "a é_0,384.5", "a é_1,385.5"] and lines[385] == "b_0,0.5"
     assert lines[-1] == "" and len(lines) == 1 + 768 + 1 and "\r" not in content
-    found = submission.read(tmp_path / "s.csv", ["b", "a,é"])
+    found = submission.read(tmp_path / "s.csv", ["b", "a é"])
     np.testing.assert_array_equal(found, np.arange(768).reshape(2, 384) + 0.5)
 
 
@@ -153,3 +153,12 @@ def test_a_line_that_is_nearly_right_is_wrong(good, number, new, said):
 def test_line_ends_of_windows_are_taken(good):
     good.write_bytes(good.read_bytes().replace(b"\n", b"\r\n"))
     assert submission.check(good) == 2
+
+
+def test_a_name_with_a_comma_is_refused_before_anything_is_predicted(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a, b.png")
+    with pytest.raises(UserError, match=r"a, b\.png: .* comma"):
+        infer.run(infer.Config(images=tmp_path, checkpoint=(tmp_path / "none",), out=tmp_path / "s.csv"))
+    with pytest.raises(UserError, match="comma"):
+        submission.write(tmp_path / "s.csv", ["a,b"], np.ones((1, 384), np.float32))
+    assert not (tmp_path / "s.csv").exists()
