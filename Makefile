@@ -35,7 +35,7 @@ chaos: install ## the failure suite in full, about half an hour; writes docs/rel
 PRELOADED := accelerate diffusers faiss matplotlib.pyplot open_clip polars pyarrow scipy.optimize sentence_transformers sklearn.pipeline sympy timm
 MODULES := dataset evaluate metadata retrieval submission training dedupe.exact dedupe.result
 FUNCTIONS := images.x_join infer.x_blend_weights predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
-mutants: install ## one-line faults where they cost most, and which of them no test notices (about 40 minutes)
+mutants: install ## one-line faults where they cost most, and which of them no test notices (two hours)
 	rm -rf mutants
 	PRELOADED="$(PRELOADED)" HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \
 		$(MODULES:%='image_to_prompts.%.*') $(FUNCTIONS:%='image_to_prompts.%__mutmut_*')

@@ -83,8 +83,8 @@ def split(
     Raises:
         UserError: If a side of the split is empty, or a source does not occur.
     """
-    frame = frame.copy()
-    paths = frame.pop("path").tolist() if "path" in frame else []
+    paths = frame["path"].tolist() if "path" in frame else []
+    frame = frame.drop(columns="path", errors="ignore")
     if "fold" not in frame or frame["fold"].isna().any():
         frame = add_groups(frame, targets, folds=8)
     rows = Rows(frame, paths, targets, np.empty(0, int), np.empty(0, int), 0, np.ones(len(frame), np.float32))

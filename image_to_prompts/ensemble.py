@@ -258,7 +258,6 @@ def _scores(ensemble: Ensemble, arrays: list[np.ndarray], rows: dataset.Rows, te
 
 def save(folder: Path, ensemble: Ensemble) -> None:
     """Writes a checkpoint; config.json comes last, so that a folder with one is complete."""
-
     state = {f"network.{name}": value.cpu().numpy() for name, value in ensemble.network.state_dict().items()}
     state["mean_target"] = ensemble.mean
     for name in PAIRS:

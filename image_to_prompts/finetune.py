@@ -193,10 +193,10 @@ def _train(config: Config) -> pd.DataFrame:
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
     manifests = [folder / MANIFEST for folder in config.images]
-    frame = dataset.load_metadata(tables, config.images)
+    loaded = dataset.load_metadata(tables, config.images)
     settings = config.settings(*LOOSE) | {
-        "images": frame["image_name"].tolist(),
-        "contents": contents(frame["path"].tolist()),
+        "images": loaded["image_name"].tolist(),
+        "contents": contents(loaded["path"].tolist()),
     }
     first = [config.init / name for name in models.FILES] if config.init else []
     inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
@@ -209,8 +209,8 @@ def _train(config: Config) -> pd.DataFrame:
         return pd.read_csv(history_path)
     stamp.claim(config.out / name for name in OUTPUTS)
     work = stamp.work_folder()
-    targets = text_encoder.encode(frame["prompt"].tolist())
-    rows = dataset.split(frame, targets, config.fold, config.leave_out, parse_weights(config.source_weights))
+    targets = text_encoder.encode(loaded["prompt"].tolist())
+    rows = dataset.split(loaded, targets, config.fold, config.leave_out, parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
     accelerator = accelerator_for(config)

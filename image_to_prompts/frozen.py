@@ -233,7 +233,6 @@ def baselines(found: np.ndarray, rows: Rows) -> Baselines:
 
 def save(path: Path, base: Baselines) -> None:
     """Writes the kNN baseline's features (float16) and targets beside a checkpoint."""
-
     write_tensors(path, {"features": base.features.astype(np.float16), "targets": base.targets})
 
 

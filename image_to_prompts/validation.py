@@ -28,7 +28,6 @@ def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
         rows: The rows.
         predicted: float32 (len(rows.valid), 384), NaN where an image cannot be read.
     """
-
     readable = np.isfinite(predicted[:, 0])
     valid, predicted = rows.valid[readable], predicted[readable]
     known = [name for name in ("image_name", "prompt") if name in rows.frame]  # prompts may not come with embeddings

@@ -151,18 +151,22 @@ def test_thresholds_from_one_pass(monkeypatch):
     assert found.at(0.9).at(0.7).counts == counts[0.7]
 
 
+def numbered(vectors):
+    """Rows whose prompts end in their numbers, and what embeds each as the vector of its number."""
+    frame = frame_of(*(f"prompt {number}" for number in range(len(vectors))))
+    return frame, lambda texts: vectors[[int(text.split()[1]) for text in texts]]
+
+
 @pytest.mark.parametrize("kept_pairs", [True, False])
 def test_another_threshold_is_as_if_it_had_been_asked_for(monkeypatch, kept_pairs):
     """Also with rows of an earlier file, which copies of each other stay in, from pairs and from vectors."""
     vectors = clustered(200, 3, 20)
-    frame = frame_of(*(f"prompt {number}" for number in range(200)))
+    frame, encode = numbered(vectors)
     if not kept_pairs:
         monkeypatch.setattr(result, "MOST_PAIRS", -1)
 
     def made(threshold, fixed=40):
-        return dedupe.dedupe(
-            frame, lambda texts: vectors[[int(text.split()[1]) for text in texts]], threshold, fixed=fixed
-        )
+        return dedupe.dedupe(frame, encode, threshold, fixed=fixed)
 
     found = made(0.8)
     assert (found.pairs is not None) == kept_pairs
@@ -177,10 +181,10 @@ def test_another_threshold_is_as_if_it_had_been_asked_for(monkeypatch, kept_pair
 
 def test_what_searched_is_said(monkeypatch):
     vectors = clustered(3000, 5, 384)
-    frame = frame_of(*(f"prompt {number}" for number in range(3000)))
+    frame, encode = numbered(vectors)
 
     def made(engine="auto"):
-        found = dedupe.dedupe(frame, lambda texts: vectors[[int(text.split()[1]) for text in texts]], engine=engine)
+        found = dedupe.dedupe(frame, encode, engine=engine)
         assert found.threshold == 0.8
         return found, found.at(0.9)
 
