@@ -38,6 +38,12 @@ def pytest_configure(config):
         config.pluginmanager.register(chaos_report.Table(file))
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: the last file that a worker starts on should be a short one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
