@@ -42,11 +42,14 @@ WORDS = {
         "--epochs 3 --image-size 64 --learning-rate 2e-4 --no-cache-features --precision fp32",
         {"--images": "images"},
     ),
-    "embed": ("--image-size 64 --encoders timm:tf_efficientnet_lite0 classes", {"--images": "images"}),
+    "embed": (
+        "--image-size 64 --encoders timm:tf_efficientnet_lite0 timm:tf_efficientnet_lite2",
+        {"--images": "images"},
+    ),
     "ensemble": ("--epochs 3 --save-minutes 0", {"--embeddings": "embeddings"}),
     "infer": ("--batch-size 4", {"--images": "images", "--checkpoint": "checkpoint"}),
     "describe": (
-        "--batch-size 4 --views whole --out RUN/prompts.csv",
+        "--batch-size 4 --views whole --most-words 8 --out RUN/prompts.csv",
         {"": "pictures", "--checkpoint": "checkpoint", "--prompts": "metadata", "--vocabulary": "words"},
     ),
 }
@@ -93,7 +96,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
 
-    from image_to_prompts import describer, embed, frozen, predictors, text_encoder
+    from image_to_prompts import describer, embed, frozen, fusion, predictors, text_encoder
     from image_to_prompts.__main__ import main
     from image_to_prompts.render.scenes import SceneBackend
     from image_to_prompts.sources import readers
@@ -101,6 +104,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     torch.set_num_threads(1)
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
     describer.BLOCK, frozen.BLOCK = 8, 16
+    fusion.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)
     if memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

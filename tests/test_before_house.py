@@ -1,0 +1,96 @@
+"""Runs of the commit `before-house` (benchmarks/README.md), finished or half done: today's commands take them over.
+
+tests/before_house/make.py made them there.
+"""
+
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from before_house import make
+from safetensors.torch import load_file
+
+THERE = Path(__file__).with_name("before_house")
+EXACT = ("base", "collect", "render-tar")  # what is an integer, a text, or drawn from a row's own seed
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("before")
+    with tarfile.open(THERE / "runs.tar.xz") as file:
+        file.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def place(packed, tmp_path, monkeypatch):
+    """A copy of its own, as the working directory: the runs' paths are relative."""
+    shutil.copytree(packed, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def is_shown(name: str) -> bool:
+    return not any(part.startswith(".") for part in Path(name).parts)
+
+
+def names(run: Path) -> set[str]:
+    """Files of a run, without its log and locks."""
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    return {name for name in found if not name.endswith((".log", ".lock"))}
+
+
+def assert_alike(found: Path, expected: Path, exact: bool) -> None:
+    """Bytes where they are exact, else numbers that are close and texts that are equal."""
+    if exact:
+        assert found.read_bytes() == expected.read_bytes(), found
+    elif expected.suffix == ".npy":
+        np.testing.assert_allclose(np.load(found), np.load(expected), atol=1e-4)
+    elif expected.suffix == ".safetensors":
+        ours, theirs = load_file(found), load_file(expected)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(ours[name].float(), value.float(), atol=2e-3, err_msg=f"{found} {name}")
+    elif expected.suffix == ".csv":
+        pd.testing.assert_frame_equal(pd.read_csv(found), pd.read_csv(expected), atol=2e-3, rtol=0)
+
+
+def assert_taken_over(case, expected: Path, exact: bool) -> None:
+    """The command ends well; what it writes is what `before-house` wrote, and nothing half done is left."""
+    code, said = case.finish()
+    assert code == 0 and "Traceback" not in said, said
+    wanted, found = names(expected), names(case.run)
+    assert found <= wanted, found - wanted
+    shown, folders = {name for name in found if is_shown(name)}, {Path(name).parts[0] for name in found}
+    assert shown == {name for name in wanted if is_shown(name) and Path(name).parts[0] in folders}, said
+    assert len(shown) > 1
+    for name in shown:
+        assert_alike(case.run / name, expected / name, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", make.HALF_DONE)
+def test_half_done_work_ends_as_it_would_have(name, place):
+    case, target = make.case(name, "half-done", make.HALF_DONE[name][2]), name.partition(",")[0]
+    expected = make.BASE if target in ("generate", "render") else Path("finished") / target / "run"
+    assert_taken_over(case, expected, target in (*EXACT, "generate", "render"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", make.FINISHED)
+def test_finished_work_stays(name, place, packed):
+    case = make.case(name, "finished", make.FINISHED[name])
+    assert_taken_over(case, packed / "finished" / name / "run", name in EXACT)
+
+
+@pytest.mark.parametrize("path", sorted(THERE.glob("help/*.txt")), ids=lambda path: path.stem)
+def test_every_flag_is_still_there(path, command):
+    words = [] if path.stem == "all" else path.stem.replace("kaggle-", "kaggle ").split()
+    code, out, _ = command(*words, "--help")
+    assert code == 0
+    flags = set(re.findall(r"--[a-z][a-z-]+", path.read_text(encoding="utf-8")))
+    assert flags - set(re.findall(r"--[a-z][a-z-]+", out)) == set()
