@@ -22,18 +22,18 @@ CAUGHT, MARK = (1, 3, 24, 36, 152, 255, -24), "## Mutants"  # exit codes of mutm
 ARGUED = json.loads(Path(__file__).with_name("mutants_argued.json").read_text(encoding="utf-8"))
 
 
-def why(change: str) -> str:
+def why(change: list[str]) -> str:
     """Why no test can or need notice what a change puts in; "" where nobody has said."""
-    added = change.rpartition(" +")[2]
+    added = " ".join(line[1:] for line in change if line.startswith("+"))
     return next((reason for pattern, reason in ARGUED.items() if re.search(pattern, added)), "")
 
 
-def change_of(functions: dict[str, ast.AST], name: str) -> str:
+def change_of(functions: dict[str, ast.AST], name: str) -> list[str]:
     """The lines of a function that a mutant takes out (-) and puts in (+)."""
     original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", name)
     texts = [ast.unparse(functions[one]).replace(one, "f").splitlines() for one in (original, name)]
     found = list(difflib.unified_diff(*texts, lineterm="", n=0))[2:]
-    return " ".join(re.sub(r"\s+", " ", line) for line in found if not line.startswith("@@"))
+    return [re.sub(r"\s+", " ", line) for line in found if not line.startswith("@@")]
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
             if reason := why(change):
                 reasons[reason] += 1
             else:
-                open_.append(f"- `{name.removeprefix('image_to_prompts.')}`: `{change}`")
+                open_.append(f"- `{name.removeprefix('image_to_prompts.')}`: `{' '.join(change)}`")
         caught = len(codes) - len(survivors)
         module = meta.relative_to("mutants").with_suffix("").as_posix()
         lines.append(f"| `{module}` | {len(codes)} | {caught} | {caught / len(codes):.1%} |")

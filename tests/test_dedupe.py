@@ -177,6 +177,47 @@ def test_another_threshold_is_as_if_it_had_been_asked_for(monkeypatch, kept_pair
         assert np.array_equal(other.leader, expected.leader) and np.array_equal(other.cosine, expected.cosine)
         assert not np.array_equal(expected.leader, made(threshold, 0).leader)
     assert np.array_equal(found.groups(), oracle(vectors[found.kept_rows], 0.7))
+    assert found.at(0.5).how == "exact, 200 texts"  # pairs do not reach that far
+
+
+def test_a_bare_table_is_taken_from_its_first_row():
+    """Without the columns that `run` adds, and only texts that the tokenizer tells apart share no vector."""
+    prompts = ["a fox", "A  Fox", "Straße", "strasse", "a fox"]
+    encode = lambda texts: np.eye(3, dtype=np.float32)[: len(texts)]  # noqa: E731
+    found = dedupe.dedupe(frame_of(*prompts), encode)
+    assert found.kept["prompt"].tolist() == ["a fox", "Straße", "strasse"] and found.counts["rows"] == 5
+    told = found.removed[["prompt", "reason", "file", "row", "kept_file", "kept_row"]].to_numpy().tolist()
+    assert told == [["A  Fox", "normalised", "", 2, "", 1], ["a fox", "exact", "", 5, "", 1]]
+    assert len(dedupe.dedupe(frame_of(*prompts), encode, 1.0).kept) == 3
+    same = dedupe.dedupe(frame_of("a fox", "a red fox"), lambda texts: np.eye(2, dtype=np.float32)[[0, 0]], 1.0)
+    assert same.removed["reason"].tolist() == ["similar"]  # a cosine that is the threshold itself
+    assert same.cosine.dtype == exact.leaders(same.vectors, 0.8)[1].dtype == np.float32
+
+
+def test_rows_to_compare_with_stay_whoever_searches():
+    vectors = np.eye(60, dtype=np.float32)[np.arange(120) % 60]
+    for engine in ("exact", "faiss"):
+        leader = result.leaders(vectors, 0.8, 70, engine)[0]
+        assert np.array_equal(leader[:70], np.arange(70)) and (leader[70:] < 60).all()
+
+
+@pytest.mark.parametrize("block", [7, 50, 64])
+def test_a_sample_tells_the_nearest_others_and_how_many_pairs_there_are(monkeypatch, block):
+    monkeypatch.setattr(result, "BLOCK", block)
+    vectors = np.concatenate([clustered(45, 2, 6), -np.eye(6, dtype=np.float32)[:5]])
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -2)
+    for floor in (0.0, 0.7):  # axes are at right angles: their cosine is the first floor itself
+        nearest, pairs = result.sampled(vectors, floor)
+        np.testing.assert_allclose(nearest, cosines.max(1), atol=1e-6)
+        assert pairs == (cosines >= floor).sum() // 2 and isinstance(pairs, int)
+    away, none = result.sampled(np.array([[1, 0], [-1, 0]], np.float32), 0.7)
+    assert away.tolist() == [-1, -1] and away.dtype == np.float32 and none == 0
+    monkeypatch.setattr(result, "SAMPLE", 20)
+    some, estimated = result.sampled(np.repeat(np.eye(30, dtype=np.float32), 3, 0), 0.7)  # each has two others
+    assert some.tolist() == [1] * 20 and estimated == 90
+    some, _ = result.sampled(vectors, 0.7)
+    assert len(some) == 20 and np.array_equal(some, result.sampled(vectors, 0.7)[0])
 
 
 def test_what_searched_is_said(monkeypatch):

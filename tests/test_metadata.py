@@ -30,6 +30,7 @@ def write(path, text):
         ("image_name,prompt\n..,a\n", ["row 1", "a file name, or a path below"]),
         ("image_name,prompt\na.png,a cat\nb.png,a\0b\n", ["row 2", "column 'prompt'", "NUL"]),
         ("image_name,prompt\na\0.png,a cat\n", ["row 1", "column 'image_name'", "NUL"]),
+        ("image_name,prompt\na.png,a cat,a dog\0\n", ["NUL"]),
         ("image_name,prompt,seed\nx.png,a,many\n", ["row 1", "seed 'many'"]),
         ('image_name,prompt\nx.png,a,"b\n', ["not a CSV"]),
     ],
