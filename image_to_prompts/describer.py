@@ -30,12 +30,13 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights, workspace
+from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights
 from .devices import gather, rank_and_processes
 from .errors import UserError
 from .files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
 from .metadata import IMAGE_SUFFIXES
 from .profiles import StageConfig
+from .workspace import Run, default_run, profile_of
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
@@ -105,15 +106,16 @@ class Describer:
         Raises:
             UserError: If neither a checkpoint nor an interrogator is there, or a CSV or the vocabulary is bad.
         """
-        from . import compose, retrieval
+        from . import compose
+        from .retrieval import open_index
 
         self.config = config
-        run = workspace.Run(config.run)
+        run = Run(config.run)
         folders, csvs = sources(config)
         self.weights = infer.blend_weights(folders) if folders else []
         self.predictors = [predictors.checkpoint(folder) for folder in folders]
         self.interrogator = None if folders else _interrogator(config.profile, run)
-        self.index = retrieval.open_index(csvs) if csvs else None
+        self.index = open_index(csvs) if csvs else None
         self.words = compose.vocabulary(config.vocabulary, config.artists) if folders else None
 
     def describe(self, files: Sequence[Path]) -> list[Description]:
@@ -159,7 +161,7 @@ def sources(config: Config) -> tuple[list[Path], list[Path]]:
     Raises:
         UserError: If one that was given is not there, or there is a checkpoint but no known prompts.
     """
-    run = workspace.Run(config.run)
+    run = Run(config.run)
     folders = list(config.checkpoint) or infer.newest(run, may_miss=True)
     known = [run.have(path) for path in (run.train_metadata, run.metadata)]
     csvs = list(config.prompts) or [path for path in known if path.is_file()][:1]
@@ -174,7 +176,7 @@ def sources(config: Config) -> tuple[list[Path], list[Path]]:
     return folders, csvs
 
 
-def _interrogator(profile: str, run: workspace.Run) -> encoders.Encoder:
+def _interrogator(profile: str, run: Run) -> encoders.Encoder:
     """What says something without a checkpoint: caption and ranking, or their stand-in of the embedded profile."""
     if profile == "embedded":
         log.warning("no checkpoint in %s: ImageNet classes must do; `image-to-prompts run` trains one", run.folder)
@@ -188,7 +190,7 @@ def _interrogator(profile: str, run: workspace.Run) -> encoders.Encoder:
 
 @lru_cache(maxsize=1)
 def _loaded(run: Path, profile: str) -> Describer:
-    return Describer(profiles.default_config("describe", workspace.Run(run), profile))
+    return Describer(profiles.default_config("describe", Run(run), profile))
 
 
 def describe(image: str | Path | Image.Image, run: str | Path | None = None, profile: str | None = None) -> Description:
@@ -214,8 +216,8 @@ def describe(image: str | Path | Image.Image, run: str | Path | None = None, pro
     if path.is_dir():
         raise UserError(f"{path}: is a folder; describe takes one image, `image-to-prompts describe` whole folders")
     (file,) = _files([path])
-    folder = (Path(run) if run else workspace.default_run()).resolve()
-    (found,) = _loaded(folder, workspace.profile_of(folder, profile)).describe([file])
+    folder = (Path(run) if run else default_run()).resolve()
+    (found,) = _loaded(folder, profile_of(folder, profile)).describe([file])
     if found.error:
         raise UserError(found.error)
     return found

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights, workspace
+from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights
 from . import model as models
 from .encoders import Encoder
 from .engine import over_blocks
 from .errors import UserError
 from .files import is_sealed, make_folder, seal, write_array
 from .progress import Deadline
+from .workspace import Run, is_ensemble, kaggle_inputs
 
 if TYPE_CHECKING:
     from . import infer
@@ -71,7 +72,7 @@ def checkpoint(folder: Path) -> Predictor:
     """A checkpoint of `finetune` or `ensemble`; see their `load` for what it raises."""
     from .encoders.backbone import BackboneEncoder
 
-    if workspace.is_ensemble(folder):
+    if is_ensemble(folder):
         found = ensemble.load(folder)
         seen = found.config["ensemble"]["encoders"]
         alone = found.config["ensemble"]["attention"] != "seed"  # that network looks at a whole batch
@@ -87,7 +88,7 @@ def trained_on(folders: list[Path], targets: np.ndarray) -> int:
 
     found = np.zeros(len(targets), bool)
     for folder in folders:
-        if workspace.is_ensemble(folder):
+        if is_ensemble(folder):
             known = ensemble.load(folder).known
             found |= near(targets, known[1], SAME) if known else False
         elif (folder / "baselines.safetensors").is_file():
@@ -157,13 +158,13 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
     return Predictor(evaluate.unit(text_encoder.encode(prompts).mean(0)))
 
 
-def ladder(run: workspace.Run) -> list[Rung]:
+def ladder(run: Run) -> list[Rung]:
     """What can predict without a checkpoint, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
 
     Looked for among the attached Kaggle inputs and in the run.
     """
     rungs = []
-    stored = [path.parent for path in workspace.kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
+    stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
     stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
     for folder in stored:
         names = [*embeddings.arrays(folder), embeddings.PROMPTS]
@@ -173,7 +174,7 @@ def ladder(run: workspace.Run) -> list[Rung]:
     if all(models_):
         files = [file for found in models_ for file in found if file.is_file()]
         rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))
-    csvs = [path for path in [*workspace.kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
+    csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
         rungs.append(Rung(what, {"mean": lambda: prompt_mean(csvs)}, [1.0], csvs))

@@ -50,9 +50,9 @@ def test_a_folder_is_described_into_a_table(trained, tmp_path):
 def test_what_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
     run, pictures = trained
     seen = []
-    describe = describer.Describer.describe
+    original = describer.Describer.describe
     monkeypatch.setattr(
-        describer.Describer, "describe", lambda self, files: seen.extend(files) or describe(self, files)
+        describer.Describer, "describe", lambda self, files: seen.extend(files) or original(self, files)
     )
     first = describer.run(config(run, pictures))
     assert len(seen) == 7

@@ -26,9 +26,9 @@ def test_all_five_stages(command, tiny_gpt2, tiny_sd2, tiny_open_clip, tmp_path)
     assert manifest["backend"].eq("sd2").all() and len(manifest) == 9
 
     stage("finetune", "--backbone", f"open_clip:{tiny_open_clip}", "--image-size", 64, "--epochs", 2, "--batch-size", 4)
-    checkpoint = model.load(run / "checkpoints" / "convnext")
-    assert checkpoint.spec.tower["vision_cfg"]["timm_model_name"] == "convnext_atto"
-    assert checkpoint.spec.mean == [0.48, 0.46, 0.41] or tuple(checkpoint.spec.mean) == (0.48, 0.46, 0.41)
+    found = model.load(run / "checkpoints" / "convnext")
+    assert found.spec.tower["vision_cfg"]["timm_model_name"] == "convnext_atto"
+    assert found.spec.mean == [0.48, 0.46, 0.41] or tuple(found.spec.mean) == (0.48, 0.46, 0.41)
 
     stage("infer")
     assert submission.check(run / "submission" / "submission.csv", run / "images" / "prompts") == 9

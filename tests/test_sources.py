@@ -29,7 +29,7 @@ def read(source, path, column="prompt"):
 
 
 @pytest.fixture
-def collect(tmp_path):
+def collected(tmp_path):
     """Collects from files; returns the rows and the report by rule."""
 
     def run(source, *files, **options):
@@ -62,9 +62,9 @@ def diffusiondb_metadata(path, count=6):
     return prompts
 
 
-def test_diffusiondb(tmp_path, collect):
+def test_diffusiondb(tmp_path, collected):
     prompts = diffusiondb_metadata(tmp_path / "metadata.parquet")
-    frame, report = collect("diffusiondb", tmp_path / "metadata.parquet")
+    frame, report = collected("diffusiondb", tmp_path / "metadata.parquet")
     assert list(frame.columns) == list(sources.COLUMNS)
     assert frame["prompt"].tolist() == prompts[:4]
     assert frame["image_name"][0] == frame["source_id"][0] == "00000000-aaaa.png"
@@ -87,9 +87,9 @@ def part(folder, count=3, **changes):
     return path
 
 
-def test_diffusiondb_parts_and_their_images(tmp_path, collect):
+def test_diffusiondb_parts_and_their_images(tmp_path, collected):
     path = part(tmp_path, gone={"p": "has no image", "se": 1})
-    frame, report = collect("diffusiondb-parts", path)
+    frame, report = collected("diffusiondb-parts", path)
     assert frame["seed"].tolist() == [100, 101, 102] and report.loc["broken", "dropped"] == 1
     folder = tmp_path / "folder" / "part-000007"
     with zipfile.ZipFile(path) as archive:
@@ -98,18 +98,18 @@ def test_diffusiondb_parts_and_their_images(tmp_path, collect):
     assert again["prompt"].to_list() == frame["prompt"].tolist()
 
 
-def test_conceptual_captions_in_both_orders(tmp_path, collect):
+def test_conceptual_captions_in_both_orders(tmp_path, collected):
     three, twelve = tmp_path / "Train_GCC-training.tsv", tmp_path / "cc12m.tsv"
     three.write_text('a "red fox" in the snow\thttp://a/1.jpg\nno address here\na calm sea\thttps://a/2.jpg\n')
     twelve.write_text("http://a/3.jpg\tan owl in a tree\n")
-    frame, report = collect("captions-tsv", three, twelve, name="cc")
+    frame, report = collected("captions-tsv", three, twelve, name="cc")
     assert frame["prompt"].tolist() == ['a "red fox" in the snow', "a calm sea", "an owl in a tree"]
     assert frame["source_id"].tolist() == ["http://a/1.jpg", "https://a/2.jpg", "http://a/3.jpg"]
     assert set(frame["source"]) == {"cc"} and report.loc["broken", "dropped"] == 1
     assert frame["image_name"].tolist() == metadata.with_keys(frame[["prompt"]], three)["image_name"].tolist()
 
 
-def test_laion_coco(tmp_path, collect):
+def test_laion_coco(tmp_path, collected):
     columns = {
         "URL": ["http://a/1", "http://a/2"],
         "TEXT": ["alt text", "other"],
@@ -124,11 +124,11 @@ def test_laion_coco(tmp_path, collect):
         "punsafe": pl.Series([0.01, 0.99], dtype=pl.Float32),
     }
     pl.DataFrame(columns).write_parquet(tmp_path / "part-00000.parquet")
-    frame, _ = collect("laion-coco", tmp_path / "part-00000.parquet")
+    frame, _ = collected("laion-coco", tmp_path / "part-00000.parquet")
     assert frame[["prompt", "source_id"]].to_numpy().tolist() == [["a painting of a red fox", "http://a/1"]]
 
 
-def test_coco_and_vizwiz(tmp_path, collect):
+def test_coco_and_vizwiz(tmp_path, collected):
     coco = {"info": {}, "images": [{"id": 9, "file_name": "9.jpg"}], "licenses": []}
     coco["annotations"] = [{"image_id": 9, "id": 48, "caption": "A red fox on a chair."}, {"image_id": 9, "id": 49}]
     flags = [(False, False), (True, False), (False, True)]
@@ -139,7 +139,7 @@ def test_coco_and_vizwiz(tmp_path, collect):
     ]}  # fmt: skip
     (tmp_path / "captions_train2017.json").write_text(json.dumps(coco))
     (tmp_path / "val.json").write_text(json.dumps(vizwiz))
-    frame, report = collect("captions-json", tmp_path / "captions_train2017.json", tmp_path / "val.json")
+    frame, report = collected("captions-json", tmp_path / "captions_train2017.json", tmp_path / "val.json")
     assert frame["prompt"].tolist() == ["A red fox on a chair.", "A can of 0 beans."]
     assert report.loc["rejected", "dropped"] == 2 and report.loc["broken", "dropped"] == 1
 
@@ -164,9 +164,9 @@ def test_any_table(tmp_path, name):
     assert frame["prompt"].to_list() == texts and frame["source_id"].to_list() == ["1", "2", "3"] and not broken
 
 
-def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collect):
+def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collected):
     (tmp_path / "a.txt").write_text("a red fox asleep\nan owl in a tree\n", encoding="utf-16")
-    assert collect("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox asleep", "an owl in a tree"]
+    assert collected("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox asleep", "an owl in a tree"]
     (tmp_path / "b.csv").write_bytes(
         b'prompt,x\na red fox asleep,1\n\xff\xfe owl,2\na,b,c\n"a never ending,3\nan owl,4\n'
     )
@@ -180,13 +180,13 @@ def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collect):
     assert frame["prompt"].to_list() == ["a red fox"] and broken == 3
 
 
-def test_repeats_and_limits(tmp_path, collect, monkeypatch):
+def test_repeats_and_limits(tmp_path, collected, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 4)
     (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 7} birds" for number in range(20)))
-    frame, report = collect("table", tmp_path / "a.txt")
+    frame, report = collected("table", tmp_path / "a.txt")
     assert frame["prompt"].tolist() == [f"a red fox beside {number} birds" for number in range(7)]
     assert report.loc["repeats", ["rows", "dropped"]].tolist() == [20, 13]
-    assert len(collect("table", tmp_path / "a.txt", limit=5)[0]) == 5
+    assert len(collected("table", tmp_path / "a.txt", limit=5)[0]) == 5
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -349,19 +349,19 @@ def test_a_few_flipped_bytes_never_end_in_a_traceback(tmp_path, name, data):
                     images.read(image)
 
 
-def test_odd_values_are_skipped_or_missing(tmp_path, collect):
+def test_odd_values_are_skipped_or_missing(tmp_path, collected):
     path = part(tmp_path, 2, **{"x.png": []})
     for odd in ("abc", [], 1e300, 2**70, -1, None):
         records = {"0f47c66c.png": {"p": "fox \ud83d number", "se": odd}}
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("0f47c66c.png", b"")
             archive.writestr("p.json", json.dumps(records))
-        frame, _ = collect("diffusiondb-parts", path)
+        frame, _ = collected("diffusiondb-parts", path)
         assert frame["prompt"].tolist() == ["fox number"] and frame["seed"][0] < 2**31
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("p.json", "[]")
     with pytest.raises(UserError, match="no prompt is left"):
-        collect("diffusiondb-parts", path)
+        collected("diffusiondb-parts", path)
     diffusiondb_metadata(tmp_path / "m.parquet", 8)
     table = pl.read_parquet(tmp_path / "m.parquet").with_columns(
         pl.col("seed").cast(pl.Float64),
@@ -371,26 +371,26 @@ def test_odd_values_are_skipped_or_missing(tmp_path, collect):
         height=pl.lit(512),
     )
     table.write_parquet(tmp_path / "m.parquet")
-    frame, report = collect("diffusiondb", tmp_path / "m.parquet")
+    frame, report = collected("diffusiondb", tmp_path / "m.parquet")
     assert frame["image_name"].tolist() == ["a.png", "d.png", "e.png"]
     assert report.loc["broken", "dropped"] == 4 and report.loc["repeats", "dropped"] == 1
 
 
-def test_a_part_that_comes_later_is_collected_too(tmp_path, collect):
+def test_a_part_that_comes_later_is_collected_too(tmp_path, collected):
     folder = tmp_path / "parts" / "images"
     folder.mkdir(parents=True)
     part(folder)
-    assert len(collect("diffusiondb-parts", tmp_path / "parts")[0]) == 3
+    assert len(collected("diffusiondb-parts", tmp_path / "parts")[0]) == 3
     os.utime(tmp_path / "parts", (1, 1))
     (folder / "part-000007.zip").rename(folder / "part-000008.zip")
     part(folder, 5)
-    assert len(collect("diffusiondb-parts", tmp_path / "parts")[0]) == 5
+    assert len(collected("diffusiondb-parts", tmp_path / "parts")[0]) == 5
 
 
-def test_nothing_is_left_of_a_block(tmp_path, collect, monkeypatch):
+def test_nothing_is_left_of_a_block(tmp_path, collected, monkeypatch):
     monkeypatch.setattr(readers, "BLOCK", 2)
     (tmp_path / "a.txt").write_text("NULL\n123\nnan\nein roter Fuchs sitzt auf einem Stuhl\na red fox on a chair\n")
-    assert collect("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox on a chair"]
+    assert collected("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox on a chair"]
 
 
 def test_own_rules_through_the_command_line(tmp_path, command, refused):
@@ -456,10 +456,10 @@ def test_parts_are_image_folders_too(tmp_path):
         images.find(tmp_path)
 
 
-def test_real_pairs_are_embedded_like_rendered_ones(tmp_path, collect):
+def test_real_pairs_are_embedded_like_rendered_ones(tmp_path, collected):
     (tmp_path / "parts").mkdir()
     part(tmp_path / "parts")
-    frame, _ = collect("diffusiondb-parts", tmp_path / "parts")
+    frame, _ = collected("diffusiondb-parts", tmp_path / "parts")
     settings_ = {"encoders": ("timm:tf_efficientnet_lite0",), "image_size": 64}
     config = embed.Config(
         images=(tmp_path / "parts",), metadata=(tmp_path / "out.csv",), out=tmp_path / "e", **settings_

@@ -16,18 +16,18 @@ def test_a_checkpoint_says_how_well_it_does_on_what(small_run, small_checkpoint)
     frame, predicted, targets = validation.read(small_checkpoint)
     cosines = (evaluate.unit(predicted) * targets).sum(1)
     np.testing.assert_allclose(frame["cosine"].astype(float), cosines, atol=1e-4)
-    metrics = model.load(small_checkpoint).config["metrics"]
-    assert cosines.mean() == pytest.approx(metrics["validation_cosine"], abs=1e-4)
+    expected = model.load(small_checkpoint).config["metrics"]
+    assert cosines.mean() == pytest.approx(expected["validation_cosine"], abs=1e-4)
     table = pd.read_csv(small_checkpoint / "sources.csv").set_index("source")
     assert table.loc["all", "rows"] == len(frame)
     assert table.loc["all", "cosine"] == pytest.approx(cosines.mean(), abs=1e-3)
-    assert table.loc["all", "constant"] == pytest.approx(metrics["constant"], abs=1e-3)
-    assert table.loc["all", "knn"] == pytest.approx(metrics["knn"], abs=1e-3)
+    assert table.loc["all", "constant"] == pytest.approx(expected["constant"], abs=1e-3)
+    assert table.loc["all", "knn"] == pytest.approx(expected["knn"], abs=1e-3)
     assert table.loc["all", "low"] < table.loc["all", "cosine"] < table.loc["all", "high"]
     with Image.open(small_checkpoint / "best_and_worst.png") as picture:
         assert picture.width > 1000
     said = (small_checkpoint / "README.md").read_text()
-    assert "tf_efficientnet_lite2 at 64 px" in said and f"{metrics['validation_cosine']:.4g}" in said
+    assert "tf_efficientnet_lite2 at 64 px" in said and f"{expected['validation_cosine']:.4g}" in said
 
 
 def test_a_source_unlike_the_others_scores_less_when_left_out(tmp_path):

@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from .. import metadata, workspace
+from .. import metadata
 from ..devices import rank_and_processes
 from ..engine import EngineConfig, over_blocks
 from ..errors import UserError
 from ..files import alone, make_folder, sweep
 from ..progress import Estimate, progress_to
-from ..workspace import MANIFEST
+from ..workspace import MANIFEST, Run, attached_images
 from . import store as stores
 from .limits import Limits
 from .output import Finished, run_ahead
@@ -137,7 +137,7 @@ def run(config: Config) -> pd.DataFrame:
         UserError: On bad metadata, settings or weights, or if images of other settings are in `out`.
     """
     if config.verify:
-        run_ = workspace.Run(config.run)
+        run_ = Run(config.run)
         return verify(run_.filled(run_.images, run_.train_images) if config.out == run_.images else config.out)
     return _run(config)[0]
 
@@ -242,7 +242,7 @@ def _render(
 ) -> tuple[pd.DataFrame, Estimate]:
     """Renders this process's part of the rows."""
     mine = [row for unit in units for row in unit]
-    folders = workspace.attached_images(config.out.name) if config.adopt is None else config.adopt
+    folders = attached_images(config.out.name) if config.adopt is None else config.adopt
     adopted = {name for folder in folders for name in store.adopt(folder, mine)}
     store.scan(mine)
     there = adopted | store.records.keys()

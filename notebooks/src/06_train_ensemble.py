@@ -61,8 +61,9 @@ if demo_folder:
     prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files, Path(demo_folder) / "images")
 else:
     validated = validation.read(config.out)[0].head(8)
-    folders = run.rendered(run.train_images)
-    found = [images.join(validated["image_name"], images.find(folder), folder) for folder in folders]
+    found = [
+        images.join(validated["image_name"], images.find(folder), folder) for folder in run.rendered(run.train_images)
+    ]
     files = [next(filter(None, some)) for some in zip(*found, strict=True)]
     prompts = validated["prompt"].tolist()
 model = ensemble.load(config.out)
