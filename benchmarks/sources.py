@@ -93,7 +93,7 @@ def collecting(path: Path) -> Prepared:
     return run
 
 
-def collecting(options: argparse.Namespace) -> dict[str, object]:
+def grown(options: argparse.Namespace) -> dict[str, object]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         ways = {}
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    found = {"collect": collecting, "rules": rules}[options.what](options)
+    found = {"collect": grown, "rules": rules}[options.what](options)
     record(__file__, options.what, found)
 
 
