@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wou
 
 import chaos_report
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, save_tokenizer
 
 from image_to_prompts import dedupe, generate, profiles, render, text_cache, workspace
@@ -22,8 +22,14 @@ from image_to_prompts.__main__ import main
 for name in os.environ.get("PRELOADED", "").split():  # make mutants forks a process for each fault
     importlib.import_module(name)
 # Shared machines are slow at times; how long an example takes says nothing about the code.
-examples = int(os.environ.get("HYPOTHESIS_EXAMPLES", 100))  # make mutants needs fewer
-settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=examples)
+quick = "HYPOTHESIS_EXAMPLES" in os.environ  # make mutants needs fewer examples, and not the smallest that fails
+settings.register_profile(
+    "project",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", 100)),
+    phases=(Phase.explicit, Phase.generate) if quick else tuple(Phase),
+)
 settings.load_profile("project")
 
 
