@@ -22,11 +22,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, profiles, progress, render, text_encoder
+from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, profiles, render, text_encoder
 from image_to_prompts import model as models
-from image_to_prompts.files import make_folder, write_json
 from image_to_prompts.images import ImageRows
-from image_to_prompts.workspace import Run
+from image_to_prompts.run import progress
+from image_to_prompts.run.files import make_folder, write_json
+from image_to_prompts.run.folders import Run
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},

@@ -40,7 +40,7 @@ def texts(count: int) -> list[str]:
 
 def encoded(prompts: list[str], values: dict[str, object]) -> np.ndarray:
     from image_to_prompts import text_cache, text_encoder
-    from image_to_prompts.engine import EngineConfig
+    from image_to_prompts.run.engine import EngineConfig
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ[text_cache.FOLDER] = folder
@@ -65,7 +65,7 @@ def seconds(do: Callable[[], object]) -> tuple[float, object]:
 
 def from_idle_actors(size: int, blocks: int = 128) -> float:
     """MB a second that arrive from two actors whose blocks are of `size` bytes."""
-    from image_to_prompts.engine import EngineConfig, over_blocks
+    from image_to_prompts.run.engine import EngineConfig, over_blocks
 
     def start() -> Callable[[int], bytes]:
         return lambda number: os.urandom(64) * (size // 64)

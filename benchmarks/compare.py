@@ -17,8 +17,9 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from image_to_prompts import dataset, embeddings, ensemble, evaluate, progress
-from image_to_prompts.errors import UserError
+from image_to_prompts import dataset, embeddings, ensemble, evaluate
+from image_to_prompts.run import progress
+from image_to_prompts.run.errors import UserError
 
 log = logging.getLogger(__name__)
 Predict = Callable[[list[np.ndarray]], np.ndarray]

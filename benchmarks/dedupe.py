@@ -74,7 +74,7 @@ def bare(file: Path) -> Prepared:
     import torch
 
     from image_to_prompts.dedupe import exact
-    from image_to_prompts.devices import one_core_each
+    from image_to_prompts.run.devices import one_core_each
 
     vectors = np.load(file)
     kept = exact.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))

@@ -28,18 +28,20 @@ if TYPE_CHECKING:
 
 
 def _describer(run: Path) -> Describer:
-    from image_to_prompts import describer, profiles, workspace
+    from image_to_prompts import describer, profiles
+    from image_to_prompts.run import folders
 
-    found = describer.Describer(profiles.default_config("describe", workspace.Run(run), "embedded"))
+    found = describer.Describer(profiles.default_config("describe", folders.Run(run), "embedded"))
     gc.freeze()  # as the command does; without it accelerate's collections would slow the loops
     return found
 
 
 def parts(run: Path, count: int, rounds: int) -> Iterator[list[Path]]:
     """A part of `count` images for each round."""
-    from image_to_prompts import images, workspace
+    from image_to_prompts import images
+    from image_to_prompts.run import folders
 
-    of = workspace.Run(run)
+    of = folders.Run(run)
     found = [*images.find(of.test_images), *images.find(of.train_images)][:count]
     yield from (found[part::rounds] for part in range(rounds))
 
@@ -79,10 +81,11 @@ def loop(run: Path, count: int, rounds: int) -> Prepared:
 
 
 def quality(run: Path) -> None:
-    from image_to_prompts import metadata, text_scores, workspace
+    from image_to_prompts import metadata, text_scores
+    from image_to_prompts.run import folders
 
-    of = workspace.Run(run)
-    frame = metadata.read(of.test_images / workspace.MANIFEST)
+    of = folders.Run(run)
+    frame = metadata.read(of.test_images / folders.MANIFEST)
     paths = [of.test_images / file for file in frame["file"]]
     table = text_scores.compare(_describer(run), paths, frame["prompt"].tolist(), "classes")
     print(f"{len(paths)} images")

@@ -63,7 +63,7 @@ def ours() -> Prepared:
     import torch
 
     from image_to_prompts import ensemble, fusion, fusion_training
-    from image_to_prompts.devices import process_state
+    from image_to_prompts.run.devices import process_state
     from image_to_prompts.training import batches
 
     process_state()  # which keeps freed memory, as `fusion_training.fit` does

@@ -80,8 +80,9 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     """Our trainer over random images, and what it is fed: (trainer, images or features, rows)."""
     import torch
 
-    from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
+    from image_to_prompts import backbones, dataset, finetune, frozen, training
     from image_to_prompts.fast_layers import faster
+    from image_to_prompts.run import progress
 
     progress.set_quiet(True)
     count = batch * accumulated
@@ -109,7 +110,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
 
 
 def prepare_reference(backbone: str, size: int, batch: int, steps: int) -> Prepared:
-    from image_to_prompts import devices
+    from image_to_prompts.run import devices
 
     device = devices.process_state().device
     step = reference_loop(build(backbone, size).to(device))
@@ -167,9 +168,10 @@ def bench_loss(options: argparse.Namespace) -> dict[str, Any]:
 
 def scenes(folder: Path, count: int) -> list[Path]:
     """Embedded scenes as PNG files."""
-    from image_to_prompts import generate, profiles, render, workspace
+    from image_to_prompts import generate, profiles, render
+    from image_to_prompts.run import folders
 
-    run = workspace.open_run(folder, "embedded")
+    run = folders.open_run(folder, "embedded")
     generate.run(profiles.default_config("generate", run, "embedded", count=count))
     found = render.run(profiles.default_config("render", run, "embedded", metadata=run.prompts))
     return [run.images / file for file in found["file"]]
@@ -190,9 +192,10 @@ class InMemory:
 
 def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an epoch of the embedded model over scenes, in three ways."""
-    from image_to_prompts import backbones, dataset, finetune, frozen, progress, training
+    from image_to_prompts import backbones, dataset, finetune, frozen, training
     from image_to_prompts.fast_layers import faster
     from image_to_prompts.images import ImageRows
+    from image_to_prompts.run import progress
 
     progress.set_quiet(True)
     with tempfile.TemporaryDirectory() as name:

@@ -54,7 +54,7 @@ def read(files: list[Path], size: int, as_jpeg: bool) -> Any:
 def reference(backbone: str, size: int, batch: int, files: list[Path], as_jpeg: bool = True) -> Prepared:
     import torch
 
-    from image_to_prompts import devices
+    from image_to_prompts.run import devices
 
     device = devices.process_state().device
     model = checkpoint(backbone, size).model.to(device, memory_format=torch.contiguous_format)
@@ -68,8 +68,9 @@ def reference(backbone: str, size: int, batch: int, files: list[Path], as_jpeg: 
 
 
 def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
-    from image_to_prompts import infer, predictors, progress
+    from image_to_prompts import infer, predictors
     from image_to_prompts.encoders.backbone import BackboneEncoder
+    from image_to_prompts.run import progress
 
     progress.set_quiet(True)
     loaded = checkpoint(backbone, size)

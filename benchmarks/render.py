@@ -22,9 +22,10 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from image_to_prompts import devices, metadata, render
+from image_to_prompts import metadata, render
 from image_to_prompts.generate import grammar
 from image_to_prompts.render import scenes, stable_diffusion
+from image_to_prompts.run import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, STEPS = 4, 4

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from . import __version__, progress, workspace
-from .devices import rank_and_processes
-from .errors import UserError, causes, explained
-from .files import shown
+from . import __version__
+from .run import folders, progress
+from .run.devices import rank_and_processes
+from .run.errors import UserError, causes, explained
+from .run.files import shown
 from .stages import STAGES
 
 EXTRA = {
@@ -100,7 +101,7 @@ class Explain:
 
     prompt: Annotated[str, tyro.conf.Positional]
     """One of the prompts, or any other."""
-    metadata: Path = field(default_factory=lambda: workspace.Run(workspace.default_run()).metadata)
+    metadata: Path = field(default_factory=lambda: folders.Run(folders.default_run()).metadata)
     """What dedupe wrote."""
     threshold: float = 0.8
     """Its threshold, for prompts that it did not see."""
@@ -242,11 +243,11 @@ def _run_stage(name: str, words: list[str]) -> Any:
     from . import profiles
 
     folder, profile = _place(words)
-    default = profiles.default_config(name, workspace.Run(folder), profile)
+    default = profiles.default_config(name, folders.Run(folder), profile)
     config = _parse(type(default), words, name, default)
     _set_up(config.quiet)
     stage = sys.modules[type(config).__module__]
-    workspace.open_run(folder, profile)
+    folders.open_run(folder, profile)
     progress.heading(name)
     return stage.run(config)
 
@@ -267,8 +268,8 @@ def _run_kaggle(words: list[str]) -> None:
 
 def _place(words: list[str]) -> tuple[Path, str]:
     """The run's folder and its profile."""
-    folder = Path(_value_of("--run", words) or workspace.default_run())
-    return folder, workspace.profile_of(folder, _value_of("--profile", words))
+    folder = Path(_value_of("--run", words) or folders.default_run())
+    return folder, folders.profile_of(folder, _value_of("--profile", words))
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:

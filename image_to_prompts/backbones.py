@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from . import weights
-from .errors import UserError
+from .run.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import metadata
-from .errors import UserError
+from .run.errors import UserError
 
 COLUMNS = ("file", "reference", "source", "where", "licence", "rows", "generate", "dedupe", "note")
 

@@ -30,15 +30,15 @@ from . import (
     infer,
     metadata,
     profiles,
-    progress,
     render,
     report,
     text_encoder,
 )
 from . import model as models
-from .errors import UserError
-from .files import Stamp, write_json
-from .workspace import Run, open_run, profile_of
+from .run import progress
+from .run.errors import UserError
+from .run.files import Stamp, write_json
+from .run.folders import Run, open_run, profile_of
 
 log = logging.getLogger(__name__)
 TEST_FOLDS = (1, 2)

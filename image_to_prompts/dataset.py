@@ -12,9 +12,9 @@ import pandas as pd
 
 from . import evaluate, images, metadata
 from .dedupe import add_groups
-from .errors import UserError
 from .render.store import BLANK, FAILED, NSFW
-from .workspace import MANIFEST
+from .run.errors import UserError
+from .run.folders import MANIFEST
 
 log = logging.getLogger(__name__)
 USELESS = (BLANK, NSFW, FAILED)

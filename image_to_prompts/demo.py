@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from . import metadata, profiles, text_encoder, workspace
+from . import metadata, profiles, text_encoder
 from .describer import Describer
-from .errors import UserError
 from .render import scenes
 from .render.store import Row
+from .run import folders
+from .run.errors import UserError
 
 if TYPE_CHECKING:
     import gradio
@@ -191,7 +192,7 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         import gradio as gr
     except ModuleNotFoundError as error:
         raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
-    run = workspace.Run(config.run)
+    run = folders.Run(config.run)
     describer = Describer(profiles.default_config("describe", run, config.profile, artists=config.artists))
     gc.freeze()  # see `describer`
     blocks = page(describer, painter(config.profile)).queue(max_size=WAITING)

@@ -30,13 +30,14 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import archives, encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights
-from .devices import gather, rank_and_processes
-from .errors import UserError
-from .files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
+from . import encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights
 from .metadata import IMAGE_SUFFIXES
 from .profiles import StageConfig
-from .workspace import Run, default_run, profile_of
+from .run import archives
+from .run.devices import gather, rank_and_processes
+from .run.errors import UserError
+from .run.files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
+from .run.folders import Run, default_run, profile_of
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
@@ -280,7 +281,7 @@ def _work(
 ) -> None:
     """Describes what is not done, block by block; writes the text files of all."""
     from . import compose
-    from .progress import progress_to
+    from .run.progress import progress_to
 
     todo = [row for row, key in enumerate(keys) if key not in done]
     describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None

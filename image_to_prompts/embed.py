@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 
 from . import dataset, embeddings, encoders, images, text_encoder, weights
-from .devices import process_state, rank_and_processes, wait_for_files
 from .encoders import Encoded
-from .engine import EngineConfig, over_blocks
-from .errors import UserError
-from .files import Stamp, alone, is_sealed, seal, write_array, write_json
+from .run.devices import process_state, rank_and_processes, wait_for_files
+from .run.engine import EngineConfig, over_blocks
+from .run.errors import UserError
+from .run.files import Stamp, alone, is_sealed, seal, write_array, write_json
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from . import metadata
-from .errors import UserError
-from .files import check_whole, write_array, write_json, write_text, writing
+from .run.errors import UserError
+from .run.files import check_whole, write_array, write_json, write_text, writing
 from .text_encoder import DIMENSION
 
 PROMPTS = "prompt"  # name of the prompts' own embeddings

@@ -20,10 +20,10 @@ import pandas as pd
 
 from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validation
 from . import model as models
-from .devices import process_state
-from .errors import UserError
-from .files import Stamp, alone, check_whole, write_json, write_tensors, write_text, writing
 from .profiles import StageConfig
+from .run.devices import process_state
+from .run.errors import UserError
+from .run.files import Stamp, alone, check_whole, write_json, write_tensors, write_text, writing
 
 if TYPE_CHECKING:
     from torch import nn

@@ -239,9 +239,9 @@ def extract(
     """
     import torch
 
-    from .devices import autocast
     from .images import load
-    from .progress import progress
+    from .run.devices import autocast
+    from .run.progress import progress
 
     wanted = np.arange(len(images)) if only is None else only
     batches = [wanted[start : start + batch_size].tolist() for start in range(0, len(wanted), batch_size)]

@@ -20,12 +20,12 @@ import pandas as pd
 
 from . import backbones, dataset, evaluate, frozen, metadata, text_encoder, training, validation
 from . import model as models
-from .devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
-from .errors import UserError
-from .files import Stamp, alone, atomic_path, sha256
 from .images import ImageRows, contents, tell_broken
 from .profiles import StageConfig
-from .workspace import LAST, MANIFEST, kaggle_inputs
+from .run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
+from .run.errors import UserError
+from .run.files import Stamp, alone, atomic_path, sha256
+from .run.folders import LAST, MANIFEST, kaggle_inputs
 
 if TYPE_CHECKING:
     import torch

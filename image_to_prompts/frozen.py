@@ -14,10 +14,10 @@ import numpy as np
 
 from . import backbones, evaluate
 from .dataset import Rows
-from .devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
-from .errors import UserError
-from .files import is_sealed, seal, write_tensors
 from .images import ImageRows
+from .run.devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
+from .run.errors import UserError
+from .run.files import is_sealed, seal, write_tensors
 
 if TYPE_CHECKING:
     import torch

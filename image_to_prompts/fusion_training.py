@@ -18,8 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import evaluate
 from .dataset import Rows
-from .devices import mixed_precision, process_state
-from .progress import progress_to
+from .run.devices import mixed_precision, process_state
+from .run.progress import progress_to
 from .training import batches, has_stalled, learning_rate_factor, read_state, save_state
 
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from . import archives
-from .devices import cores
-from .errors import UserError
-from .files import shown
 from .metadata import IMAGE_SUFFIXES, stem
+from .run import archives
+from .run.devices import cores
+from .run.errors import UserError
+from .run.files import shown
 
 if TYPE_CHECKING:
     import torch

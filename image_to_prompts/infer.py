@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 
 from . import evaluate, images, metadata, predictors, submission, text_encoder, validation
-from .engine import EngineConfig
-from .errors import UserError
-from .files import Stamp, alone, make_folder, write_json
 from .predictors import Rung
-from .workspace import Run
+from .run.engine import EngineConfig
+from .run.errors import UserError
+from .run.files import Stamp, alone, make_folder, write_json
+from .run.folders import Run
 
 log = logging.getLogger(__name__)
 LEAST_TO_FIT = 20  # images on which weights are fitted

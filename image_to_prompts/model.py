@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import backbones, evaluate
-from .errors import UserError
-from .files import check_whole, write_json, write_tensors, write_text, writing
+from .run.errors import UserError
+from .run.files import check_whole, write_json, write_tensors, write_text, writing
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from . import backbones, dataset, evaluate, finetune, frozen, metadata, training
-from .devices import rank_and_processes
-from .progress import short
+from .run.devices import rank_and_processes
+from .run.progress import short
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:

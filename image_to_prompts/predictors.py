@@ -20,11 +20,11 @@ import pandas as pd
 from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights
 from . import model as models
 from .encoders import Encoder
-from .engine import over_blocks
-from .errors import UserError
-from .files import is_sealed, make_folder, seal, write_array
-from .progress import Deadline
-from .workspace import Run, is_ensemble, kaggle_inputs
+from .run.engine import over_blocks
+from .run.errors import UserError
+from .run.files import is_sealed, make_folder, seal, write_array
+from .run.folders import Run, is_ensemble, kaggle_inputs
+from .run.progress import Deadline
 
 if TYPE_CHECKING:
     from . import infer

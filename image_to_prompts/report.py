@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from . import images
-from .files import atomic_path
+from .run.files import atomic_path
 
 TILE, CAPTION, FONT_SIZE = 224, 62, 13
 

@@ -19,9 +19,9 @@ import torch
 
 from . import metadata, text_cache, text_encoder
 from .dedupe.exact import ROUNDING, places, reaches, whole_sums
-from .devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 from .evaluate import unit
-from .files import Stamp, atomic_path, write_blocks
+from .run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from .run.files import Stamp, atomic_path, write_blocks
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from . import images
-from .errors import UserError
-from .files import atomic_path
+from .run.errors import UserError
+from .run.files import atomic_path
 from .text_encoder import DIMENSION
 
 HEADER = "imgId_eId,val"

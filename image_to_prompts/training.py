@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import backbones
-from .devices import rank_and_processes
-from .errors import UserError
-from .files import atomic_path
 from .images import load
-from .progress import Deadline, progress_to
+from .run.devices import rank_and_processes
+from .run.errors import UserError
+from .run.files import atomic_path
+from .run.progress import Deadline, progress_to
 
 if TYPE_CHECKING:
     import torch

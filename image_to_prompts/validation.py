@@ -15,9 +15,9 @@ import pandas as pd
 from . import evaluate, images, metadata, report
 from . import model as models
 from .dataset import Rows
-from .errors import UserError
-from .files import check_whole, write_tensors
 from .frozen import Baselines, pretrained_features
+from .run.errors import UserError
+from .run.files import check_whole, write_tensors
 
 
 def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import workspace
-from .errors import UserError
-from .files import sha256
+from .run import folders
+from .run.errors import UserError
+from .run.files import sha256
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -208,7 +208,7 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
     if weights.kaggle or not weights.unique:
         folder_name = (weights.hub or (name,))[0].rpartition("/")[2]
         what = weights.kaggle or f"a dataset with {weights.marker} in a folder called {folder_name}"
-        looked.append(f"{workspace.KAGGLE_INPUT} (attach {what})")
+        looked.append(f"{folders.KAGGLE_INPUT} (attach {what})")
     if weights.package:
         module, inner = weights.package
         folder = package_folder(module)
@@ -240,10 +240,10 @@ def attached(name: str, weights: Weights | None = None) -> list[Path]:
     """Where weights, if not given those called `name` in `WEIGHTS`, lie below the attached Kaggle inputs."""
     weights = weights or WEIGHTS[name]
     found = []
-    for marker in workspace.kaggle_inputs(weights.marker):
-        if _is_of(name, weights, marker) and not workspace.is_checkpoint(marker.parent):
+    for marker in folders.kaggle_inputs(weights.marker):
+        if _is_of(name, weights, marker) and not folders.is_checkpoint(marker.parent):
             found.append(marker if weights.single_file else marker.parent)
-    return found + [file for other in weights.other_markers for file in workspace.kaggle_inputs(other)]
+    return found + [file for other in weights.other_markers for file in folders.kaggle_inputs(other)]
 
 
 def _is_of(name: str, weights: Weights, marker: Path) -> bool:
@@ -263,7 +263,7 @@ def _is_of(name: str, weights: Weights, marker: Path) -> bool:
         return known is not None and _size(json.loads(config.read_text("utf-8")).get("model_cfg", {})) == _size(known)
     own = {name, model, f"{library}-{model}", *weights.called, *weights.hub}
     own = {one.rpartition("/")[2].lower().replace("_", "-") for one in own if one}
-    return any(part.lower().replace("_", "-") in own for part in marker.relative_to(workspace.KAGGLE_INPUT).parts)
+    return any(part.lower().replace("_", "-") in own for part in marker.relative_to(folders.KAGGLE_INPUT).parts)
 
 
 def _size(config: dict[str, Any]) -> tuple[Any, ...]:

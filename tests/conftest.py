@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, save_tokenizer
 
-from image_to_prompts import dedupe, generate, profiles, render, text_cache, workspace
+from image_to_prompts import dedupe, generate, profiles, render, text_cache
 from image_to_prompts.__main__ import main
+from image_to_prompts.run import folders
 
 for name in os.environ.get("PRELOADED", "").split():  # make mutants forks a process for each fault
     importlib.import_module(name)
@@ -103,9 +104,9 @@ def refused(command):
 
 
 @pytest.fixture(scope="session")
-def small_run(tmp_path_factory) -> workspace.Run:
+def small_run(tmp_path_factory) -> folders.Run:
     """An embedded run of about 60 prompts up to the images."""
-    run = workspace.open_run(tmp_path_factory.mktemp("small"), "embedded")
+    run = folders.open_run(tmp_path_factory.mktemp("small"), "embedded")
     generate.run(profiles.default_config("generate", run, "embedded", count=60))
     dedupe.run(profiles.default_config("dedupe", run, "embedded", folds=4))
     render.run(profiles.default_config("render", run, "embedded", workers=1))
@@ -123,9 +124,9 @@ def small_checkpoint(small_run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained_run(small_run, small_checkpoint, tmp_path_factory) -> workspace.Run:
+def trained_run(small_run, small_checkpoint, tmp_path_factory) -> folders.Run:
     """A run with a checkpoint and known prompts, and nothing else."""
-    run = workspace.open_run(tmp_path_factory.mktemp("trained"), "embedded")
+    run = folders.open_run(tmp_path_factory.mktemp("trained"), "embedded")
     shutil.copytree(small_checkpoint, run.checkpoint)
     run.metadata.parent.mkdir()
     shutil.copyfile(small_run.metadata, run.metadata)

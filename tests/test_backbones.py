@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from image_to_prompts import backbones, fast_layers, model, weights
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 def on_meta(name, size=224):
@@ -165,7 +165,7 @@ def test_a_model_without_weights_on_the_hub_is_one_line():
 @pytest.fixture
 def mounted(tmp_path, monkeypatch):
     """Puts open_clip weights into a folder of attached Kaggle inputs."""
-    monkeypatch.setattr("image_to_prompts.workspace.KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr("image_to_prompts.run.folders.KAGGLE_INPUT", tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def mount(folder, model=None):

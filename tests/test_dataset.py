@@ -8,7 +8,7 @@ import pytest
 from rows import loaded_rows
 
 from image_to_prompts import dataset, evaluate, metadata
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 def units(rows, seed=0):

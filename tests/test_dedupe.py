@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from image_to_prompts import dedupe, metadata, text_encoder
 from image_to_prompts.dedupe import exact, look, result, with_faiss
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 def unit(vectors):

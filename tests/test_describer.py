@@ -10,14 +10,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import describer, encoders, ensemble, infer, predictors, profiles, workspace
-from image_to_prompts.errors import UserError
+from image_to_prompts import describer, encoders, ensemble, infer, predictors, profiles
+from image_to_prompts.run import folders
+from image_to_prompts.run.errors import UserError
 
 
 @pytest.fixture
 def trained(trained_run, small_run, tmp_path):
     """A run with a checkpoint and known prompts, and a folder of seven images, one of them damaged."""
-    run = workspace.Run(shutil.copytree(trained_run.folder, tmp_path / "run"))
+    run = folders.Run(shutil.copytree(trained_run.folder, tmp_path / "run"))
     pictures = tmp_path / "pictures"
     (pictures / "inner").mkdir(parents=True)
     for number, path in enumerate(sorted(small_run.images.glob("*.png"))[:6]):
@@ -137,7 +138,7 @@ def test_a_table_of_the_user_stays(trained, tmp_path):
 
 def test_without_a_checkpoint_the_interrogator_speaks(trained, tmp_path, caplog):
     _, pictures = trained
-    bare = workspace.open_run(tmp_path / "bare", "embedded")
+    bare = folders.open_run(tmp_path / "bare", "embedded")
     found = [one for one in describer.run(config(bare, pictures)) if not one.error]
     assert len(found) == 6 and all(one.prompt.count(",") >= 7 and one.cosine is None for one in found)
     assert "image-to-prompts run" in caplog.text

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from image_to_prompts import embed, embeddings, encoders, metadata, text_encoder
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 LITE, CLASSES = "timm-tf_efficientnet_lite2", "classes"
 

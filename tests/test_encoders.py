@@ -10,7 +10,7 @@ from PIL import Image
 
 from image_to_prompts import encoders, evaluate, images, text_encoder
 from image_to_prompts.encoders import backbone, interrogator, terms
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 @pytest.fixture(scope="module")

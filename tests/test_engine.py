@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from image_to_prompts import embed, embeddings, infer, metadata, profiles, render, text_cache, text_encoder
-from image_to_prompts.engine import EngineConfig, over_blocks
-from image_to_prompts.errors import UserError
 from image_to_prompts.generate import grammar
+from image_to_prompts.run.engine import EngineConfig, over_blocks
+from image_to_prompts.run.errors import UserError
 
 RAY = {"engine": "ray", "actors": 2}
 

@@ -21,7 +21,7 @@ from image_to_prompts import (
     text_encoder,
     validation,
 )
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, WIDTHS = 240, {"one": 24, "two": 12, "three": 16}

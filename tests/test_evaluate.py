@@ -227,7 +227,7 @@ def test_each_image_gets_its_own_features_and_a_broken_one_none():
 
 def test_half_precision_is_used_where_it_is_asked_for(monkeypatch):
     used = []
-    monkeypatch.setattr("image_to_prompts.devices.mixed_precision", lambda device: "bf16")
+    monkeypatch.setattr("image_to_prompts.run.devices.mixed_precision", lambda device: "bf16")
     forward = lambda batch: used.append(torch.is_autocast_enabled("cpu")) or batch  # noqa: E731
     for mixed in (True, False):
         evaluate.extract(forward, Rows([1.0]), 1, torch.device("cpu"), mixed=mixed)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_to_prompts import files
-from image_to_prompts.errors import UserError
+from image_to_prompts.run import files
+from image_to_prompts.run.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

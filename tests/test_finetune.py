@@ -10,7 +10,7 @@ import torch
 from rows import loaded_rows
 
 from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, model, profiles, training
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 def config(run, out, **overrides):

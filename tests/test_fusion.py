@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from image_to_prompts import ensemble, evaluate, fusion, fusion_training
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 WIDTHS = (512, 768, 384)
 

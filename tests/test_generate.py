@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_to_prompts import generate, metadata
-from image_to_prompts.errors import UserError
 from image_to_prompts.generate import grammar, magicprompt
 from image_to_prompts.render import backgrounds, scenes, styles
+from image_to_prompts.run.errors import UserError
 
 
 def test_vocabulary_is_large_and_drawable_in_both_families():

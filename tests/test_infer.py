@@ -15,7 +15,6 @@ from PIL import Image
 from image_to_prompts import (
     backbones,
     dataset,
-    devices,
     evaluate,
     finetune,
     images,
@@ -26,10 +25,10 @@ from image_to_prompts import (
     profiles,
     submission,
     validation,
-    workspace,
 )
 from image_to_prompts.encoders import backbone
-from image_to_prompts.errors import UserError
+from image_to_prompts.run import devices, folders
+from image_to_prompts.run.errors import UserError
 
 
 def settings(images, checkpoint, out, **overrides):
@@ -91,8 +90,8 @@ def test_newest_checkpoint_is_the_default(small_run, small_checkpoint, tmp_path,
 def test_the_best_epoch_is_the_default_not_the_last(small_checkpoint, tmp_path, monkeypatch):
     shutil.copytree(small_checkpoint, tmp_path / "input" / "kernel" / "convnext")
     os.utime(tmp_path / "input" / "kernel" / "convnext" / "last" / "model.safetensors")
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path / "input")
-    assert workspace.Run(tmp_path / "run").newest_checkpoints() == [tmp_path / "input" / "kernel" / "convnext"]
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "input")
+    assert folders.Run(tmp_path / "run").newest_checkpoints() == [tmp_path / "input" / "kernel" / "convnext"]
 
 
 def test_what_cannot_be_used_is_refused(folder, small_run, small_checkpoint, tmp_path, refused):
@@ -331,7 +330,7 @@ def test_every_stage_joins_rows_and_images_by_one_rule(dotted, small_checkpoint,
     found = infer.run(settings(folder, small_checkpoint, tmp_path / "s.csv", key=csv))
     assert found.score is not None
     values = {"metadata": (csv,), "images": (folder,), "out": tmp_path / "c", "epochs": 1, "image_size": 64}
-    finetune.run(profiles.default_config("finetune", workspace.Run(tmp_path / "run"), "embedded", **values))
+    finetune.run(profiles.default_config("finetune", folders.Run(tmp_path / "run"), "embedded", **values))
     area, likeness = validation.domain_gap(tmp_path / "c", (folder,), sorted(folder.rglob("*.png"))[:20])
     assert len(likeness) > 0 and 0 <= area <= 1
 

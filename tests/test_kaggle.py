@@ -16,8 +16,8 @@ import yaml
 from kaggle_stub import Stub, assert_redirected, environment, serving
 
 from image_to_prompts import embeddings
-from image_to_prompts.errors import UserError
 from image_to_prompts.kaggle import folders, kernels, remote
+from image_to_prompts.run.errors import UserError
 from image_to_prompts.stages import COMPETITION, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]

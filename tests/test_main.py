@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from image_to_prompts import profiles, workspace
+from image_to_prompts import profiles
+from image_to_prompts.run import folders
 from image_to_prompts.stages import STAGES
 
 HEAVY = ("torch", "diffusers", "transformers", "sentence_transformers", "timm", "open_clip", "faiss", "matplotlib")
@@ -54,17 +55,17 @@ def test_profile_is_stored_and_an_explicit_one_wins(command, tmp_path, monkeypat
     assert code == 0, err
     assert json.loads((folder / "run.json").read_text()) == {"profile": "embedded"}
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert workspace.profile_of(folder) == "embedded"
-    assert workspace.profile_of(folder, "kaggle") == "kaggle"
-    assert workspace.profile_of(tmp_path / "new") == "kaggle"
+    assert folders.profile_of(folder) == "embedded"
+    assert folders.profile_of(folder, "kaggle") == "kaggle"
+    assert folders.profile_of(tmp_path / "new") == "kaggle"
     (folder / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="not a run file"):
-        workspace.profile_of(folder)
+        folders.profile_of(folder)
 
 
 def test_each_stage_reads_by_default_what_its_predecessor_wrote(tmp_path):
-    run = workspace.Run(tmp_path)
-    for profile in workspace.PROFILES:
+    run = folders.Run(tmp_path)
+    for profile in folders.PROFILES:
         configs = {s.name: profiles.default_config(s.name, run, profile) for s in STAGES}
         assert configs["dedupe"].prompts == (configs["generate"].out,)
         assert configs["render"].metadata == configs["dedupe"].out
@@ -125,7 +126,7 @@ def test_after_the_chain_each_stage_runs_without_flags(command, small_run, tmp_p
     for words in (["finetune", "--dry-run"], ["render", "--verify"]):
         code, _, err = command(*words)
         assert code == 0, err
-    assert profiles.default_config("infer", workspace.Run(folder), "embedded").images == folder / "images" / "test"
+    assert profiles.default_config("infer", folders.Run(folder), "embedded").images == folder / "images" / "test"
 
 
 def test_a_folder_of_somebody_else_gets_no_run(tmp_path, refused):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_to_prompts import metadata
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 def write(path, text):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from image_to_prompts import mounts, workspace
+from image_to_prompts.run import folders, mounts
 
 COMPETITION = "stable-diffusion-image-to-prompts"
 LAYOUTS = {
@@ -31,7 +31,7 @@ def put(path, text="x"):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_input_is_found_and_named(layout, tmp_path, monkeypatch):
     where = {name: tmp_path / path for name, path in LAYOUTS[layout].items()}
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path)
     put(where["competition"] / "sample_submission.csv")
     put(where["competition"] / "images" / "a.png")
     wheels, other = (type(tmp_path)(str(where["dataset"]).format(name)) for name in ("wheels", "other"))
@@ -51,10 +51,10 @@ def test_every_input_is_found_and_named(layout, tmp_path, monkeypatch):
         str(trained): "2 files, 0.00 GB: metadata, checkpoint",
         str(model): "1 files, 0.00 GB: weights of stable-diffusion-2",
     }
-    assert workspace.competition_images() == where["competition"] / "images"
-    assert workspace.Run(tmp_path / "run").target_images() == where["competition"] / "images"
+    assert folders.competition_images() == where["competition"] / "images"
+    assert folders.Run(tmp_path / "run").target_images() == where["competition"] / "images"
 
 
 def test_nothing_attached_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path / "nowhere")
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "nowhere")
     assert mounts.table() == f"nothing is attached under {tmp_path / 'nowhere'}"

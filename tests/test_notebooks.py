@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from conftest import SHARED
 
-from image_to_prompts import metadata, model, submission, workspace
+from image_to_prompts import metadata, model, submission
+from image_to_prompts.run import folders
 from image_to_prompts.stages import STAGES, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +37,7 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
     for name, values in parameters.items():
         values = {"run_folder": str(tmp_path / "run"), "profile": "embedded", **values}
         build.execute(name, tmp_path / f"{name}.ipynb", values, tmp_path)
-    run = workspace.Run(tmp_path / "run")
+    run = folders.Run(tmp_path / "run")
     assert submission.check(run.submission, run.test_images) == len(pd.read_csv(run.test_metadata))
     metrics = model.load(run.checkpoint).config["metrics"]
     assert metrics["constant"] < 0.55
@@ -82,7 +83,7 @@ def test_generate_and_render_run_on_the_kaggle_profile(tiny_gpt2, tiny_sd2, tmp_
     shutil.copytree(tiny_gpt2, mounted / "datasets" / "me" / "magicprompt" / "MagicPrompt-Stable-Diffusion")
     shutil.copytree(tiny_sd2, mounted / "models" / "stabilityai" / "stable-diffusion-v2" / "pytorch" / "1" / "1")
     monkeypatch.setenv("IMAGE_TO_PROMPTS_KAGGLE_INPUT", str(mounted))
-    run = workspace.Run(tmp_path / "working")
+    run = folders.Run(tmp_path / "working")
     values = {"run_folder": str(run.folder), "profile": "kaggle"}
 
     written = build.execute("01_generate_prompts", tmp_path / "01.ipynb", {**values, "count": 300}, tmp_path)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from image_to_prompts import backbones, finetune, model, plan, profiles
-from image_to_prompts.devices import mixed_precision
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.devices import mixed_precision
+from image_to_prompts.run.errors import UserError
 
 
 def planned(run, **values):

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import encoders, evaluate, infer, metadata, predictors, submission, text_encoder, workspace
-from image_to_prompts.errors import UserError
+from image_to_prompts import encoders, evaluate, infer, metadata, predictors, submission, text_encoder
+from image_to_prompts.run import folders
+from image_to_prompts.run.errors import UserError
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def mounted(tmp_path, monkeypatch):
     """An empty folder of Kaggle inputs."""
     folder = tmp_path / "input"
     folder.mkdir()
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", folder)
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", folder)
     return folder
 
 

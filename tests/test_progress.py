@@ -10,7 +10,7 @@ import termios
 
 import pytest
 
-from image_to_prompts.progress import Estimate, short
+from image_to_prompts.run.progress import Estimate, short
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from image_to_prompts import dataset, images, metadata, render
-from image_to_prompts.errors import UserError
 from image_to_prompts.generate import grammar
 from image_to_prompts.render import limits, output, scenes, store, styles
+from image_to_prompts.run.errors import UserError
 
 
 def pixels(image):

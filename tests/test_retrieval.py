@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_to_prompts import evaluate, metadata, retrieval, text_cache, text_encoder
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 
 def units(rows, seed=0, width=384):

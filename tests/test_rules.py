@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 from image_to_prompts.sources import rules
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_to_prompts import archives, backbones, embeddings, images, model, training, weights
+from image_to_prompts import backbones, embeddings, images, model, training, weights
 from image_to_prompts.encoders import interrogator
-from image_to_prompts.errors import UserError
 from image_to_prompts.generate import magicprompt
 from image_to_prompts.metadata import read_prompts
+from image_to_prompts.run import archives
+from image_to_prompts.run.errors import UserError
 
 
 class Evil:

@@ -11,11 +11,12 @@ from PIL import Image
 from single_file_layout import NARROW, save, unet_name, vae_name
 from tiny_models import save_diffusion
 
-from image_to_prompts import metadata, render, weights, workspace
-from image_to_prompts.errors import UserError
+from image_to_prompts import metadata, render, weights
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
 from image_to_prompts.render.store import NSFW, Row
+from image_to_prompts.run import folders
+from image_to_prompts.run.errors import UserError
 
 
 def rows_of(prompts, seeds):
@@ -221,7 +222,7 @@ def test_half_precision_files_alone_suffice(tiny_sd2, tmp_path):
 
 @pytest.mark.parametrize("layout", ["models/owner/stable-diffusion-v2/pytorch/1/1", "datasets/me/stable-diffusion-2"])
 def test_attached_kaggle_weights_are_found(tiny_sd2, tmp_path, monkeypatch, layout):
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path)
     shutil.copytree(tiny_sd2, tmp_path / layout)
     assert weights.locate("stable-diffusion-2") == tmp_path / layout
 
@@ -353,7 +354,7 @@ def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
 
 
 def test_an_attached_single_file_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path)
     file = tmp_path / "stable-diffusion-2-768" / "768-v-ema.ckpt"
     file.parent.mkdir()
     file.write_bytes(b"x")

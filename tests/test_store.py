@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import archives
-from image_to_prompts.errors import UserError
 from image_to_prompts.render.store import RECORDED, FolderStore, Row, TarStore, read_manifest, read_shard
+from image_to_prompts.run import archives
+from image_to_prompts.run.errors import UserError
 
 SETTINGS = dict.fromkeys(RECORDED, "x")
 

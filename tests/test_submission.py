@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_to_prompts import infer, submission
-from image_to_prompts.errors import UserError
+from image_to_prompts.run.errors import UserError
 
 STEMS = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="-_."), min_size=1, max_size=12)
 

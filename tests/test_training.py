@@ -21,18 +21,9 @@ from hypothesis import strategies as st
 from rows import loaded_rows
 from safetensors.torch import load_file
 
-from image_to_prompts import (
-    backbones,
-    finetune,
-    images,
-    metadata,
-    model,
-    profiles,
-    progress,
-    training,
-    workspace,
-)
-from image_to_prompts.errors import UserError
+from image_to_prompts import backbones, finetune, images, metadata, model, profiles, training
+from image_to_prompts.run import folders, progress
+from image_to_prompts.run.errors import UserError
 
 
 def config(run, out, tower, **overrides):
@@ -126,7 +117,7 @@ def test_the_next_kernel_goes_on_from_what_the_last_one_left(small_run, tiny_ope
     assert list((tmp_path / "first").glob("unfinished-*.pt"))
     (tmp_path / "input").mkdir()
     (tmp_path / "first").rename(tmp_path / "input" / "kernel-output")
-    monkeypatch.setattr(workspace, "KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "input")
     finetune.run(replace(settings, out=tmp_path / "second"))
     assert "going on at epoch 1, step 2" in caplog.text
     assert difference(weights_of(tmp_path / "second"), weights_of(tmp_path / "whole")) == 0

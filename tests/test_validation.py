@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_to_prompts import dataset, evaluate, images, metadata, model, validation
-from image_to_prompts.errors import UserError
 from image_to_prompts.frozen import Baselines
+from image_to_prompts.run.errors import UserError
 
 
 def test_a_checkpoint_says_how_well_it_does_on_what(small_run, small_checkpoint):

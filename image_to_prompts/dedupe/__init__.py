@@ -23,9 +23,9 @@ import numpy as np
 import pandas as pd
 
 from .. import metadata, text_encoder
-from ..engine import EngineConfig
-from ..errors import UserError
-from ..files import Stamp, alone, writing
+from ..run.engine import EngineConfig
+from ..run.errors import UserError
+from ..run.files import Stamp, alone, writing
 from . import look
 from .result import BLOCK, FLOOR, Result, dedupe, leaders
 

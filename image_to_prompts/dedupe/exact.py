@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 
 WIDTH = 128  # numbers a row that the bound is made from: of 64 to 256 the fastest (docs/log.md)
 BLOCK, TALL, WIDE = 8192, 2048, 2048  # rows whose fate is found at once; rows and columns of a product

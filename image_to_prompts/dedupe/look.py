@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .. import metadata, text_encoder
-from ..files import atomic_path
+from ..run.files import atomic_path
 from .result import Result, normalised
 
 if TYPE_CHECKING:

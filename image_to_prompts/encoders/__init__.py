@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .. import text_encoder
-from ..devices import local_device
-from ..errors import UserError
 from ..images import Fit, FittedRows, load
+from ..run.devices import local_device
+from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -138,7 +138,7 @@ def _see(
     """What each encoder sees, batch by batch, and the row numbers of all readable images."""
     import torch
 
-    from ..progress import progress
+    from ..run.progress import progress
 
     count = rows_at_once(rows.fits, batch_size)
     batches = [range(start, min(start + count, len(rows))) for start in range(0, len(rows), count)]

@@ -10,8 +10,8 @@ import numpy as np
 
 from .. import backbones
 from .. import model as models
-from ..devices import autocast, mixed_precision, process_state, type_of
 from ..images import Fit
+from ..run.devices import autocast, mixed_precision, process_state, type_of
 
 if TYPE_CHECKING:
     import torch

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import backbones, text_cache, weights
-from ..devices import mixed_precision, process_state, type_of
-from ..errors import UserError
-from ..files import write_array
 from ..images import Fit
+from ..run.devices import mixed_precision, process_state, type_of
+from ..run.errors import UserError
+from ..run.files import write_array
 from . import INTERROGATOR
 from . import terms as term_lists
 
@@ -115,7 +115,7 @@ class Interrogator:
         """Embeddings of terms, rounded to float16 as clip-interrogator keeps them, block by block from the disk."""
         import torch
 
-        from ..progress import Estimate, progress_to
+        from ..run.progress import Estimate, progress_to
 
         blocks = [labels[start : start + TEXTS] for start in range(0, len(labels), TEXTS)]
         names = [hashlib.sha256("\n".join([key, *block]).encode()).hexdigest()[:32] + ".npy" for block in blocks]

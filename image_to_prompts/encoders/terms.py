@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import UserError
+from ..run.errors import UserError
 from ..weights import package_folder
 
 SITES = (

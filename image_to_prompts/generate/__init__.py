@@ -21,11 +21,11 @@ from typing import Literal, get_args
 import pandas as pd
 
 from .. import metadata
-from ..devices import gather, rank_and_processes
-from ..errors import UserError
-from ..files import Stamp, alone, append_line, read_journal
 from ..profiles import StageConfig
-from ..progress import Estimate, progress_to
+from ..run.devices import gather, rank_and_processes
+from ..run.errors import UserError
+from ..run.files import Stamp, alone, append_line, read_journal
+from ..run.progress import Estimate, progress_to
 
 log = logging.getLogger(__name__)
 # A source runs dry when fewer than LEAST_NEW of a window of candidates are new.

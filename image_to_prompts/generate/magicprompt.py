@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import weights
-from ..devices import process_state
-from ..errors import UserError
 from ..metadata import row_seed
+from ..run.devices import process_state
+from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from ..errors import UserError
-from ..files import write_json
+from ..run.errors import UserError
+from ..run.files import write_json
 from ..stages import COMPETITION, STAGES
 from . import folders, kernels, remote
 

@@ -19,8 +19,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from .. import weights as located
-from ..errors import UserError
-from ..files import atomic_path, sha256, write_json, write_text, writing
+from ..run.errors import UserError
+from ..run.files import atomic_path, sha256, write_json, write_text, writing
 from .kernels import PLACEHOLDER
 
 NAME = "image-to-prompts"

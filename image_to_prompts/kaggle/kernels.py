@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import write_json
+from ..run.errors import UserError
+from ..run.files import write_json
 
 PLACEHOLDER = "your-kaggle-name"
 FILE = "kernel-metadata.json"

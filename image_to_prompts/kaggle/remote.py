@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import UserError
-from ..files import atomic_path, write_text, writing
+from ..run.errors import UserError
+from ..run.files import atomic_path, write_text, writing
 from .folders import DESCRIPTION
 from .kernels import PLACEHOLDER, Kernel
 

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import pandas as pd
 
 from .. import metadata
-from ..devices import rank_and_processes
-from ..engine import EngineConfig, over_blocks
-from ..errors import UserError
-from ..files import alone, make_folder, sweep
-from ..progress import Estimate, progress_to
-from ..workspace import MANIFEST, Run, attached_images
+from ..run.devices import rank_and_processes
+from ..run.engine import EngineConfig, over_blocks
+from ..run.errors import UserError
+from ..run.files import alone, make_folder, sweep
+from ..run.folders import MANIFEST, Run, attached_images
+from ..run.progress import Estimate, progress_to
 from . import store as stores
 from .limits import Limits
 from .output import Finished, run_ahead

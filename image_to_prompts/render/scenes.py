@@ -21,9 +21,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..devices import cores
-from ..errors import UserError
 from ..generate import grammar
+from ..run.devices import cores
+from ..run.errors import UserError
 from ..weights import package_folder
 from . import backgrounds, layout, styles
 from .output import SIZE, Finished, finish

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .. import devices, weights
-from ..errors import AGAIN, UserError, explained
+from .. import weights
+from ..run import devices
+from ..run.errors import AGAIN, UserError, explained
 from .output import Finished, finish
 from .store import FAILED, NSFW, Row
 

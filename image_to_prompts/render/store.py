@@ -16,11 +16,12 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import archives, metadata
-from ..errors import UserError
-from ..files import append_line, atomic_path, read_journal, sweep, write_text
-from ..progress import progress
-from ..workspace import MANIFEST
+from .. import metadata
+from ..run import archives
+from ..run.errors import UserError
+from ..run.files import append_line, atomic_path, read_journal, sweep, write_text
+from ..run.folders import MANIFEST
+from ..run.progress import progress
 
 if TYPE_CHECKING:
     import pandas as pd

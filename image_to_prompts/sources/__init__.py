@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 
 from .. import metadata, weights
-from ..errors import UserError
-from ..files import Stamp, atomic_path, is_sealed, seal, write_array, write_json
-from ..progress import progress
+from ..run.errors import UserError
+from ..run.files import Stamp, atomic_path, is_sealed, seal, write_array, write_json
+from ..run.progress import progress
 from . import readers, rules
 from .readers import SOURCES, Reading, Source
 

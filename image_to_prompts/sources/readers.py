@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import UserError
+from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl

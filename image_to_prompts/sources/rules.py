@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl

@@ -23,11 +23,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from image_to_prompts import generate, metadata, profiles, workspace
+from image_to_prompts import generate, metadata, profiles
 from image_to_prompts.generate import grammar
+from image_to_prompts.run import folders
 from image_to_prompts.sources import look
 
-run, profile = workspace.start(run_folder, profile)
+run, profile = folders.start(run_folder, profile)
 overrides = {"count": count} if count else {}
 config = profiles.default_config("generate", run, profile, **overrides)
 print(f"profile {profile}: {config.count:,} prompts from {config.source}")

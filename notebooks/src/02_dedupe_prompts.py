@@ -20,12 +20,13 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import dedupe, metadata, profiles, text_encoder, workspace
+from image_to_prompts import dedupe, metadata, profiles, text_encoder
 from image_to_prompts.dedupe import look
+from image_to_prompts.run import folders
 
-run, profile = workspace.start(run_folder, profile)
+run, profile = folders.start(run_folder, profile)
 if test_folds is None:
-    test_folds = [] if workspace.on_kaggle() else [1, 2]
+    test_folds = [] if folders.on_kaggle() else [1, 2]
 frame = metadata.read(run.have(run.prompts))
 
 # %% [markdown]

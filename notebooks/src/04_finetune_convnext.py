@@ -19,9 +19,10 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import backbones, finetune, images, plan, profiles, validation, workspace
+from image_to_prompts import backbones, finetune, images, plan, profiles, validation
+from image_to_prompts.run import folders
 
-run, profile = workspace.start(run_folder, profile)
+run, profile = folders.start(run_folder, profile)
 
 # %% [markdown]
 # ## A quarter of ConvNeXt-XXLarge

@@ -19,9 +19,10 @@ image_size = None
 # %%
 import pandas as pd
 
-from image_to_prompts import embed, embeddings, ensemble, evaluate, images, profiles, report, workspace
+from image_to_prompts import embed, embeddings, ensemble, evaluate, images, profiles, report
+from image_to_prompts.run import folders
 
-run, profile = workspace.start(run_folder, profile)
+run, profile = folders.start(run_folder, profile)
 overrides = {"encoders": tuple((encoders or "").split()), "image_size": image_size}
 config = profiles.default_config(
     "embed", run, profile, images=run.rendered(run.train_images), **{k: v for k, v in overrides.items() if v}

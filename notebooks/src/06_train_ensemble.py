@@ -22,20 +22,10 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import (
-    embeddings,
-    encoders,
-    ensemble,
-    fusion,
-    images,
-    infer,
-    profiles,
-    text_encoder,
-    validation,
-    workspace,
-)
+from image_to_prompts import embeddings, encoders, ensemble, fusion, images, infer, profiles, text_encoder, validation
+from image_to_prompts.run import folders
 
-run, profile = workspace.start(run_folder, profile)
+run, profile = folders.start(run_folder, profile)
 overrides = {name: value for name, value in {"preset": preset, "epochs": epochs}.items() if value}
 config = profiles.default_config("ensemble", run, profile, **overrides)
 pd.DataFrame.from_dict(ensemble.PRESETS, orient="index", columns=ensemble.Preset._fields)

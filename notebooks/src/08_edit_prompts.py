@@ -20,24 +20,15 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image, display
 
-from image_to_prompts import (
-    describer,
-    encoders,
-    metadata,
-    profiles,
-    report,
-    text_encoder,
-    text_scores,
-    weights,
-    workspace,
-)
+from image_to_prompts import describer, encoders, metadata, profiles, report, text_encoder, text_scores, weights
 from image_to_prompts.demo import painter
+from image_to_prompts.run import folders
 
 pd.set_option("display.max_colwidth", 150)
-run, profile = workspace.start(run_folder, profile)
+run, profile = folders.start(run_folder, profile)
 found_images = run.target_images() or run.rendered(run.train_images)[0]
 folder = Path(image_folder) if image_folder else found_images
-known = folder.name == run.test_images.name and (folder / workspace.MANIFEST).is_file()  # never trained on
+known = folder.name == run.test_images.name and (folder / folders.MANIFEST).is_file()  # never trained on
 config = profiles.default_config("describe", run, profile, paths=(folder,), out=run.folder / "prompts.csv")
 
 # %% [markdown]
@@ -64,7 +55,7 @@ Image(filename=str(run.report / "described.png"))
 
 # %%
 if known:
-    rendered = metadata.read(folder / workspace.MANIFEST).set_index("file")["prompt"]
+    rendered = metadata.read(folder / folders.MANIFEST).set_index("file")["prompt"]
     files = [one.path for one in found[:scored]]
     truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
     at_hand = all(weights.attached(name) for name in encoders.INTERROGATOR)

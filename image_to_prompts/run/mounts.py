@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import weights, workspace
+from .. import weights
+from . import folders
 
 # Folders of Kaggle's mount layout of 2026, and how deep below them an input lies; elsewhere it lies at the top.
 DEPTHS = {"competitions": 1, "datasets": 2, "notebooks": 2, "models": 5}
 MARKERS = {
     "sample_submission.csv": "competition",
     "image_to_prompts-*.whl": "wheels",
-    workspace.MANIFEST: "images",
+    folders.MANIFEST: "images",
     "prompt.npy": "embeddings",
     "prompts/*.csv": "prompts",
     "data_meta/*.csv": "metadata",
@@ -21,7 +22,7 @@ MARKERS = {
 def find() -> list[Path]:
     """The folder of every attached input, whatever the layout."""
     found = []
-    for top in sorted(workspace.KAGGLE_INPUT.iterdir()) if workspace.KAGGLE_INPUT.is_dir() else ():
+    for top in sorted(folders.KAGGLE_INPUT.iterdir()) if folders.KAGGLE_INPUT.is_dir() else ():
         pattern = "/".join(["*"] * DEPTHS.get(top.name, 0))
         found += sorted(path for path in top.glob(pattern) if path.is_dir()) if pattern else [top]
     return found
@@ -30,8 +31,8 @@ def find() -> list[Path]:
 def table() -> str:
     """One line an input: where it is mounted, how many files and GB it has, what of ours was found in it."""
     holds: dict[Path, list[str]] = {path: [] for path in find()}
-    seen = [(what, workspace.kaggle_inputs(marker)) for marker, what in MARKERS.items()]
-    configs = [path for path in workspace.kaggle_inputs("config.json") if workspace.is_checkpoint(path.parent)]
+    seen = [(what, folders.kaggle_inputs(marker)) for marker, what in MARKERS.items()]
+    configs = [path for path in folders.kaggle_inputs("config.json") if folders.is_checkpoint(path.parent)]
     seen.append(("checkpoint", configs))
     seen += [(f"weights of {name}", weights.attached(name)) for name in weights.WEIGHTS]
     for what, paths in seen:
@@ -41,4 +42,4 @@ def table() -> str:
     for mount, what in holds.items():
         sizes = [file.stat().st_size for file in mount.rglob("*") if file.is_file()]
         lines.append(f"{mount}: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB: {', '.join(what) or 'nothing of ours'}")
-    return "\n".join(lines) or f"nothing is attached under {workspace.KAGGLE_INPUT}"
+    return "\n".join(lines) or f"nothing is attached under {folders.KAGGLE_INPUT}"

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from ..profiles import StageConfig
 from .errors import UserError
-from .profiles import StageConfig
 
 log = logging.getLogger(__name__)
 T, R = TypeVar("T"), TypeVar("R")

@@ -1,0 +1,1 @@
+"""What every stage stands on: folders, files, locks, progress, devices."""
