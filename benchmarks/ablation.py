@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, profiles, render, text_encoder
+from image_to_prompts import backbones, evaluate, finetune, frozen, profiles, render, text_encoder
 from image_to_prompts import model as models
-from image_to_prompts.images import ImageRows
+from image_to_prompts.data import metadata
+from image_to_prompts.data.images import ImageRows
 from image_to_prompts.run import progress
 from image_to_prompts.run.files import make_folder, write_json
 from image_to_prompts.run.folders import Run

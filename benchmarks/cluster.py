@@ -48,7 +48,8 @@ def encoded(prompts: list[str], values: dict[str, object]) -> np.ndarray:
 
 
 def drawn(prompts: list[str], values: dict[str, object]) -> list[str]:
-    from image_to_prompts import metadata, render
+    from image_to_prompts import render
+    from image_to_prompts.data import metadata
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -38,7 +38,7 @@ def _describer(run: Path) -> Describer:
 
 def parts(run: Path, count: int, rounds: int) -> Iterator[list[Path]]:
     """A part of `count` images for each round."""
-    from image_to_prompts import images
+    from image_to_prompts.data import images
     from image_to_prompts.run import folders
 
     of = folders.Run(run)
@@ -81,7 +81,8 @@ def loop(run: Path, count: int, rounds: int) -> Prepared:
 
 
 def quality(run: Path) -> None:
-    from image_to_prompts import metadata, text_scores
+    from image_to_prompts import text_scores
+    from image_to_prompts.data import metadata
     from image_to_prompts.run import folders
 
     of = folders.Run(run)

@@ -72,7 +72,8 @@ def seeds_way(folder: Path) -> Prepared:
 
 
 def ours(folder: Path) -> Prepared:
-    from image_to_prompts import encoders, images, text_cache, text_encoder
+    from image_to_prompts import encoders, text_cache, text_encoder
+    from image_to_prompts.data import images
 
     clip = f"open_clip:{folder / 'clip'}"
     settings = {"caption": str(folder / "blip"), "ranker": clip}

@@ -193,8 +193,8 @@ class InMemory:
 def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an epoch of the embedded model over scenes, in three ways."""
     from image_to_prompts import backbones, dataset, finetune, frozen, training
+    from image_to_prompts.data.images import ImageRows
     from image_to_prompts.fast_layers import faster
-    from image_to_prompts.images import ImageRows
     from image_to_prompts.run import progress
 
     progress.set_quiet(True)
@@ -262,7 +262,7 @@ def reference_batches(files: list[Path], size: int, batch: int, workers: int) ->
 
 def bench_loader(options: argparse.Namespace) -> dict[str, Any]:
     """Images a second of 512-px PNG files, resized to 384 px."""
-    from image_to_prompts.images import ImageRows, load
+    from image_to_prompts.data.images import ImageRows, load
 
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -39,7 +39,7 @@ def read(files: list[Path], size: int, as_jpeg: bool) -> Any:
     import torch
     from PIL import Image
 
-    from image_to_prompts import images
+    from image_to_prompts.data import images
 
     batch = []
     for file in files:

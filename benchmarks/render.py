@@ -22,7 +22,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from image_to_prompts import metadata, render
+from image_to_prompts import render
+from image_to_prompts.data import metadata
 from image_to_prompts.generate import grammar
 from image_to_prompts.render import scenes, stable_diffusion
 from image_to_prompts.run import devices

@@ -138,7 +138,7 @@ class Catalogue:
     """Folder of catalogue.csv and of the metadata CSVs."""
 
     def run(self) -> str:
-        from . import catalogue
+        from .data import catalogue
 
         return catalogue.describe(catalogue.read(self.data))
 

@@ -19,22 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import (
-    dedupe,
-    embed,
-    ensemble,
-    evaluate,
-    finetune,
-    frozen,
-    generate,
-    infer,
-    metadata,
-    profiles,
-    render,
-    report,
-    text_encoder,
-)
+from . import dedupe, embed, ensemble, evaluate, finetune, frozen, generate, infer, profiles, render, text_encoder
 from . import model as models
+from .data import metadata, pictures
 from .run import progress
 from .run.errors import UserError
 from .run.files import Stamp, write_json
@@ -200,18 +187,18 @@ def _evaluate(
     render.run(settings("render", metadata=predicted_csv, out=again))
 
     strips = [
-        report.strip(file, prompt, cosine, near, again / file.name)
+        pictures.strip(file, prompt, cosine, near, again / file.name)
         for file, prompt, cosine, near in zip(found.files, prompts, cosines, nearest, strict=True)
     ]
     for file, picture in zip(strip_files, strips, strict=True):
-        report.save(picture, file)
+        pictures.save(picture, file)
     order = np.argsort(-cosines)
     chosen = order[np.linspace(0, len(order) - 1, min(SHOWN_STRIPS, len(order))).astype(int)]
-    report.save(report.grid([strips[i] for i in chosen], 2), folder / "strips.png")
+    pictures.save(pictures.grid([strips[i] for i in chosen], 2), folder / "strips.png")
     manifest = metadata.read_table(images["test"] / "manifest.csv", ("file", "prompt"))
-    report.save(report.gallery(manifest, images["test"]), folder / "gallery.png")
+    pictures.save(pictures.gallery(manifest, images["test"]), folder / "gallery.png")
     own = (found.vectors * targets).sum(1)
-    report.histogram(own, targets @ checkpoint.mean, folder / "cosines.png")
+    pictures.histogram(own, targets @ checkpoint.mean, folder / "cosines.png")
     shutil.copyfile(run_.checkpoint / "history.png", folder / "history.png")
     shutil.copyfile(run_.ensemble / "history.png", folder / "ensemble.png")
     shutil.copyfile(dedupe.picture_path(run_.metadata), folder / "threshold.png")

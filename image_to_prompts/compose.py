@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from . import text_encoder
-from .encoders import terms
+from .data import terms
 from .sources.rules import artists as without_artists
 
 CONNECTIVES = (

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata
+from . import evaluate
+from .data import images, metadata
 from .dedupe import add_groups
 from .render.store import BLANK, FAILED, NSFW
 from .run.errors import UserError

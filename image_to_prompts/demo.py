@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from . import metadata, profiles, text_encoder
+from . import profiles, text_encoder
+from .data import metadata
 from .describer import Describer
 from .render import scenes
 from .render.store import Row

@@ -30,8 +30,9 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import encoders, evaluate, images, infer, predictors, profiles, text_encoder, weights
-from .metadata import IMAGE_SUFFIXES
+from . import encoders, evaluate, infer, predictors, profiles, text_encoder, weights
+from .data import images
+from .data.metadata import IMAGE_SUFFIXES
 from .profiles import StageConfig
 from .run import archives
 from .run.devices import gather, rank_and_processes

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import metadata
+from .data import metadata
 from .run.errors import UserError
 from .run.files import check_whole, write_array, write_json, write_text, writing
 from .text_encoder import DIMENSION

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from . import dataset, embeddings, evaluate, finetune, frozen, metadata, validation
+from . import dataset, embeddings, evaluate, finetune, frozen, validation
 from . import model as models
+from .data import metadata
 from .profiles import StageConfig
 from .run.devices import process_state
 from .run.errors import UserError

@@ -12,8 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from .data.images import ImageRows
     from .frozen import CachedRows
-    from .images import ImageRows
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
@@ -239,7 +239,7 @@ def extract(
     """
     import torch
 
-    from .images import load
+    from .data.images import load
     from .run.devices import autocast
     from .run.progress import progress
 

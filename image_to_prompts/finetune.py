@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, evaluate, frozen, metadata, text_encoder, training, validation
+from . import backbones, dataset, evaluate, frozen, text_encoder, training, validation
 from . import model as models
-from .images import ImageRows, contents, tell_broken
+from .data import metadata
+from .data.images import ImageRows, contents, tell_broken
 from .profiles import StageConfig
 from .run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from .run.errors import UserError

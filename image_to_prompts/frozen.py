@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from . import backbones, evaluate
+from .data.images import ImageRows
 from .dataset import Rows
-from .images import ImageRows
 from .run.devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
 from .run.errors import UserError
 from .run.files import is_sealed, seal, write_tensors

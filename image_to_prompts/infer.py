@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata, predictors, submission, text_encoder, validation
+from . import evaluate, predictors, submission, text_encoder, validation
+from .data import images, metadata
 from .predictors import Rung
 from .run.engine import EngineConfig
 from .run.errors import UserError

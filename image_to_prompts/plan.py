@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, evaluate, finetune, frozen, metadata, training
+from . import backbones, dataset, evaluate, finetune, frozen, training
+from .data import metadata
 from .run.devices import rank_and_processes
 from .run.progress import short
 from .text_encoder import DIMENSION

@@ -17,7 +17,8 @@ import filelock
 import numpy as np
 import torch
 
-from . import metadata, text_cache, text_encoder
+from . import text_cache, text_encoder
+from .data import metadata
 from .dedupe.exact import ROUNDING, places, reaches, whole_sums
 from .evaluate import unit
 from .run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of

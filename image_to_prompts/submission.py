@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import images
+from .data import images
 from .run.errors import UserError
 from .run.files import atomic_path
 from .text_encoder import DIMENSION

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import backbones
-from .images import load
+from .data.images import load
 from .run.devices import rank_and_processes
 from .run.errors import UserError
 from .run.files import atomic_path
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
+    from .data.images import ImageRows
     from .dataset import Rows
     from .finetune import Config
     from .frozen import CachedRows
-    from .images import ImageRows
 
 log = logging.getLogger(__name__)
 WEIGHT_DECAY, CLIP_NORM = 1e-4, 1.0  # the reference's

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate, images, metadata, report
+from . import evaluate
 from . import model as models
+from .data import images, metadata, pictures
 from .dataset import Rows
 from .frozen import Baselines, pretrained_features
 from .run.errors import UserError
@@ -141,7 +142,7 @@ def gallery(folder: Path, rows: Rows, count: int = 6) -> None:
     frame = frame.sort_values("cosine", ascending=False, kind="stable")
     ends = pd.concat([frame.head(count), frame.iloc[count:].tail(count)])
     tiles = [
-        report.tile(paths[name], f"{cosine:.2f} · {prompt}")
+        pictures.tile(paths[name], f"{cosine:.2f} · {prompt}")
         for name, cosine, prompt in zip(ends["image_name"], ends["cosine"], ends["prompt"], strict=True)
     ]
-    report.save(report.grid(tiles, count).quantize(96), folder / "best_and_worst.png")
+    pictures.save(pictures.grid(tiles, count).quantize(96), folder / "best_and_worst.png")

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from image_to_prompts import metadata, text_cache
+from image_to_prompts import text_cache
+from image_to_prompts.data import metadata
 
 MOMENTS = (1, 2, 3, 4, 6, 8, 12, 16)  # kill when the run's folders have changed this often
 STAGE_OF = {"magicprompt": "generate", "collect": "generate", "finetune-uncached": "finetune"}

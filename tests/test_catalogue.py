@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from image_to_prompts import catalogue, dataset, generate, metadata, profiles
+from image_to_prompts import dataset, generate, profiles
 from image_to_prompts.__main__ import _parse
+from image_to_prompts.data import catalogue, metadata
 from image_to_prompts.dedupe import Config as DedupeConfig
 from image_to_prompts.sources import SOURCES, rules
 

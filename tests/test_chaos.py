@@ -19,7 +19,7 @@ import chaos
 import pytest
 from chaos import TARGETS, Case
 
-from image_to_prompts import metadata
+from image_to_prompts.data import metadata
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 FOREIGN = ("MagicPrompt-Stable-Diffusion0", "unet", "vae", "text_encoder")  # weights whose checksums nobody knows

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from rows import loaded_rows
 
-from image_to_prompts import dataset, evaluate, metadata
+from image_to_prompts import dataset, evaluate
+from image_to_prompts.data import metadata
 from image_to_prompts.run.errors import UserError
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from image_to_prompts import encoders, evaluate, images, text_encoder
-from image_to_prompts.encoders import backbone, interrogator, terms
+from image_to_prompts import encoders, evaluate, text_encoder
+from image_to_prompts.data import images, terms
+from image_to_prompts.encoders import backbone, interrogator
 from image_to_prompts.run.errors import UserError
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from rows import loaded_rows
 
-from image_to_prompts import backbones, evaluate, finetune, frozen, metadata, model, profiles, training
+from image_to_prompts import backbones, evaluate, finetune, frozen, model, profiles, training
+from image_to_prompts.data import metadata
 from image_to_prompts.run.errors import UserError
 
 

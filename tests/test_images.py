@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import images
+from image_to_prompts.data import images
 from image_to_prompts.run.errors import UserError
 
 RED = (200, 30, 30)

@@ -17,15 +17,14 @@ from image_to_prompts import (
     dataset,
     evaluate,
     finetune,
-    images,
     infer,
-    metadata,
     model,
     predictors,
     profiles,
     submission,
     validation,
 )
+from image_to_prompts.data import images, metadata
 from image_to_prompts.encoders import backbone
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError

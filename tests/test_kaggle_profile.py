@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from image_to_prompts import metadata, model, submission
+from image_to_prompts import model, submission
+from image_to_prompts.data import metadata
 
 
 def test_all_five_stages(command, tiny_gpt2, tiny_sd2, tiny_open_clip, tmp_path):

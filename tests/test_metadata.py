@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_to_prompts import metadata
+from image_to_prompts.data import metadata
 from image_to_prompts.run.errors import UserError
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from conftest import SHARED
 
-from image_to_prompts import metadata, model, submission
+from image_to_prompts import model, submission
+from image_to_prompts.data import metadata
 from image_to_prompts.run import folders
 from image_to_prompts.stages import STAGES, markdown_table
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import encoders, evaluate, infer, metadata, predictors, submission, text_encoder
+from image_to_prompts import encoders, evaluate, infer, predictors, submission, text_encoder
+from image_to_prompts.data import metadata
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import evaluate, metadata, retrieval, text_cache, text_encoder
+from image_to_prompts import evaluate, retrieval, text_cache, text_encoder
+from image_to_prompts.data import metadata
 from image_to_prompts.run.errors import UserError
 
 

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_to_prompts import backbones, embeddings, images, model, training, weights
+from image_to_prompts import backbones, embeddings, model, training, weights
+from image_to_prompts.data import images
+from image_to_prompts.data.metadata import read_prompts
 from image_to_prompts.encoders import interrogator
 from image_to_prompts.generate import magicprompt
-from image_to_prompts.metadata import read_prompts
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 

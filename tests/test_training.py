@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from rows import loaded_rows
 from safetensors.torch import load_file
 
-from image_to_prompts import backbones, finetune, images, metadata, model, profiles, training
+from image_to_prompts import backbones, finetune, model, profiles, training
+from image_to_prompts.data import images, metadata
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
 

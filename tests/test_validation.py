@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import dataset, evaluate, images, metadata, model, validation
+from image_to_prompts import dataset, evaluate, model, validation
+from image_to_prompts.data import images, metadata
 from image_to_prompts.frozen import Baselines
 from image_to_prompts.run.errors import UserError
 

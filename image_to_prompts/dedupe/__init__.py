@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .. import metadata, text_encoder
+from .. import text_encoder
+from ..data import metadata
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import Stamp, alone, writing

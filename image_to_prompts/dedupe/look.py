@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .. import metadata, text_encoder
+from .. import text_encoder
+from ..data import metadata
 from ..run.files import atomic_path
 from .result import Result, normalised
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .. import text_encoder
-from ..images import Fit, FittedRows, load
+from ..data.images import Fit, FittedRows, load
 from ..run.devices import local_device
 from ..run.errors import UserError
 

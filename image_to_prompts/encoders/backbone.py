@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import backbones
 from .. import model as models
-from ..images import Fit
+from ..data.images import Fit
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 
 if TYPE_CHECKING:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import backbones, text_cache, weights
-from ..images import Fit
+from ..data import terms as term_lists
+from ..data.images import Fit
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
 from . import INTERROGATOR
-from . import terms as term_lists
 
 if TYPE_CHECKING:
     import torch

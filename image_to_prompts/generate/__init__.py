@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import pandas as pd
 
-from .. import metadata
+from ..data import metadata
 from ..profiles import StageConfig
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError

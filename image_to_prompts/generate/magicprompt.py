@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import weights
-from ..metadata import row_seed
+from ..data.metadata import row_seed
 from ..run.devices import process_state
 from ..run.errors import UserError
 

@@ -190,7 +190,7 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
     Raises:
         UserError: If there is no CSV of prompts, or a column is not described.
     """
-    from ..metadata import read_table
+    from ..data.metadata import read_table
 
     described = next((path for path in (data / COLUMNS, Path("data_meta") / COLUMNS) if path.is_file()), data / COLUMNS)
     known = read_table(described, ("column", "type", "description")).set_index("column")

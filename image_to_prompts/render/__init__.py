@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from .. import metadata
+from ..data import metadata
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError

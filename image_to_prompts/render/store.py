@@ -16,7 +16,7 @@ import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import metadata
+from ..data import metadata
 from ..run import archives
 from ..run.errors import UserError
 from ..run.files import append_line, atomic_path, read_journal, sweep, write_text

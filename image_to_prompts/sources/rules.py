@@ -195,7 +195,7 @@ def _tidy(before: pl.Series, after: pl.Series) -> pl.Series:
 
 @cache
 def _artists() -> list[str]:
-    from ..encoders import terms
+    from ..data import terms
 
     names = [name.removeprefix("by ") for name in terms.read()["artists"] if name.startswith("by ")]
     return [name for name in names if name.lower() not in ("artist", "artists")]

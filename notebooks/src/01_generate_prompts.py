@@ -23,7 +23,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from image_to_prompts import generate, metadata, profiles
+from image_to_prompts import generate, profiles
+from image_to_prompts.data import metadata
 from image_to_prompts.generate import grammar
 from image_to_prompts.run import folders
 from image_to_prompts.sources import look

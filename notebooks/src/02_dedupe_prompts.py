@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import dedupe, metadata, profiles, text_encoder
+from image_to_prompts import dedupe, profiles, text_encoder
+from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import look
 from image_to_prompts.run import folders
 

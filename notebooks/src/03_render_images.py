@@ -22,7 +22,8 @@ steps = 0  # denoising steps; 0: 50, with fast 20
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import metadata, profiles, render, report
+from image_to_prompts import profiles, render
+from image_to_prompts.data import metadata, pictures
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)
@@ -71,11 +72,11 @@ manifests["train"].head(1).T
 # %%
 def show(picture, name):
     path = run.report / name
-    report.save(picture.quantize(96), path)
+    pictures.save(picture.quantize(96), path)
     return Image(filename=str(path))
 
 
-show(report.gallery(manifests["train"], run.train_images, count=18), "gallery_train.png")
+show(pictures.gallery(manifests["train"], run.train_images, count=18), "gallery_train.png")
 
 # %% [markdown]
 # ## One prompt, four seeds
@@ -90,7 +91,7 @@ metadata.write_table(csv, pd.DataFrame({"image_name": ["robot.png"], "prompt": p
 out = run.images.with_name("seeds")
 config = profiles.default_config("render", run, profile, metadata=csv, out=out, fast=fast, seeds=4, steps=steps)
 four = render.run(config)
-show(report.gallery(four, out, columns=4), "gallery_seeds.png")
+show(pictures.gallery(four, out, columns=4), "gallery_seeds.png")
 
 # %% [markdown]
 # Next: `04_finetune_convnext` learns to read the prompts back.

@@ -19,7 +19,8 @@ image_size = None
 # %%
 import pandas as pd
 
-from image_to_prompts import embed, embeddings, ensemble, evaluate, images, profiles, report
+from image_to_prompts import embed, embeddings, ensemble, evaluate, profiles
+from image_to_prompts.data import images, pictures
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)
@@ -45,8 +46,8 @@ table = embeddings.load(config.out)
 tables = [embeddings.read(config.out, name)[1] for name in table.arrays]
 said = next((names.head(12) for names in tables if "text" in names), pd.DataFrame(columns=["image_name", "text"]))
 found = zip(*(images.join(said["image_name"], images.find(folder), folder) for folder in config.images), strict=True)
-tiles = [report.tile(next(filter(None, some)), text) for some, text in zip(found, said["text"], strict=True)]
-report.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the encoders"
+tiles = [pictures.tile(next(filter(None, some)), text) for some, text in zip(found, said["text"], strict=True)]
+pictures.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the encoders"
 
 # %% [markdown]
 # ## What each embedding knows

@@ -22,7 +22,8 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import embeddings, encoders, ensemble, fusion, images, infer, profiles, text_encoder, validation
+from image_to_prompts import embeddings, encoders, ensemble, fusion, infer, profiles, text_encoder, validation
+from image_to_prompts.data import images
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)

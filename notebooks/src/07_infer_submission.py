@@ -24,7 +24,8 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import infer, profiles, report, submission
+from image_to_prompts import infer, profiles, submission
+from image_to_prompts.data import pictures
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)
@@ -71,8 +72,8 @@ pd.Series({name: round(value, 4) for name, value in scores.items()}) if known el
 if known:
     prompts = result.prompts.head(12)
     tiles = [
-        report.tile(folder / image, f"{cosine:.2f} · {prompt}")
+        pictures.tile(folder / image, f"{cosine:.2f} · {prompt}")
         for image, prompt, cosine in zip(prompts["image"], prompts["prompt"], prompts["cosine"], strict=True)
     ]
-    report.save(report.grid(tiles, 6).quantize(96), run.report / "nearest.png")
+    pictures.save(pictures.grid(tiles, 6).quantize(96), run.report / "nearest.png")
 Image(filename=str(run.report / "nearest.png")) if known else "no list of known prompts given"

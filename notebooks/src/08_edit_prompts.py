@@ -20,7 +20,8 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image, display
 
-from image_to_prompts import describer, encoders, metadata, profiles, report, text_encoder, text_scores, weights
+from image_to_prompts import describer, encoders, profiles, text_encoder, text_scores, weights
+from image_to_prompts.data import metadata, pictures
 from image_to_prompts.demo import painter
 from image_to_prompts.run import folders
 
@@ -41,8 +42,8 @@ found = [one for one in describer.run(config) if not one.error]
 pd.read_csv(config.out, nrows=5, usecols=["image", "prompt", "cosine", "nearest_1", "cosine_1"])
 
 # %%
-tiles = [report.tile(one.path, f"{one.cosine or 0:.2f} · {one.prompt}") for one in found[:12]]
-report.save(report.grid(tiles, 6).quantize(96), run.report / "described.png")
+tiles = [pictures.tile(one.path, f"{one.cosine or 0:.2f} · {one.prompt}") for one in found[:12]]
+pictures.save(pictures.grid(tiles, 6).quantize(96), run.report / "described.png")
 Image(filename=str(run.report / "described.png"))
 
 # %% [markdown]
@@ -84,7 +85,7 @@ pd.DataFrame({"prompt": [*texts, edited], "similarity to the prediction": simila
 
 # %%
 paint = painter(profile)
-tiles = [report.tile(one.path, "the image")]
-tiles += [report.tile(paint(text), text) for text in (one.prompt, edited)]
-report.save(report.grid(tiles, 3).quantize(128), run.report / "edited.png")
+tiles = [pictures.tile(one.path, "the image")]
+tiles += [pictures.tile(paint(text), text) for text in (one.prompt, edited)]
+pictures.save(pictures.grid(tiles, 3).quantize(128), run.report / "edited.png")
 Image(filename=str(run.report / "edited.png"))

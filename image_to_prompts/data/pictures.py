@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
+from ..run.files import atomic_path
 from . import images
-from .run.files import atomic_path
 
 TILE, CAPTION, FONT_SIZE = 224, 62, 13
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from .run.errors import UserError
-from .run.files import atomic_path
+from ..run.errors import UserError
+from ..run.files import atomic_path
 
 NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 LONGEST_NAME = 200  # bytes; file systems take 255, of which temporary names need some

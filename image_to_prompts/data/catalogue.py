@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..run.errors import UserError
 from . import metadata
-from .run.errors import UserError
 
 COLUMNS = ("file", "reference", "source", "where", "licence", "rows", "generate", "dedupe", "note")
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+from ..run import archives
+from ..run.devices import cores
+from ..run.errors import UserError
+from ..run.files import shown
 from .metadata import IMAGE_SUFFIXES, stem
-from .run import archives
-from .run.devices import cores
-from .run.errors import UserError
-from .run.files import shown
 
 if TYPE_CHECKING:
     import torch
 
-    from .frozen import CachedRows
+    from ..frozen import CachedRows
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB

@@ -1,0 +1,1 @@
+"""What stages read: tables, images, terms; and pictures of them."""
