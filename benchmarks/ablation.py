@@ -22,10 +22,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from image_to_prompts import backbones, evaluate, finetune, frozen, profiles, render, text_encoder
-from image_to_prompts import model as models
+from image_to_prompts import finetune, frozen, profiles, render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.images import ImageRows
+from image_to_prompts.models import backbones, metrics, text_encoder
+from image_to_prompts.models import checkpoints as models
 from image_to_prompts.run import progress
 from image_to_prompts.run.files import make_folder, write_json
 from image_to_prompts.run.folders import Run
@@ -101,8 +102,8 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
         work = make_folder(features / f"{name}-{config.image_size}")
         every = np.arange(len(images))
         _, cached = frozen.features(model, images, every, device, config, work)
-        predicted = evaluate.extract(frozen.over_cache(model), cached, 32, device)
-        found[name] = evaluate.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
+        predicted = metrics.extract(frozen.over_cache(model), cached, 32, device)
+        found[name] = metrics.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
     return found
 
 

@@ -39,7 +39,7 @@ def texts(count: int) -> list[str]:
 
 
 def encoded(prompts: list[str], values: dict[str, object]) -> np.ndarray:
-    from image_to_prompts import text_cache, text_encoder
+    from image_to_prompts.models import text_cache, text_encoder
     from image_to_prompts.run.engine import EngineConfig
 
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from image_to_prompts import dataset, embeddings, ensemble, evaluate
+from image_to_prompts import dataset, embeddings, ensemble
+from image_to_prompts.models import metrics
 from image_to_prompts.run import progress
 from image_to_prompts.run.errors import UserError
 
@@ -65,7 +66,7 @@ def run(config: Config) -> pd.DataFrame:
         for way, predict in _ways(list(table.arrays), arrays, rows, config, seed):
             entry: dict[str, str | int | float] = {"way": way, "seed": seed}
             for side, which in {"validation": rows.valid, "test": test}.items():
-                entry[side] = evaluate.mean_cosine(predict([array[which] for array in arrays]), table.targets[which])
+                entry[side] = metrics.mean_cosine(predict([array[which] for array in arrays]), table.targets[which])
             log.info("%s, seed %d: validation %.4f, test %.4f", *entry.values())
             found.append(entry)
     return pd.DataFrame(found)
@@ -75,10 +76,11 @@ def _ways(
     names: list[str], arrays: list[np.ndarray], rows: dataset.Rows, config: Config, seed: int
 ) -> Iterator[tuple[str, Predict]]:
     """Each way with what maps embeddings, float32 (n, d) each, to float32 (n, 384)."""
-    from image_to_prompts import fusion, fusion_training
+    from image_to_prompts import fusion_training
+    from image_to_prompts.models import networks
 
     train, targets = [array[rows.train] for array in arrays], rows.targets[rows.train]
-    mean = evaluate.unit(targets.mean(0))
+    mean = metrics.unit(targets.mean(0))
     yield "constant", lambda some: np.broadcast_to(mean, (len(some[0]), len(mean)))
     alone = [_linear(*_fitted([one], targets)) for one in train]
 
@@ -87,13 +89,13 @@ def _ways(
 
     for number, name in enumerate(names):
         yield f"{name}, ridge", lambda some, number=number: each(some)[number]
-    yield "mean of these", lambda some: evaluate.blend(each(some), [1.0] * len(some))
+    yield "mean of these", lambda some: metrics.blend(each(some), [1.0] * len(some))
     scale, ridge = _fitted(train, targets)
     yield "ridge on all", _linear(scale, ridge)
     preset = ensemble.PRESETS[config.preset]
     settings = fusion_training.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
     for attention, way in {"seed": "attention across images", "modalities": "attention across embeddings"}.items():
-        make = lambda attention=attention: fusion.build(attention, [a.shape[1] for a in arrays], scale, ridge)  # noqa: E731
+        make = lambda attention=attention: networks.build(attention, [a.shape[1] for a in arrays], scale, ridge)  # noqa: E731
         network, _ = fusion_training.fit(make, arrays, rows, settings)
         at_once = preset.batch_size if attention == "seed" else fusion_training.AT_ONCE
         yield way, lambda some, network=network, at_once=at_once: fusion_training.predict(network, some, at_once)
@@ -102,7 +104,7 @@ def _ways(
 def _fitted(arrays: list[np.ndarray], targets: np.ndarray) -> tuple[Pair, Pair]:
     """The scale of embeddings, and the ridge regression on them, standardised."""
     scale = ensemble.scale_of(arrays)
-    return scale, evaluate.ridge(ensemble.stacked(arrays, scale), targets)
+    return scale, metrics.ridge(ensemble.stacked(arrays, scale), targets)
 
 
 def _linear(scale: Pair, ridge: Pair) -> Predict:

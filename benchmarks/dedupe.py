@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=(250_000, 1_000_000))
     options = parser.parse_args()
     os.environ.pop("OPENBLAS_CORETYPE", None)
-    from image_to_prompts import text_encoder
+    from image_to_prompts.models import text_encoder
 
     vectors = text_encoder.encode(encode.read(options.prompts))
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def ours(run: Path, count: int, rounds: int) -> Prepared:
 def loop(run: Path, count: int, rounds: int) -> Prepared:
     import faiss
 
-    from image_to_prompts import text_encoder
+    from image_to_prompts.models import text_encoder
 
     describer, some = _describer(run), parts(run, count, rounds)
     model, prompts = text_encoder.load(), describer.index.prompts

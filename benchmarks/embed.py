@@ -45,7 +45,7 @@ def seeds_way(folder: Path) -> Prepared:
     from PIL import Image
     from transformers import AutoImageProcessor, BlipForConditionalGeneration, BlipProcessor, ConvNextModel
 
-    from image_to_prompts import text_encoder
+    from image_to_prompts.models import text_encoder
 
     config = Config(clip_model_name="ViT-B-32/openai", device="cpu", quiet=True, download_cache=False)
     config.cache_path = str(folder / "cache")
@@ -72,8 +72,9 @@ def seeds_way(folder: Path) -> Prepared:
 
 
 def ours(folder: Path) -> Prepared:
-    from image_to_prompts import encoders, text_cache, text_encoder
+    from image_to_prompts import encoders
     from image_to_prompts.data import images
+    from image_to_prompts.models import text_cache, text_encoder
 
     clip = f"open_clip:{folder / 'clip'}"
     settings = {"caption": str(folder / "blip"), "ranker": clip}

@@ -36,14 +36,14 @@ def read(file: Path | None, count: int | None = None) -> list[str]:
 
 
 def theirs(prompts: list[str], batch: int) -> Prepared:
-    from image_to_prompts import text_encoder
+    from image_to_prompts.models import text_encoder
 
     model = text_encoder.load()
     return lambda: model.encode(prompts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
 
 
 def ours(prompts: list[str], fast: bool) -> Prepared:
-    from image_to_prompts import text_cache, text_encoder
+    from image_to_prompts.models import text_cache, text_encoder
 
     def encode() -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,8 @@ def seeds_loop() -> Prepared:
     import torch
     from torch import nn
 
-    from image_to_prompts import ensemble, fusion
+    from image_to_prompts import ensemble
+    from image_to_prompts.models import networks
 
     preset = ensemble.PRESETS["10k"]
     arrays, targets = data()
@@ -44,7 +45,7 @@ def seeds_loop() -> Prepared:
         def __getitem__(self, row: int) -> list[torch.Tensor]:
             return [torch.tensor(array[row]) for array in (*arrays, targets)]
 
-    network = fusion.SeedFusion(WIDTHS)
+    network = networks.SeedFusion(WIDTHS)
     loader = torch.utils.data.DataLoader(Data(), preset.batch_size)
     optimizer = torch.optim.Adam(network.parameters(), preset.learning_rate)
     loss_of, same = nn.CosineEmbeddingLoss(), torch.tensor([1])
@@ -62,14 +63,15 @@ def seeds_loop() -> Prepared:
 def ours() -> Prepared:
     import torch
 
-    from image_to_prompts import ensemble, fusion, fusion_training
+    from image_to_prompts import ensemble, fusion_training
+    from image_to_prompts.models import networks
     from image_to_prompts.run.devices import process_state
     from image_to_prompts.training import batches
 
     process_state()  # which keeps freed memory, as `fusion_training.fit` does
     preset = ensemble.PRESETS["10k"]
     arrays, targets = data()
-    trainer = fusion_training.Trainer(fusion.Fusion(WIDTHS), preset.learning_rate)
+    trainer = fusion_training.Trainer(networks.Fusion(WIDTHS), preset.learning_rate)
     tensors, truth = [torch.from_numpy(array) for array in arrays], torch.from_numpy(targets)
 
     def run() -> None:
@@ -80,11 +82,11 @@ def ours() -> Prepared:
 
 
 def epoch(options: argparse.Namespace) -> dict[str, object]:
-    from image_to_prompts import fusion
+    from image_to_prompts.models import networks
 
     sizes = {
         name: sum(parameter.numel() for parameter in network(WIDTHS).parameters()) / 1e6
-        for name, network in {"the seed's loop": fusion.SeedFusion, "ours": fusion.Fusion}.items()
+        for name, network in {"the seed's loop": networks.SeedFusion, "ours": networks.Fusion}.items()
     }
     print("parameters, millions:", {name: round(size, 1) for name, size in sizes.items()})
     seconds, memory = in_turns({"the seed's loop": (seeds_loop, (), {}), "ours": (ours, (), {})}, options.rounds)

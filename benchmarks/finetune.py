@@ -67,8 +67,8 @@ def build(backbone: str, size: int, seed: int = 0) -> Any:
     """The model with random weights, its last quarter unfrozen."""
     import torch
 
-    from image_to_prompts import backbones
-    from image_to_prompts import model as models
+    from image_to_prompts.models import backbones
+    from image_to_prompts.models import checkpoints as models
 
     torch.manual_seed(seed)
     model = models.build(backbones.describe(backbone, size))
@@ -80,8 +80,9 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     """Our trainer over random images, and what it is fed: (trainer, images or features, rows)."""
     import torch
 
-    from image_to_prompts import backbones, dataset, finetune, frozen, training
-    from image_to_prompts.fast_layers import faster
+    from image_to_prompts import dataset, finetune, frozen, training
+    from image_to_prompts.models import backbones
+    from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
 
     progress.set_quiet(True)
@@ -192,9 +193,10 @@ class InMemory:
 
 def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an epoch of the embedded model over scenes, in three ways."""
-    from image_to_prompts import backbones, dataset, finetune, frozen, training
+    from image_to_prompts import dataset, finetune, frozen, training
     from image_to_prompts.data.images import ImageRows
-    from image_to_prompts.fast_layers import faster
+    from image_to_prompts.models import backbones
+    from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
 
     progress.set_quiet(True)

@@ -31,10 +31,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from image_to_prompts import render, text_cache, text_encoder, weights
+from image_to_prompts import render
 from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import exact
 from image_to_prompts.generate import grammar
+from image_to_prompts.models import text_cache, text_encoder, weights
 from image_to_prompts.render import stable_diffusion
 from image_to_prompts.run import devices
 from image_to_prompts.run import progress as bars

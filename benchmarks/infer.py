@@ -26,8 +26,8 @@ def checkpoint(backbone: str, size: int) -> Any:
     """A checkpoint with random weights, not on disk."""
     import torch
 
-    from image_to_prompts import backbones
-    from image_to_prompts import model as models
+    from image_to_prompts.models import backbones
+    from image_to_prompts.models import checkpoints as models
 
     torch.manual_seed(0)
     spec = backbones.describe(backbone, size)

@@ -23,17 +23,17 @@ NEAREST = 10
 
 def make(folder: Path, count: int, queries: int) -> None:
     """Writes `vectors.npy` and `queries.npy`."""
-    from image_to_prompts import evaluate, text_encoder
+    from image_to_prompts.models import metrics, text_encoder
 
     known = text_encoder.encode(read(REAL if REAL.is_file() else None, 20_000), fast=True)
     rng = np.random.default_rng(0)
     kept = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (count, known.shape[1]))
     for start in range(0, count, len(known)):
         noise = rng.standard_normal(known.shape, np.float32) * np.float32(NOISE / known.shape[1] ** 0.5)
-        kept[start : start + len(known)] = evaluate.unit(known + noise)[: count - start]
+        kept[start : start + len(known)] = metrics.unit(known + noise)[: count - start]
     kept.flush()
     means = known[rng.integers(0, len(known), (queries, 3))].mean(1)
-    np.save(folder / "queries.npy", evaluate.unit(means))
+    np.save(folder / "queries.npy", metrics.unit(means))
 
 
 def theirs(folder: Path) -> Prepared:

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from image_to_prompts import backbones, infer, submission
-from image_to_prompts import model as models
+from image_to_prompts import infer, submission
+from image_to_prompts.models import backbones
+from image_to_prompts.models import checkpoints as models
 from image_to_prompts.run import progress
 
 

@@ -54,12 +54,13 @@ class ImportCheckpoint:
     """Side of the input in px."""
 
     def run(self) -> str:
-        from . import backbones, ensemble, model
+        from . import ensemble
+        from .models import backbones, checkpoints
 
         if self.ensemble:
             ensemble.import_published(self.file, self.out)
         else:
-            model.import_reference(self.file, backbones.describe(self.backbone, self.image_size), self.out)
+            checkpoints.import_reference(self.file, backbones.describe(self.backbone, self.image_size), self.out)
         return f"{self.file}: imported to {self.out}"
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import dedupe, embed, ensemble, evaluate, finetune, frozen, generate, infer, profiles, render, text_encoder
-from . import model as models
+from . import dedupe, embed, ensemble, finetune, frozen, generate, infer, profiles, render
 from .data import metadata, pictures
+from .models import checkpoints as models
+from .models import metrics, text_encoder
 from .run import progress
 from .run.errors import UserError
 from .run.files import Stamp, write_json
@@ -161,7 +162,7 @@ def _evaluate(
     truth = dict(zip(test["image_name"], test["prompt"], strict=True))
     prompts = [truth[file.name] for file in predictions["test"].files]
     targets = text_encoder.encode(prompts)
-    ceiling = evaluate.ceiling_score(prompts, targets)
+    ceiling = metrics.ceiling_score(prompts, targets)
     scores = {}
     for name, found in predictions.items():
         knn = frozen.knn_score(
@@ -169,7 +170,7 @@ def _evaluate(
         )
         scores[name] = {"score": found.score, "constant": found.constant, "knn": knn, "ceiling": ceiling}
         scores[name]["alone"] = {Path(folder).name: score for folder, score in found.alone.items()}
-        scores[name]["skill"] = evaluate.skill(found.score, found.constant, ceiling)
+        scores[name]["skill"] = metrics.skill(found.score, found.constant, ceiling)
     folder, found = run_.report, predictions["test"]
     names = ("strips", "gallery", "cosines", "history", "ensemble", "threshold")
     predicted_csv = run_.metadata.with_name("predicted.csv")
@@ -179,7 +180,7 @@ def _evaluate(
     write_json(folder / "scores.json", scores)
 
     nearest = found.prompts["prompt"].tolist()
-    cosines = (evaluate.unit(text_encoder.encode(nearest)) * targets).sum(1)
+    cosines = (metrics.unit(text_encoder.encode(nearest)) * targets).sum(1)
     names = [file.name for file in found.files]
     seeds = test.set_index("image_name")["seed"].loc[names].tolist()
     metadata.write_table(predicted_csv, pd.DataFrame({"image_name": names, "prompt": nearest, "seed": seeds}))

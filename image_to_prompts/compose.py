@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from . import text_encoder
 from .data import terms
+from .models import text_encoder
 from .sources.rules import artists as without_artists
 
 CONNECTIVES = (

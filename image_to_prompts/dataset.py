@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate
 from .data import images, metadata
 from .dedupe import add_groups
+from .models import metrics
 from .render.store import BLANK, FAILED, NSFW
 from .run.errors import UserError
 from .run.folders import MANIFEST
@@ -189,4 +189,4 @@ def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     """Which rows of `targets` (n, 384) reach cosine 0.8 with a row of `train_targets` (m, 384): bool (n,)."""
     from .dedupe.exact import near
 
-    return near(evaluate.unit(targets), evaluate.unit(train_targets), NEAR)
+    return near(metrics.unit(targets), metrics.unit(train_targets), NEAR)

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from . import profiles, text_encoder
+from . import profiles
 from .data import metadata
 from .describer import Describer
+from .models import text_encoder
 from .render import scenes
 from .render.store import Row
 from .run import folders

@@ -30,9 +30,10 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import encoders, evaluate, infer, predictors, profiles, text_encoder, weights
+from . import encoders, infer, predictors, profiles
 from .data import images
 from .data.metadata import IMAGE_SUFFIXES
+from .models import metrics, text_encoder, weights
 from .profiles import StageConfig
 from .run import archives
 from .run.devices import gather, rank_and_processes
@@ -154,7 +155,7 @@ class Describer:
             return seen.vectors, seen.texts
         options = infer.Config(batch_size=config.batch_size, views=config.views, loader_workers=config.loader_workers)
         seen = [predictors.predict(predictor, files, options)[0] for predictor in self.predictors]
-        return evaluate.blend(seen, self.weights), []
+        return metrics.blend(seen, self.weights), []
 
 
 def sources(config: Config) -> tuple[list[Path], list[Path]]:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from . import dataset, embeddings, evaluate, finetune, frozen, validation
-from . import model as models
+from . import dataset, embeddings, finetune, frozen, validation
 from .data import metadata
+from .models import checkpoints as models
+from .models import metrics
 from .profiles import StageConfig
 from .run.devices import process_state
 from .run.errors import UserError
@@ -117,13 +118,13 @@ class Ensemble:
         if self.ridge:
             found["ridge"] = joined @ self.ridge[0] + self.ridge[1]
         if self.known:
-            found["knn"] = evaluate.nearest_mean(joined, *self.known, about["knn_k"])
+            found["knn"] = metrics.nearest_mean(joined, *self.known, about["knn_k"])
         return found
 
     def __call__(self, arrays: list[np.ndarray]) -> np.ndarray:
         """The blend of the members' predictions, float32 (n, 384)."""
         found, weights = self.members(arrays), self.config["ensemble"]["blend"]
-        return evaluate.blend(list(found.values()), [weights[name] for name in found])
+        return metrics.blend(list(found.values()), [weights[name] for name in found])
 
 
 def stacked(arrays: list[np.ndarray], scale: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -183,7 +184,8 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def _run(config: Config) -> pd.DataFrame:
-    from . import fusion, fusion_training
+    from . import fusion_training
+    from .models import networks
 
     table = embeddings.load(config.embeddings, config.arrays)
     names = list(table.arrays)
@@ -207,14 +209,14 @@ def _run(config: Config) -> pd.DataFrame:
     train_arrays = [array[rows.train] for array in arrays]
     scale = scale_of(train_arrays)
     joined, targets, truth = stacked(arrays, scale), rows.targets[rows.train], rows.targets[rows.valid]
-    ridge = tuple(part.astype(np.float32) for part in evaluate.ridge(joined[rows.train], targets))
+    ridge = tuple(part.astype(np.float32) for part in metrics.ridge(joined[rows.train], targets))
     near = rows.train[:: -(-len(rows.train) // frozen.KNN_ROWS)]
-    k = evaluate.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
+    k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
     settings = fusion_training.Settings(
         preset.batch_size, preset.learning_rate, config.epochs, config.patience, seed, config.save_minutes
     )
     network, history = fusion_training.fit(
-        lambda: fusion.build(config.attention, widths, scale, ridge), arrays, rows, settings, work / "state.pt"
+        lambda: networks.build(config.attention, widths, scale, ridge), arrays, rows, settings, work / "state.pt"
     )
     about = {"arrays": names, "encoders": table.about, "widths": widths, "attention": config.attention, "knn_k": k}
     description = {
@@ -225,7 +227,7 @@ def _run(config: Config) -> pd.DataFrame:
         "revision": models.revision(),
     }
     known = (joined[near].astype(np.float16).astype(np.float32), rows.targets[near])
-    ensemble = Ensemble(network, description, evaluate.unit(targets.mean(0)), scale, ridge, known)
+    ensemble = Ensemble(network, description, metrics.unit(targets.mean(0)), scale, ridge, known)
     members = _scores(ensemble, arrays, rows, test)
     description["metrics"] = {f"validation_{m}": float(v) for m, v in members[["member", "validation"]].to_numpy()}
     validation.write(config.out, rows, ensemble([array[rows.valid] for array in arrays]))
@@ -244,7 +246,7 @@ def _scores(ensemble: Ensemble, arrays: list[np.ndarray], rows: dataset.Rows, te
     sides = {"validation": rows.valid, "test": test}
     found = {side: ensemble.members([array[which] for array in arrays]) for side, which in sides.items() if len(which)}
     truth = rows.targets[rows.valid]
-    weights = evaluate.fit_weights([found["validation"][name] for name in MEMBERS], truth)
+    weights = metrics.fit_weights([found["validation"][name] for name in MEMBERS], truth)
     ensemble.config["ensemble"]["blend"] = dict(zip(MEMBERS, weights.tolist(), strict=True))
     table = pd.DataFrame({"member": ["constant", *MEMBERS, "blend"], "weight": [np.nan, *weights, np.nan]})
     for side, which in sides.items():
@@ -252,8 +254,8 @@ def _scores(ensemble: Ensemble, arrays: list[np.ndarray], rows: dataset.Rows, te
             table[side] = np.nan
             continue
         own = [found[side][name] for name in MEMBERS]
-        guesses = [np.broadcast_to(ensemble.mean, (len(which), len(ensemble.mean))), *own, evaluate.blend(own, weights)]
-        table[side] = [evaluate.mean_cosine(guess, rows.targets[which]) for guess in guesses]
+        guesses = [np.broadcast_to(ensemble.mean, (len(which), len(ensemble.mean))), *own, metrics.blend(own, weights)]
+        table[side] = [metrics.mean_cosine(guess, rows.targets[which]) for guess in guesses]
     return table
 
 
@@ -281,14 +283,14 @@ def load(folder: Path) -> Ensemble:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from . import fusion
+    from .models import networks
 
     check_whole(folder, "model.safetensors", "config.json")
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
         about = config["ensemble"]
-        network = fusion.build(about["attention"], about["widths"]).eval()
+        network = networks.build(about["attention"], about["widths"]).eval()
         own = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         network.load_state_dict({name: torch.from_numpy(value) for name, value in own.items()})
         pairs = {
@@ -317,17 +319,18 @@ def import_published(file: Path, out: Path) -> Ensemble:
     """
     import torch
 
-    from . import backbones, embed, fusion
+    from . import embed
+    from .models import backbones, networks
 
     widths = [512, 768, 384]
-    network = fusion.SeedFusion(widths).eval()
+    network = networks.SeedFusion(widths).eval()
     try:
         network.load_published(backbones.read_state(file))
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
         raise UserError(f"{file}: no checkpoint of the first seed's network: {detail}") from error
     with torch.no_grad():
-        mean = evaluate.unit(network([torch.zeros(1, width) for width in widths]).numpy())[0]
+        mean = metrics.unit(network([torch.zeros(1, width) for width in widths]).numpy())[0]
     encoders = {embed.slug(name): {"encoder": name, "image_size": 224} for name in PUBLISHED}
     about = {"arrays": list(encoders), "encoders": encoders, "widths": widths, "attention": "seed"}
     config = {

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, evaluate, frozen, text_encoder, training, validation
-from . import model as models
+from . import dataset, frozen, training, validation
 from .data import metadata
 from .data.images import ImageRows, contents, tell_broken
+from .models import backbones, metrics, text_encoder
+from .models import checkpoints as models
 from .profiles import StageConfig
 from .run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from .run.errors import UserError
@@ -115,7 +116,7 @@ def validate(
     backbones.set_training(model, False)
     rank, processes = rank_and_processes()
     mine = rows.valid[rank::processes]
-    predicted = evaluate.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
+    predicted = metrics.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
     return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
 
 
@@ -189,7 +190,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def _train(config: Config) -> pd.DataFrame:
     """Trains, and writes everything."""
-    from .fast_layers import faster
+    from .models.fast_layers import faster
 
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
@@ -260,7 +261,7 @@ def _train(config: Config) -> pd.DataFrame:
         history = trainer.standing.history
         predicted = validate(trained, source, rows, device, mixed)
         readable = np.isfinite(predicted[:, 0])
-        cosine = evaluate.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
+        cosine = metrics.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
         best = cosine >= max((entry["cosine"] for entry in history), default=-1)
         if accelerator.is_main_process:
             how = f"loss {loss:.4f}" if epoch else "before the first step"

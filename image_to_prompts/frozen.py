@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import backbones, evaluate
 from .data.images import ImageRows
 from .dataset import Rows
+from .models import backbones, metrics
 from .run.devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
 from .run.errors import UserError
 from .run.files import is_sealed, seal, write_tensors
@@ -134,7 +134,7 @@ def _run_block(
     tail, first = backbones.trained_tail(model.backbone) if config.cache_features else (None, None)
     mixed = config.precision == "auto"
     with entering(first) if first is not None else contextlib.nullcontext([]) as taken:
-        found = evaluate.extract(model.features, images, BATCH, device, config.loader_workers, block, mixed)[block]
+        found = metrics.extract(model.features, images, BATCH, device, config.loader_workers, block, mixed)[block]
     stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
     if config.cache_features:
         type_ = _stored_type(config, device)
@@ -224,10 +224,10 @@ def baselines(found: np.ndarray, rows: Rows) -> Baselines:
     if not len(train) or not len(valid):
         raise UserError(f"{len(train)} training and {len(valid)} validation images can be read; check --images")
     targets, truth = rows.targets[train], rows.targets[valid]
-    mean = evaluate.unit(targets.mean(0))
-    k = evaluate.best_k(found[valid], truth, found[train], targets)
-    knn = evaluate.nearest_mean(found[valid], found[train], targets, k)
-    scores = {"constant": evaluate.constant_score(mean, truth), "knn": evaluate.mean_cosine(knn, truth)}
+    mean = metrics.unit(targets.mean(0))
+    k = metrics.best_k(found[valid], truth, found[train], targets)
+    knn = metrics.nearest_mean(found[valid], found[train], targets, k)
+    scores = {"constant": metrics.constant_score(mean, truth), "knn": metrics.mean_cosine(knn, truth)}
     return Baselines(found[train], targets, mean, k, scores)
 
 
@@ -238,13 +238,13 @@ def save(path: Path, base: Baselines) -> None:
 
 def pretrained_features(spec: backbones.Spec, files: list[Path]) -> np.ndarray:
     """Features of images by a backbone's pretrained weights: float32 (len(files), width), NaN where one is broken."""
-    from . import model as models
+    from .models import checkpoints as models
 
     model = models.build(spec)
     backbones.load_pretrained(model.backbone, spec)
     device = process_state().device
     model.to(device).eval()
-    return evaluate.extract(model.features, ImageRows(files, spec.image_size), BATCH, device)
+    return metrics.extract(model.features, ImageRows(files, spec.image_size), BATCH, device)
 
 
 def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], targets: np.ndarray) -> float:
@@ -262,5 +262,5 @@ def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], tar
     stored = load_file(folder / "baselines.safetensors")
     found = pretrained_features(spec, files)
     readable = np.isfinite(found[:, 0])
-    predicted = evaluate.nearest_mean(found[readable], stored["features"].astype(np.float32), stored["targets"], k)
-    return evaluate.mean_cosine(predicted, targets[readable])
+    predicted = metrics.nearest_mean(found[readable], stored["features"].astype(np.float32), stored["targets"], k)
+    return metrics.mean_cosine(predicted, targets[readable])

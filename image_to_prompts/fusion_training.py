@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import evaluate
 from .dataset import Rows
+from .models import metrics
 from .run.devices import mixed_precision, process_state
 from .run.progress import progress_to
 from .training import batches, has_stalled, learning_rate_factor, read_state, save_state
@@ -155,7 +155,7 @@ def fit(
     def finish_epoch(loss: float) -> None:
         nonlocal best
         network.eval()
-        cosine = evaluate.mean_cosine(predict(network, valid, settings.batch_size), truth)
+        cosine = metrics.mean_cosine(predict(network, valid, settings.batch_size), truth)
         history.append({"epoch": len(history), "loss": loss, "cosine": cosine})
         if cosine >= max(entry["cosine"] for entry in history):
             best = {name: value.clone() for name, value in network.state_dict().items()}

@@ -19,8 +19,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import evaluate, predictors, submission, text_encoder, validation
+from . import predictors, submission, validation
 from .data import images, metadata
+from .models import metrics, text_encoder
 from .predictors import Rung
 from .run.engine import EngineConfig
 from .run.errors import UserError
@@ -110,11 +111,11 @@ def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[fl
         order = [pd.Index(frame["image_name"]).get_indexer(names) for frame, _, _ in kept]
         predictions = [predicted[rows] for (_, predicted, _), rows in zip(kept, order, strict=True)]
         truth = kept[0][2][order[0]]
-        fitted = evaluate.fit_weights(predictions, truth)
+        fitted = metrics.fit_weights(predictions, truth)
         for folder, predicted, weight in zip(folders, predictions, fitted, strict=True):
-            alone = evaluate.mean_cosine(predicted, truth)
+            alone = metrics.mean_cosine(predicted, truth)
             log.info("%s: %.4f alone on %d images, %.3f of the blend", folder, alone, len(names), weight)
-        log.info("blend: %.4f", evaluate.mean_cosine(evaluate.blend(predictions, fitted), truth))
+        log.info("blend: %.4f", metrics.mean_cosine(metrics.blend(predictions, fitted), truth))
         return fitted.tolist()
     weights = list(given or same)
     if len(weights) != len(folders):
@@ -210,7 +211,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     stamp.claim(outputs)
     work = stamp.work_folder()
     rung, found, mean, reached = predictors.climb(rungs, files, config, work)
-    vectors = evaluate.blend([np.nan_to_num(one) for one in found], rung.weights)
+    vectors = metrics.blend([np.nan_to_num(one) for one in found], rung.weights)
     unreadable = ~vectors.any(1)  # no predictor had them
     vectors[unreadable] = mean
     broken = [file for file, bad in zip(files[: max(reached)], unreadable, strict=False) if bad]
@@ -223,12 +224,12 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         metadata.write_table(nearest_path, result.prompts)
     if truth:
         targets = text_encoder.encode(truth)
-        result.score = evaluate.mean_cosine(vectors, targets)
-        result.constant = evaluate.constant_score(mean, targets)
+        result.score = metrics.mean_cosine(vectors, targets)
+        result.constant = metrics.constant_score(mean, targets)
         if len(found) > 1:
             for folder, one in zip(folders, found, strict=True):
                 one[~np.isfinite(one[:, 0])] = mean
-                result.alone[str(folder)] = evaluate.mean_cosine(one, targets)
+                result.alone[str(folder)] = metrics.mean_cosine(one, targets)
                 log.info("%s alone: %.4f", folder, result.alone[str(folder)])
         log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
         if rung is rungs[0] and (trained := predictors.trained_on(folders, targets)):

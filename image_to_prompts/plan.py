@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import backbones, dataset, evaluate, finetune, frozen, training
+from . import dataset, finetune, frozen, training
 from .data import metadata
+from .models import backbones, metrics
+from .models.text_encoder import DIMENSION
 from .run.devices import rank_and_processes
 from .run.progress import short
-from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +129,7 @@ def make(config: finetune.Config) -> Plan:
     """
     import torch
 
-    from .fast_layers import faster
+    from .models.fast_layers import faster
 
     rows = train_rows(config)
     _, processes = rank_and_processes()
@@ -180,7 +181,7 @@ def make(config: finetune.Config) -> Plan:
 
 
 def _random_rows(count: int) -> dataset.Rows:
-    targets = evaluate.unit(np.random.default_rng(0).normal(size=(count, DIMENSION)))
+    targets = metrics.unit(np.random.default_rng(0).normal(size=(count, DIMENSION)))
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     nobody = np.empty(0, int)
     return dataset.Rows(names, [], targets, nobody, nobody, 0, np.ones(count, np.float32))

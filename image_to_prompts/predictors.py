@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import embeddings, encoders, ensemble, evaluate, text_encoder, weights
-from . import model as models
+from . import embeddings, encoders, ensemble
 from .encoders import Encoder
+from .models import checkpoints as models
+from .models import metrics, text_encoder, weights
 from .run.engine import over_blocks
 from .run.errors import UserError
 from .run.files import is_sealed, make_folder, seal, write_array
@@ -76,7 +77,7 @@ def checkpoint(folder: Path) -> Predictor:
         found = ensemble.load(folder)
         seen = found.config["ensemble"]["encoders"]
         alone = found.config["ensemble"]["attention"] != "seed"  # that network looks at a whole batch
-        finish = partial(evaluate.in_fixed_rows, found) if alone else found
+        finish = partial(metrics.in_fixed_rows, found) if alone else found
         return Predictor(found.mean, [encoders.rebuild(about) for about in seen.values()], finish)
     found = models.load(folder)
     return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
@@ -113,9 +114,9 @@ def neighbours(folder: Path) -> Predictor:
         known = np.isfinite(vectors[:, 0])
         features, targets = vectors[known], table.targets[known]
         asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
-        k = evaluate.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
-        guess = evaluate.nearest_mean(features[asked], features[~asked], targets[~asked], k)
-        found.append((evaluate.mean_cosine(guess, targets[asked]), name, k, features, targets))
+        k = metrics.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
+        guess = metrics.nearest_mean(features[asked], features[~asked], targets[~asked], k)
+        found.append((metrics.mean_cosine(guess, targets[asked]), name, k, features, targets))
     missing = ""
     for score, name, k, features, targets in sorted(found, key=lambda one: -one[0]):
         try:
@@ -125,16 +126,16 @@ def neighbours(folder: Path) -> Predictor:
             log.warning("%s: passed over: %s", folder / name, error)
             continue
         log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
-        mean = evaluate.unit(targets.mean(0))
-        guess = partial(lambda f, t, k, seen: evaluate.nearest_mean(seen[0], f, t, k), features, targets, k)
-        return Predictor(mean, [encoder], partial(evaluate.in_fixed_rows, guess))
+        mean = metrics.unit(targets.mean(0))
+        guess = partial(lambda f, t, k, seen: metrics.nearest_mean(seen[0], f, t, k), features, targets, k)
+        return Predictor(mean, [encoder], partial(metrics.in_fixed_rows, guess))
     raise UserError(f"{folder}: no array's encoder can be built: {missing}")
 
 
 def interrogator() -> Predictor:
     """CLIP Interrogator's text, as it is; raises as `encoders.build`."""
     encoder = encoders.build("interrogator", 0)
-    return Predictor(evaluate.unit(text_encoder.encode(["a picture"])[0]), [encoder])
+    return Predictor(metrics.unit(text_encoder.encode(["a picture"])[0]), [encoder])
 
 
 def prompt_mean(csvs: list[Path]) -> Predictor:
@@ -155,7 +156,7 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
     if not prompts:
         raise UserError(f"no prompts in {', '.join(map(str, csvs))}; attach metadata, embeddings or a checkpoint")
     log.info("mean embedding of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
-    return Predictor(evaluate.unit(text_encoder.encode(prompts).mean(0)))
+    return Predictor(metrics.unit(text_encoder.encode(prompts).mean(0)))
 
 
 def ladder(run: Run) -> list[Rung]:
@@ -255,7 +256,7 @@ def _predict_block(
         if readable.any():
             vectors[readable] = predictor.finish([one.vectors[readable] for one in found])
         seen.append(vectors)
-    return evaluate.blend(seen, [1 / len(seen)] * len(seen))
+    return metrics.blend(seen, [1 / len(seen)] * len(seen))
 
 
 def climb(
@@ -291,5 +292,5 @@ def climb(
             said = " ".join(str(error).split()) or type(error).__name__
             log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[place + 1].what)
             continue
-        return rung, found, evaluate.blend(means, rung.weights)[0], reached
+        return rung, found, metrics.blend(means, rung.weights)[0], reached
     raise UserError("nothing to predict from; run finetune first, or attach a checkpoint, embeddings or prompts")

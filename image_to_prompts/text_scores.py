@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import encoders, evaluate, text_encoder
+from . import encoders
 from .describer import Describer
+from .models import metrics, text_encoder
 
 TEN = 10
 
@@ -41,13 +42,13 @@ def compare(describer: Describer, files: Sequence[Path], truth: Sequence[str], i
     }
     if interrogator:
         ways["interrogator"] = encoders.encode([encoders.build(interrogator, 224)], list(files))[0].vectors
-    base = (evaluate.unit(flat[:, 0]) * targets).sum(1)
+    base = (metrics.unit(flat[:, 0]) * targets).sum(1)
     rows = {}
     for name, vectors in ways.items():
-        to_truth = (evaluate.unit(vectors) * targets).sum(1)
-        low, high = evaluate.bootstrap(to_truth)
+        to_truth = (metrics.unit(vectors) * targets).sum(1)
+        low, high = metrics.bootstrap(to_truth)
         rows[name] = {
-            "to the prediction": evaluate.mean_cosine(vectors, predicted),
+            "to the prediction": metrics.mean_cosine(vectors, predicted),
             "to the truth": float(to_truth.mean()),
             "from": low,
             "to": high,

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import backbones
 from .data.images import load
+from .models import backbones
 from .run.devices import rank_and_processes
 from .run.errors import UserError
 from .run.files import atomic_path

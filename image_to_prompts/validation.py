@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import evaluate
-from . import model as models
 from .data import images, metadata, pictures
 from .dataset import Rows
 from .frozen import Baselines, pretrained_features
+from .models import checkpoints as models
+from .models import metrics
 from .run.errors import UserError
 from .run.files import check_whole, write_tensors
 
@@ -34,7 +34,7 @@ def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
     known = [name for name in ("image_name", "prompt") if name in rows.frame]  # prompts may not come with embeddings
     frame = rows.frame[known].iloc[valid].reset_index(drop=True)
     frame["source"] = rows.sources.to_numpy()[valid]
-    cosines = (evaluate.unit(predicted) * rows.targets[valid]).sum(1)
+    cosines = (metrics.unit(predicted) * rows.targets[valid]).sum(1)
     write_tensors(
         folder / "validation.safetensors", {"predicted": predicted.astype(np.float32), "targets": rows.targets[valid]}
     )
@@ -82,20 +82,20 @@ def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -
     valid = pd.Index(rows.frame["image_name"]).get_indexer(frame["image_name"])
     train = rows.train[np.isfinite(features[rows.train, 0])]
     sources = rows.sources.to_numpy()
-    knn = evaluate.nearest_mean(features[valid], base.features, base.targets, base.k)
+    knn = metrics.nearest_mean(features[valid], base.features, base.targets, base.k)
     guesses = {"cosine": predicted, "constant": np.broadcast_to(base.mean, truth.shape), "knn": knn}
     guesses["ridge"] = _ridge(features, rows.targets, train, valid)
-    cosines = {name: (evaluate.unit(guess) * truth).sum(1) for name, guess in guesses.items()}
+    cosines = {name: (metrics.unit(guess) * truth).sum(1) for name, guess in guesses.items()}
     cosines["left_out"] = np.full(len(valid), np.nan)
     names = sorted(set(sources[valid]))
     for name in names:
         others, mine = train[sources[train] != name], sources[valid] == name
         if len(others):
             guess = _ridge(features, rows.targets, others, valid[mine])
-            cosines["left_out"][mine] = (evaluate.unit(guess) * truth[mine]).sum(1)
+            cosines["left_out"][mine] = (metrics.unit(guess) * truth[mine]).sum(1)
     table = []
     for name, mine in [*((name, sources[valid] == name) for name in names), ("all", np.ones(len(valid), bool))]:
-        low, high = evaluate.bootstrap(cosines["cosine"][mine])
+        low, high = metrics.bootstrap(cosines["cosine"][mine])
         means = {column: values[mine].mean() for column, values in cosines.items()}
         table.append({"source": name, "rows": int(mine.sum()), **means, "low": low, "high": high})
     columns = ["source", "rows", "cosine", "low", "high", "constant", "knn", "ridge", "left_out"]
@@ -103,7 +103,7 @@ def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -
 
 
 def _ridge(features: np.ndarray, targets: np.ndarray, train: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    weight, bias = evaluate.ridge(features[train], targets[train])
+    weight, bias = metrics.ridge(features[train], targets[train])
     return features[valid] @ weight + bias
 
 
@@ -130,7 +130,7 @@ def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path
     spec = models.load(folder).spec
     features = [pretrained_features(spec, files) for files in (own, targets)]
     readable = [np.isfinite(part[:, 0]) for part in features]
-    area, likeness = evaluate.domain_gap(*(part[good] for part, good in zip(features, readable, strict=True)))
+    area, likeness = metrics.domain_gap(*(part[good] for part, good in zip(features, readable, strict=True)))
     return area, frame.loc[readable[0], ["image_name", "source"]].assign(likeness=likeness)
 
 

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from image_to_prompts import text_cache
 from image_to_prompts.data import metadata
+from image_to_prompts.models import text_cache
 
 MOMENTS = (1, 2, 3, 4, 6, 8, 12, 16)  # kill when the run's folders have changed this often
 STAGE_OF = {"magicprompt": "generate", "collect": "generate", "finetune-uncached": "finetune"}
@@ -97,15 +97,16 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
 
-    from image_to_prompts import describer, embed, frozen, fusion, predictors, text_encoder
+    from image_to_prompts import describer, embed, frozen, predictors
     from image_to_prompts.__main__ import main
+    from image_to_prompts.models import networks, text_encoder
     from image_to_prompts.render.scenes import SceneBackend
     from image_to_prompts.sources import readers
 
     torch.set_num_threads(1)
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
     describer.BLOCK, frozen.BLOCK = 8, 16
-    fusion.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
+    networks.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)
     if memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

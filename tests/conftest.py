@@ -16,8 +16,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, save_tokenizer
 
-from image_to_prompts import dedupe, generate, profiles, render, text_cache
+from image_to_prompts import dedupe, generate, profiles, render
 from image_to_prompts.__main__ import main
+from image_to_prompts.models import text_cache
 from image_to_prompts.run import folders
 
 for name in os.environ.get("PRELOADED", "").split():  # make mutants forks a process for each fault

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from image_to_prompts import dataset, text_encoder
+from image_to_prompts import dataset
+from image_to_prompts.models import text_encoder
 
 
 def loaded_rows(csv: Path, folder: Path, **split: Any) -> dataset.Rows:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from image_to_prompts import backbones, fast_layers, model, weights
+from image_to_prompts.models import backbones, checkpoints, fast_layers, weights
 from image_to_prompts.run.errors import UserError
 
 
@@ -116,7 +116,7 @@ def test_kaggle_inputs_come_before_packages_and_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite2", "timm:convnext_atto", "open_clip:tiny"])
 def test_trained_tail_over_cached_activations_equals_the_whole(name, tiny_open_clip):
     name = f"open_clip:{tiny_open_clip}" if name == "open_clip:tiny" else name
-    whole = model.build(backbones.describe(name, 64)).eval()
+    whole = checkpoints.build(backbones.describe(name, 64)).eval()
     backbones.unfreeze_last_quarter(whole.backbone)
     tail, first = backbones.trained_tail(whole.backbone)
     taken = []
@@ -129,7 +129,7 @@ def test_trained_tail_over_cached_activations_equals_the_whole(name, tiny_open_c
 
 
 def test_frozen_matrices_in_half_precision_change_nothing_under_autocast(tiny_open_clip):
-    net = model.build(backbones.describe(f"open_clip:{tiny_open_clip}", 64)).eval()
+    net = checkpoints.build(backbones.describe(f"open_clip:{tiny_open_clip}", 64)).eval()
     backbones.unfreeze_last_quarter(net.backbone)
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
 
@@ -146,7 +146,7 @@ def test_frozen_matrices_in_half_precision_change_nothing_under_autocast(tiny_op
 
 @pytest.mark.parametrize("name", ["timm:tf_efficientnet_lite2", "open_clip:tiny"])
 def test_the_faster_copy_computes_the_same_and_shares_its_parameters(name, tiny_open_clip):
-    net = model.build(
+    net = checkpoints.build(
         backbones.describe(f"open_clip:{tiny_open_clip}" if name == "open_clip:tiny" else name, 64)
     ).eval()
     backbones.unfreeze_last_quarter(net.backbone)

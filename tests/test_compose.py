@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_to_prompts import compose, text_encoder
+from image_to_prompts import compose
+from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
 
 KNOWN = ["a photo of a cat, by Greg Rutkowski, sharp focus", "two dogs in a forest, pixel art", "a cat on a roof"]

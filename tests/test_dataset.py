@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 from rows import loaded_rows
 
-from image_to_prompts import dataset, evaluate
+from image_to_prompts import dataset
 from image_to_prompts.data import metadata
+from image_to_prompts.models import metrics
 from image_to_prompts.run.errors import UserError
 
 
 def units(rows, seed=0):
-    return evaluate.unit(np.random.default_rng(seed).normal(size=(rows, 384)))
+    return metrics.unit(np.random.default_rng(seed).normal(size=(rows, 384)))
 
 
 def frame_of(folds, **columns):
@@ -35,8 +36,8 @@ def test_validating_rows_near_a_training_row_are_left_out():
     targets = units(6)
     for row, cosine in ((0, 0.81), (1, 0.79)):
         other = targets[5]
-        across = evaluate.unit(targets[row] - (targets[row] @ other) * other)
-        targets[row] = evaluate.unit(cosine * other + np.sqrt(1 - cosine**2) * across)
+        across = metrics.unit(targets[row] - (targets[row] @ other) * other)
+        targets[row] = metrics.unit(cosine * other + np.sqrt(1 - cosine**2) * across)
     rows = dataset.split(frame_of([0, 0, 0, 1, 1, 1]), targets, 0)
     assert rows.valid.tolist() == [1, 2] and rows.left_out == 1 and rows.train.tolist() == [3, 4, 5]
 
@@ -137,7 +138,7 @@ def test_the_manifests_are_the_metadata_where_none_is_given(tmp_path):
 
 
 def test_loading_rows_joins_embeds_and_splits(small_run):
-    from image_to_prompts import text_encoder
+    from image_to_prompts.models import text_encoder
 
     rows = loaded_rows(small_run.metadata, small_run.images, fold=1)
     frame = metadata.read(small_run.metadata)

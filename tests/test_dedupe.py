@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import dedupe, text_encoder
+from image_to_prompts import dedupe
 from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import exact, look, result, with_faiss
+from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
 
 

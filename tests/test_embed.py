@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import embed, embeddings, encoders, text_encoder
+from image_to_prompts import embed, embeddings, encoders
 from image_to_prompts.data import metadata
+from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
 
 LITE, CLASSES = "timm-tf_efficientnet_lite2", "classes"

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from image_to_prompts import encoders, evaluate, text_encoder
+from image_to_prompts import encoders
 from image_to_prompts.data import images, terms
 from image_to_prompts.encoders import backbone, interrogator
+from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
 
 
@@ -82,7 +83,7 @@ def test_backbones_give_what_their_own_code_gives(tiny_encoders, pictures, monke
     with torch.no_grad():
         rows = [processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"] for path in pictures]
         expected = torch.cat([model(row).pooler_output for row in rows]).numpy()
-    cosines = (evaluate.unit(found.vectors) * evaluate.unit(expected)).sum(1)
+    cosines = (metrics.unit(found.vectors) * metrics.unit(expected)).sum(1)
     np.testing.assert_allclose(cosines, 1, atol=2e-3)  # the processor resizes a little otherwise
 
     clip = encoders.build(f"open_clip:{tiny_encoders['clip']}", 32)

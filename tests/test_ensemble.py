@@ -11,16 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import (
-    embeddings,
-    ensemble,
-    evaluate,
-    fusion_training,
-    infer,
-    predictors,
-    text_encoder,
-    validation,
-)
+from image_to_prompts import embeddings, ensemble, fusion_training, infer, predictors, validation
+from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,9 +173,9 @@ def test_ways_are_compared_on_the_same_rows(made, monkeypatch):
     found = compare.run(compare.Config(made, ("two", "three"), seeds=(0,), epochs=1))
     table = embeddings.load(made, ["two", "three"])
     rows, test = ensemble.load_rows(table, 0, 1)
-    mean = evaluate.unit(table.targets[rows.train].mean(0))
+    mean = metrics.unit(table.targets[rows.train].mean(0))
     constant = found.set_index("way").loc["constant"]
-    assert constant["test"] == pytest.approx(evaluate.constant_score(mean, table.targets[test]))
+    assert constant["test"] == pytest.approx(metrics.constant_score(mean, table.targets[test]))
     with pytest.raises(UserError, match="lacks images"):
         compare.run(compare.Config(made))
 

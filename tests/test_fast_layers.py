@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from image_to_prompts.fast_layers import Depthwise, FrozenBlock, Patches, faster
+from image_to_prompts.models.fast_layers import Depthwise, FrozenBlock, Patches, faster
 
 
 @pytest.mark.parametrize(

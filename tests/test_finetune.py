@@ -9,8 +9,9 @@ import pytest
 import torch
 from rows import loaded_rows
 
-from image_to_prompts import backbones, evaluate, finetune, frozen, model, profiles, training
+from image_to_prompts import finetune, frozen, profiles, training
 from image_to_prompts.data import metadata
+from image_to_prompts.models import backbones, checkpoints, metrics
 from image_to_prompts.run.errors import UserError
 
 
@@ -20,7 +21,7 @@ def config(run, out, **overrides):
 
 
 def test_checkpoint_holds_everything(small_checkpoint, small_run):
-    loaded = model.load(small_checkpoint)
+    loaded = checkpoints.load(small_checkpoint)
     assert loaded.spec.name == "timm:tf_efficientnet_lite2" and loaded.spec.image_size == 64
     assert set(loaded.config["metrics"]) == {"epoch", "validation_cosine", "constant", "knn", "knn_k"}
     assert loaded.config["rows"]["train"] > loaded.config["rows"]["validate"] > 0
@@ -30,7 +31,7 @@ def test_checkpoint_holds_everything(small_checkpoint, small_run):
 
 
 def test_only_the_last_quarter_changes(small_checkpoint):
-    after = model.load(small_checkpoint)
+    after = checkpoints.load(small_checkpoint)
     before = backbones.build(after.spec)
     backbones.load_pretrained(before, after.spec)
     trained = set(backbones.unfreeze_last_quarter(before))
@@ -43,12 +44,12 @@ def test_only_the_last_quarter_changes(small_checkpoint):
 
 def test_validation_is_what_the_saved_model_scores(small_checkpoint, small_run):
     """Validation over cached activations, in eval mode, equals the checkpoint's score on the images themselves."""
-    loaded = model.load(small_checkpoint)
+    loaded = checkpoints.load(small_checkpoint)
     rows = loaded_rows(small_run.metadata, small_run.images)
     predicted = finetune.validate(
         loaded.model, finetune.ImageRows(rows.paths, loaded.spec.image_size), rows, torch.device("cpu")
     )
-    score = evaluate.mean_cosine(predicted, rows.targets[rows.valid])
+    score = metrics.mean_cosine(predicted, rows.targets[rows.valid])
     assert score == pytest.approx(loaded.config["metrics"]["validation_cosine"], abs=0.01)
 
 
@@ -147,8 +148,8 @@ def test_knn_averages_as_many_neighbours_as_asked():
     rng = np.random.default_rng(0)
     features, targets = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(30, 384)).astype(np.float32)
     for k in (1, 2, 7):
-        found = evaluate.nearest_mean(features[:4], features, targets, k)
-        order = np.argsort(-evaluate.unit(features[:4]) @ evaluate.unit(features).T, axis=1)[:, :k]
+        found = metrics.nearest_mean(features[:4], features, targets, k)
+        order = np.argsort(-metrics.unit(features[:4]) @ metrics.unit(features).T, axis=1)[:, :k]
         np.testing.assert_allclose(found, targets[order].mean(1), atol=1e-5)
 
 
@@ -195,20 +196,20 @@ def test_a_model_that_is_no_better_than_the_mean_is_said_so(small_run, tmp_path,
 def test_knn_and_skill():
     rng = np.random.default_rng(0)
     features, targets = rng.normal(size=(30, 8)).astype(np.float32), rng.normal(size=(30, 384)).astype(np.float32)
-    np.testing.assert_allclose(evaluate.nearest_mean(features, features, targets, 1), targets)
-    assert evaluate.best_k(features, targets, features, targets) == 1
-    assert evaluate.skill(0.7, 0.5, 0.9) == pytest.approx(0.5)
-    assert evaluate.mean_cosine(targets, 3 * targets) == pytest.approx(1)
+    np.testing.assert_allclose(metrics.nearest_mean(features, features, targets, 1), targets)
+    assert metrics.best_k(features, targets, features, targets) == 1
+    assert metrics.skill(0.7, 0.5, 0.9) == pytest.approx(0.5)
+    assert metrics.mean_cosine(targets, 3 * targets) == pytest.approx(1)
 
 
 def test_ceiling_lies_above_what_a_wrong_scene_scores():
-    from image_to_prompts import text_encoder
     from image_to_prompts.generate import grammar
+    from image_to_prompts.models import text_encoder
 
     prompts = [grammar.prompt(0, i) for i in range(30)]
     targets = text_encoder.encode(prompts)
-    ceiling = evaluate.ceiling_score(prompts, targets)
-    constant = evaluate.constant_score(targets.mean(0), targets)
+    ceiling = metrics.ceiling_score(prompts, targets)
+    constant = metrics.constant_score(targets.mean(0), targets)
     assert constant + 0.2 < ceiling < 1
 
 

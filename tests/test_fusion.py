@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from image_to_prompts import ensemble, evaluate, fusion, fusion_training
+from image_to_prompts import ensemble, fusion_training
+from image_to_prompts.models import metrics, networks
 from image_to_prompts.run.errors import UserError
 
 WIDTHS = (512, 768, 384)
@@ -23,7 +24,7 @@ def inputs(count, widths=WIDTHS, seed=0):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return fusion.Fusion(WIDTHS).eval()
+    return networks.Fusion(WIDTHS).eval()
 
 
 class Published(nn.Module):
@@ -99,7 +100,7 @@ def test_a_missing_embedding_is_masked_not_zero(network):
     without[1][:] = torch.nan
     zero[1][:] = 0
     with torch.no_grad():
-        alone = fusion.Fusion(WIDTHS).eval()
+        alone = networks.Fusion(WIDTHS).eval()
         alone.load_state_dict(network.state_dict())
         assert (alone(without) - alone(zero)).abs().max() > 1e-4
 
@@ -107,13 +108,13 @@ def test_a_missing_embedding_is_masked_not_zero(network):
 def test_it_begins_as_the_ridge_regression():
     rng = np.random.default_rng(0)
     arrays = [rng.normal(2, 3, (400, width)).astype(np.float32) for width in (8, 5)]
-    targets = evaluate.unit(np.concatenate(arrays, 1) @ rng.normal(size=(13, 384)))
+    targets = metrics.unit(np.concatenate(arrays, 1) @ rng.normal(size=(13, 384)))
     scale = ensemble.scale_of(arrays)
-    weight, bias = evaluate.ridge(ensemble.stacked(arrays, scale), targets)
-    network = fusion.build("modalities", (8, 5), scale, (weight, bias)).eval()
+    weight, bias = metrics.ridge(ensemble.stacked(arrays, scale), targets)
+    network = networks.build("modalities", (8, 5), scale, (weight, bias)).eval()
     expected = ensemble.stacked(arrays, scale) @ weight + bias
     predicted = fusion_training.predict(network, arrays)
-    assert (evaluate.unit(predicted) * evaluate.unit(expected)).sum(1).min() > 0.999
+    assert (metrics.unit(predicted) * metrics.unit(expected)).sum(1).min() > 0.999
 
 
 def test_no_checkpoint_of_the_seed_is_one_line(tmp_path):
@@ -131,7 +132,7 @@ def test_training_lowers_the_loss_with_and_without_half_precision(precision, att
     monkeypatch.setattr(fusion_training, "mixed_precision", lambda device: precision)
     torch.manual_seed(0)
     widths = (512, 40)
-    network = fusion.build(attention, widths)
+    network = networks.build(attention, widths)
     trainer = fusion_training.Trainer(network, 1e-3)
     some = inputs(48, widths)
     targets = torch.nn.functional.normalize(some[1] @ torch.randn(40, 384))

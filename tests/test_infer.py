@@ -12,20 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import (
-    backbones,
-    dataset,
-    evaluate,
-    finetune,
-    infer,
-    model,
-    predictors,
-    profiles,
-    submission,
-    validation,
-)
+from image_to_prompts import dataset, finetune, infer, predictors, profiles, submission, validation
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encoders import backbone
+from image_to_prompts.models import backbones, checkpoints, metrics
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError
 
@@ -51,10 +41,10 @@ def test_submission_is_complete_and_valid(folder, small_checkpoint, tmp_path, ca
     result = infer.run(settings(folder, small_checkpoint, out))
     assert submission.check(out, folder) == 8
     assert result.broken == [folder / "broken.jpg"] and "broken.jpg: cannot be read" in caplog.text
-    from image_to_prompts import model
+    from image_to_prompts.models import checkpoints
 
     row = result.files.index(folder / "broken.jpg")
-    np.testing.assert_allclose(result.vectors[row], model.load(small_checkpoint).mean, atol=1e-6)
+    np.testing.assert_allclose(result.vectors[row], checkpoints.load(small_checkpoint).mean, atol=1e-6)
     without = infer.run(settings(folder / "sub", small_checkpoint, tmp_path / "sub.csv"))
     for file, vector in zip(without.files, without.vectors, strict=True):
         assert vector @ result.vectors[result.files.index(file)] > 0.9999
@@ -140,7 +130,7 @@ def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint
     for weights in ((), (1.0, 3.0)):
         blend = vectors("b.csv", small_checkpoint, second_checkpoint, blend=weights)
         w = weights or (0.5, 0.5)
-        np.testing.assert_allclose(blend, evaluate.unit(w[0] * one + w[1] * two), atol=1e-6)
+        np.testing.assert_allclose(blend, metrics.unit(w[0] * one + w[1] * two), atol=1e-6)
 
 
 def test_weights_are_fitted_on_the_common_validation(
@@ -156,7 +146,7 @@ def test_weights_are_fitted_on_the_common_validation(
     (_, one, targets), (_, two, _) = (validation.read(folder) for folder in folders)
 
     def score(share):
-        return evaluate.mean_cosine(evaluate.blend([one, two], [share, 1 - share]), targets)
+        return metrics.mean_cosine(metrics.blend([one, two], [share, 1 - share]), targets)
 
     assert score(weights[0]) >= max(score(share) for share in np.linspace(0, 1, 21)) - 1e-6
     found = infer.run(settings_)
@@ -167,7 +157,7 @@ def test_weights_are_fitted_on_the_common_validation(
 def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
     """Two checkpoints validated other images, in another order; the second is right, the first knows nothing."""
     rng = np.random.default_rng(0)
-    truth = evaluate.unit(rng.normal(size=(40, 384)))
+    truth = metrics.unit(rng.normal(size=(40, 384)))
     names = [f"{number}.png" for number in range(40)]
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, numbers, noise in ((folders[0], range(30), 1e3), (folders[1], rng.permutation(range(5, 40)), 1e-4)):
@@ -176,7 +166,7 @@ def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
         frame = pd.DataFrame({"image_name": [names[number] for number in numbers]})
         every = np.arange(len(numbers))
         rows = dataset.Rows(frame, [], truth[numbers], every[:0], every, 0, np.ones(len(every), np.float32))
-        validation.write(folder, rows, evaluate.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
+        validation.write(folder, rows, metrics.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
     caplog.set_level("INFO")
     first, second = infer.blend_weights(folders)
     assert second > 0.95 and first + second == pytest.approx(1)
@@ -219,7 +209,7 @@ def test_of_several_views_the_mean_counts(tmp_path):
         return predictors.predict(predictor, chosen, infer.Config(views=views, batch_size=2))[0]
 
     whole = predict(files, "whole")
-    np.testing.assert_allclose(whole[:, :2], evaluate.unit(np.array([[200, 10], [np.nan, np.nan], [200, 90]])))
+    np.testing.assert_allclose(whole[:, :2], metrics.unit(np.array([[200, 10], [np.nan, np.nan], [200, 90]])))
     both = predict(files, "whole", "mirror")
     np.testing.assert_allclose(both[[0, 2], :2], np.full((2, 2), np.sqrt(0.5)), atol=1e-6)
     assert both.dtype == np.float32 and np.isnan(both[1]).all() and not both[[0, 2], 2:].any()
@@ -229,12 +219,12 @@ def test_of_several_views_the_mean_counts(tmp_path):
 @given(st.integers(2, 4), st.integers(20, 60), st.integers(0, 10**6))
 def test_fitted_weights_beat_every_single_model(models_, rows, seed):
     rng = np.random.default_rng(seed)
-    targets = evaluate.unit(rng.normal(size=(rows, 16)))
-    predictions = [evaluate.unit(targets + rng.uniform(0.5, 3) * rng.normal(size=(rows, 16))) for _ in range(models_)]
-    weights = evaluate.fit_weights(predictions, targets)
+    targets = metrics.unit(rng.normal(size=(rows, 16)))
+    predictions = [metrics.unit(targets + rng.uniform(0.5, 3) * rng.normal(size=(rows, 16))) for _ in range(models_)]
+    weights = metrics.fit_weights(predictions, targets)
     assert weights.min() >= -1e-9 and weights.sum() == pytest.approx(1)
-    blended = evaluate.mean_cosine(evaluate.blend(predictions, weights), targets)
-    assert blended >= max(evaluate.mean_cosine(one, targets) for one in predictions) - 1e-6
+    blended = metrics.mean_cosine(metrics.blend(predictions, weights), targets)
+    assert blended >= max(metrics.mean_cosine(one, targets) for one in predictions) - 1e-6
 
 
 def test_views_are_averaged(folder, small_checkpoint, tmp_path):
@@ -245,7 +235,7 @@ def test_views_are_averaged(folder, small_checkpoint, tmp_path):
     both = infer.run(settings(folder, small_checkpoint, tmp_path / "b.csv", views=("whole", "mirror"))).vectors
     readable = [i for i in range(8) if not np.allclose(single[0][i], single[1][i])]
     assert len(readable) >= 6
-    np.testing.assert_allclose(both[readable], evaluate.unit(single[0] + single[1])[readable], atol=1e-5)
+    np.testing.assert_allclose(both[readable], metrics.unit(single[0] + single[1])[readable], atol=1e-5)
 
 
 def test_half_precision_predicts_what_float32_does(folder, small_checkpoint, tmp_path, monkeypatch):
@@ -272,7 +262,7 @@ def test_a_reference_checkpoint_is_imported(prefix, folder, tiny_open_clip, tmp_
     name = f"open_clip:{tiny_open_clip}"
     spec = backbones.describe(name, 64)
     torch.manual_seed(3)
-    net = model.build(spec).eval()
+    net = checkpoints.build(spec).eval()
     state = {f"{prefix}visual.{key}": value for key, value in net.backbone.state_dict().items()}
     state |= {f"{prefix}fc.{key}": value for key, value in net.head.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "best.pt")
@@ -281,7 +271,7 @@ def test_a_reference_checkpoint_is_imported(prefix, folder, tiny_open_clip, tmp_
     assert code == 0 and str(tmp_path / "c") in said, err
     pictures = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode():
-        torch.testing.assert_close(model.load(tmp_path / "c").model(pictures), net(pictures))
+        torch.testing.assert_close(checkpoints.load(tmp_path / "c").model(pictures), net(pictures))
     infer.run(settings(folder, tmp_path / "c", tmp_path / "s.csv"))
     assert submission.check(tmp_path / "s.csv", folder) == 8
     refused([*words, "--backbone", "timm:tf_efficientnet_lite2"], "no checkpoint of timm:tf_efficientnet_lite2")
@@ -298,10 +288,11 @@ def test_a_second_run_reads_words_that_pandas_takes_for_nothing(small_run, small
 
 
 def test_prompts_that_read_like_nothing_count_in_the_mean(tmp_path):
-    from image_to_prompts import predictors, text_encoder
+    from image_to_prompts import predictors
+    from image_to_prompts.models import text_encoder
 
     (tmp_path / "p.csv").write_text("prompt\nNone\nNA\n")
-    expected = evaluate.unit(text_encoder.encode(["None", "NA"]).mean(0))
+    expected = metrics.unit(text_encoder.encode(["None", "NA"]).mean(0))
     np.testing.assert_allclose(predictors.prompt_mean([tmp_path / "p.csv"]).mean, expected, atol=1e-6)
 
 

@@ -2,8 +2,9 @@
 
 import pandas as pd
 
-from image_to_prompts import model, submission
+from image_to_prompts import submission
 from image_to_prompts.data import metadata
+from image_to_prompts.models import checkpoints
 
 
 def test_all_five_stages(command, tiny_gpt2, tiny_sd2, tiny_open_clip, tmp_path):
@@ -27,7 +28,7 @@ def test_all_five_stages(command, tiny_gpt2, tiny_sd2, tiny_open_clip, tmp_path)
     assert manifest["backend"].eq("sd2").all() and len(manifest) == 9
 
     stage("finetune", "--backbone", f"open_clip:{tiny_open_clip}", "--image-size", 64, "--epochs", 2, "--batch-size", 4)
-    found = model.load(run / "checkpoints" / "convnext")
+    found = checkpoints.load(run / "checkpoints" / "convnext")
     assert found.spec.tower["vision_cfg"]["timm_model_name"] == "convnext_atto"
     assert found.spec.mean == [0.48, 0.46, 0.41] or tuple(found.spec.mean) == (0.48, 0.46, 0.41)
 

@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from conftest import SHARED
 
-from image_to_prompts import model, submission
+from image_to_prompts import submission
 from image_to_prompts.data import metadata
+from image_to_prompts.models import checkpoints
 from image_to_prompts.run import folders
 from image_to_prompts.stages import STAGES, markdown_table
 
@@ -40,7 +41,7 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
         build.execute(name, tmp_path / f"{name}.ipynb", values, tmp_path)
     run = folders.Run(tmp_path / "run")
     assert submission.check(run.submission, run.test_images) == len(pd.read_csv(run.test_metadata))
-    metrics = model.load(run.checkpoint).config["metrics"]
+    metrics = checkpoints.load(run.checkpoint).config["metrics"]
     assert metrics["constant"] < 0.55
     assert metrics["validation_cosine"] > metrics["constant"]
     described = pd.read_csv(run.folder / "prompts.csv")

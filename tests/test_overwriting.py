@@ -44,9 +44,9 @@ def inputs(tmp_path, small_run, small_checkpoint, small_embeddings):
     (bare / "images.txt").write_text("\n".join(table.frame["image_name"]) + "\n")
     import torch
 
-    from image_to_prompts import model
+    from image_to_prompts.models import checkpoints
 
-    found = model.load(small_checkpoint).model
+    found = checkpoints.load(small_checkpoint).model
     state = {f"backbone.{name}": value for name, value in found.backbone.state_dict().items()}
     state |= {f"head.{name}": value for name, value in found.head.state_dict().items()}
     torch.save(state, folder / "reference.pt")

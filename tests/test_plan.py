@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from image_to_prompts import backbones, finetune, model, plan, profiles
+from image_to_prompts import finetune, plan, profiles
+from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run.devices import mixed_precision
 from image_to_prompts.run.errors import UserError
 
@@ -16,7 +17,7 @@ def planned(run, **values):
 @pytest.mark.parametrize("cache", [True, False])
 def test_counts_are_those_of_the_model(small_run, cache):
     found = planned(small_run, cache_features=cache)
-    net = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
+    net = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
     trained = backbones.unfreeze_last_quarter(net.backbone)
     own = [p for p in net.parameters() if p.requires_grad]
     assert found.trained_tensors == len(own) == len(trained) + 2
@@ -34,7 +35,7 @@ def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small
     sizes = [planned(small_run, batch_size=size, cache_features=False).activations for size in (8, 16, 24)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
-    everything = model.build(backbones.describe("timm:tf_efficientnet_lite2", 64)).train()
+    everything = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64)).train()
     assert sizes[0] < plan._kept_by(everything, lambda: everything(images))
     measured = planned(small_run, batch_size=4, cache_features=False, micro_batch=4)
     assert measured.activations == planned(small_run, batch_size=64, cache_features=False, micro_batch=4).activations

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import encoders, evaluate, infer, predictors, submission, text_encoder
+from image_to_prompts import encoders, infer, predictors, submission
 from image_to_prompts.data import metadata
+from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 
@@ -42,7 +43,7 @@ def test_each_rung_predicts_when_the_better_ones_are_gone(
     metadata.write_table(prompts, pd.DataFrame({"prompt": ["a red fox", "a red fox", "two owls at night", ""]}))
     (prompts.parent / "torn.csv").write_bytes(b'prompt,x\n"a\xff')
     mean = infer.run(config)
-    expected = evaluate.unit(text_encoder.encode(["a red fox", "two owls at night"]).mean(0))
+    expected = metrics.unit(text_encoder.encode(["a red fox", "two owls at night"]).mean(0))
     np.testing.assert_allclose(mean.vectors, np.broadcast_to(expected, mean.vectors.shape), atol=1e-6)
     assert "mean embedding" in mean.how and submission.check(config.out, config.images) == len(mean.files)
 

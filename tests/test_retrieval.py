@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import evaluate, retrieval, text_cache, text_encoder
+from image_to_prompts import retrieval
 from image_to_prompts.data import metadata
+from image_to_prompts.models import metrics, text_cache, text_encoder
 from image_to_prompts.run.errors import UserError
 
 
 def units(rows, seed=0, width=384):
-    return evaluate.unit(np.random.default_rng(seed).standard_normal((rows, width), np.float32))
+    return metrics.unit(np.random.default_rng(seed).standard_normal((rows, width), np.float32))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 2049, 40_000])
@@ -23,7 +24,7 @@ def test_the_scan_finds_what_an_exact_search_finds(rows):
     vectors = units(rows)
     queries = np.concatenate([units(30, 1), vectors[:20] + 0.02])
     found, cosines = retrieval.nearest(queries, vectors, 10)
-    exact = evaluate.unit(queries) @ vectors.T
+    exact = metrics.unit(queries) @ vectors.T
     assert np.array_equal(found, np.argsort(-exact, axis=1, kind="stable")[:, :10])
     assert np.abs(cosines - np.take_along_axis(exact, found, 1)).max() < 1e-6
 
@@ -33,7 +34,7 @@ def test_the_scan_finds_what_an_exact_search_finds(rows):
 def test_crowds_of_near_twins_are_told_apart(rows, count, seed, close):
     """Cosines that half precision cannot tell apart."""
     middle = units(1, seed)
-    vectors = evaluate.unit(middle + (1e-3 if close else 1) * units(rows, seed + 1))
+    vectors = metrics.unit(middle + (1e-3 if close else 1) * units(rows, seed + 1))
     found, cosines = retrieval.nearest(middle, vectors, count)
     assert found.shape == (1, min(rows, count)) and (np.diff(cosines[0]) <= 0).all()
     best = np.sort(vectors @ middle[0])[::-1][: found.shape[1]]
@@ -90,7 +91,7 @@ def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
     assert index.prompts.to_pylist() == ["a red fox", "two boats", "an owl"] == encoded[0]
     ((first, second),) = index.search(encode(["an owl in a tree"]), 2)
     assert first[0] == "an owl" and 0.6 < first[1] <= 1 and second[1] < first[1]
-    vectors = evaluate.unit(np.random.default_rng(0).standard_normal((30, 384)))
+    vectors = metrics.unit(np.random.default_rng(0).standard_normal((30, 384)))
     many = retrieval.Index(pa.array(map(str, range(30))), vectors.astype(np.float32))
     assert len(many.search(vectors[:1])[0]) == 10
 

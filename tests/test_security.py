@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_to_prompts import backbones, embeddings, model, training, weights
+from image_to_prompts import embeddings, training
 from image_to_prompts.data import images
 from image_to_prompts.data.metadata import read_prompts
 from image_to_prompts.encoders import interrogator
 from image_to_prompts.generate import magicprompt
+from image_to_prompts.models import backbones, checkpoints, weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 
@@ -82,7 +83,7 @@ def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small
         embeddings.import_bare({"prompt": folder / "prompt.npy"}, tmp_path / "names.txt", tmp_path / "out")
     spec = backbones.describe("timm:tf_efficientnet_lite2", 64)
     with pytest.raises(UserError):
-        model.import_reference(file, spec, tmp_path / "out")
+        checkpoints.import_reference(file, spec, tmp_path / "out")
 
 
 def test_models_of_libraries_are_not_unpickled(tmp_path, marker, tiny_gpt2, tiny_sd2, tiny_encoders):

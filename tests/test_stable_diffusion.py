@@ -11,8 +11,9 @@ from PIL import Image
 from single_file_layout import NARROW, save, unet_name, vae_name
 from tiny_models import save_diffusion
 
-from image_to_prompts import render, weights
+from image_to_prompts import render
 from image_to_prompts.data import metadata
+from image_to_prompts.models import weights
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
 from image_to_prompts.render.store import NSFW, Row

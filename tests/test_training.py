@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from rows import loaded_rows
 from safetensors.torch import load_file
 
-from image_to_prompts import backbones, finetune, model, profiles, training
+from image_to_prompts import finetune, profiles, training
 from image_to_prompts.data import images, metadata
+from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
 
@@ -139,7 +140,7 @@ def test_deadline_counts_the_longest_piece(monkeypatch):
 def test_no_better_epoch_stops_early(small_run, tiny_open_clip, tmp_path):
     history = finetune.run(config(small_run, tmp_path / "a", tiny_open_clip, epochs=9, learning_rate=1e-12, patience=2))
     assert len(history) < 9
-    assert model.load(tmp_path / "a" / "last").config["metrics"]["epoch"] == history["epoch"].iloc[-1]
+    assert checkpoints.load(tmp_path / "a" / "last").config["metrics"]["epoch"] == history["epoch"].iloc[-1]
 
 
 def test_nan_names_the_batch_and_keeps_the_checkpoint(small_run, tiny_open_clip, tmp_path, monkeypatch):
@@ -156,7 +157,7 @@ def test_nan_names_the_batch_and_keeps_the_checkpoint(small_run, tiny_open_clip,
         finetune.run(config(small_run, tmp_path / "c", tiny_open_clip, epochs=3, batch_size=4))
     named = str(raised.value).partition("(images ")[2].partition(")")[0].split(", ")
     assert 1 <= len(named) <= 4 and set(named) <= names
-    kept = model.load(tmp_path / "c")
+    kept = checkpoints.load(tmp_path / "c")
     assert all(torch.isfinite(p).all() for p in kept.model.parameters())
 
 

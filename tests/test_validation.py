@@ -7,17 +7,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import dataset, evaluate, model, validation
+from image_to_prompts import dataset, validation
 from image_to_prompts.data import images, metadata
 from image_to_prompts.frozen import Baselines
+from image_to_prompts.models import checkpoints, metrics
 from image_to_prompts.run.errors import UserError
 
 
 def test_a_checkpoint_says_how_well_it_does_on_what(small_run, small_checkpoint):
     frame, predicted, targets = validation.read(small_checkpoint)
-    cosines = (evaluate.unit(predicted) * targets).sum(1)
+    cosines = (metrics.unit(predicted) * targets).sum(1)
     np.testing.assert_allclose(frame["cosine"].astype(float), cosines, atol=1e-4)
-    expected = model.load(small_checkpoint).config["metrics"]
+    expected = checkpoints.load(small_checkpoint).config["metrics"]
     assert cosines.mean() == pytest.approx(expected["validation_cosine"], abs=1e-4)
     table = pd.read_csv(small_checkpoint / "sources.csv").set_index("source")
     assert table.loc["all", "rows"] == len(frame)
@@ -36,14 +37,14 @@ def test_a_source_unlike_the_others_scores_less_when_left_out(tmp_path):
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 8)).astype(np.float32)
     features[:, 0] = np.repeat([-3.0, 3.0], 200)  # tells the sources apart
-    targets = evaluate.unit(features[:, 1:] @ rng.normal(size=(7, 16)))
+    targets = metrics.unit(features[:, 1:] @ rng.normal(size=(7, 16)))
     targets[200:] *= -1
     names = [f"{i}.png" for i in range(400)]
     frame = pd.DataFrame({"image_name": names, "prompt": names, "source": ["a"] * 200 + ["b"] * 200})
     split = np.arange(400) % 4 == 0
     valid, train = np.flatnonzero(split), np.flatnonzero(~split)
     rows = dataset.Rows(frame, [], targets, train, valid, 0, np.ones(400, np.float32))
-    base = Baselines(features[train], targets[train], evaluate.unit(targets[train].mean(0)), 5, {})
+    base = Baselines(features[train], targets[train], metrics.unit(targets[train].mean(0)), 5, {})
     validation.write(tmp_path, rows, targets[valid])
     table = validation.by_source(tmp_path, rows, features, base).set_index("source")
     assert table.loc["all", "cosine"] == pytest.approx(1, abs=1e-5)
@@ -54,17 +55,17 @@ def test_a_source_unlike_the_others_scores_less_when_left_out(tmp_path):
 @given(st.integers(0, 10**6), st.integers(30, 200))
 def test_the_interval_holds_the_mean_and_narrows(seed, count):
     values = np.random.default_rng(seed).uniform(0, 1, count)
-    low, high = evaluate.bootstrap(values, 300)
+    low, high = metrics.bootstrap(values, 300)
     assert low <= values.mean() <= high
-    wide = evaluate.bootstrap(np.tile(values, 9), 300)
+    wide = metrics.bootstrap(np.tile(values, 9), 300)
     assert wide[1] - wide[0] < high - low
 
 
 def test_domain_gap_tells_far_from_near():
     rng = np.random.default_rng(0)
     one, same, far = rng.normal(size=(80, 5)), rng.normal(size=(80, 5)), rng.normal(size=(80, 5)) + 2
-    assert evaluate.domain_gap(one, far)[0] > 0.95
-    near, likeness = evaluate.domain_gap(one, same)
+    assert metrics.domain_gap(one, far)[0] > 0.95
+    near, likeness = metrics.domain_gap(one, same)
     assert 0.3 < near < 0.7 and likeness.shape == (80,)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .. import text_encoder
 from ..data import metadata
+from ..models import text_encoder
 from ..run.files import atomic_path
 from .result import Result, normalised
 

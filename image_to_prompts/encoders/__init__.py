@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from .. import text_encoder
 from ..data.images import Fit, FittedRows, load
+from ..models import text_encoder
 from ..run.devices import local_device
 from ..run.errors import UserError
 
@@ -68,7 +68,7 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     Raises:
         UserError: If the name is unknown, or the weights are nowhere or damaged.
     """
-    from .. import backbones
+    from ..models import backbones
     from . import classes, interrogator
     from .backbone import BackboneEncoder
 
@@ -81,7 +81,7 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
 
 def rebuild(about: dict[str, Any]) -> Encoder:
     """Builds an encoder again from its `about`; raises as `build`, or if the array was imported without one."""
-    from .. import backbones
+    from ..models import backbones
     from .backbone import BackboneEncoder
 
     if "backbone" in about:

@@ -8,9 +8,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from .. import backbones
-from .. import model as models
 from ..data.images import Fit
+from ..models import backbones
+from ..models import checkpoints as models
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class BackboneEncoder:
 
     def __init__(self, model: nn.Module, spec: backbones.Spec) -> None:
         """Takes a model from `model.build`; its matrices are kept in half precision from here on."""
-        from ..fast_layers import faster
+        from ..models.fast_layers import faster
 
         self.device = process_state().device
         model = model.requires_grad_(False).to(self.device).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .. import backbones, text_encoder
+from ..models import backbones, text_encoder
 
 if TYPE_CHECKING:
     import torch

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import backbones, text_cache, weights
 from ..data import terms as term_lists
 from ..data.images import Fit
+from ..models import backbones, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array

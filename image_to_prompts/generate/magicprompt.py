@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import weights
 from ..data.metadata import row_seed
+from ..models import weights
 from ..run.devices import process_state
 from ..run.errors import UserError
 

@@ -18,7 +18,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from .. import weights as located
+from ..models import weights as located
 from ..run.errors import UserError
 from ..run.files import atomic_path, sha256, write_json, write_text, writing
 from .kernels import PLACEHOLDER
@@ -171,7 +171,7 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
 def _locate(name: str) -> Path:
     if ":" not in name:
         return located.locate(name)
-    from .. import backbones
+    from ..models import backbones
 
     return backbones.locate(name)
 

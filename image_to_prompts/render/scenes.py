@@ -22,9 +22,9 @@ from pathlib import Path
 from PIL import Image
 
 from ..generate import grammar
+from ..models.weights import package_folder
 from ..run.devices import cores
 from ..run.errors import UserError
-from ..weights import package_folder
 from . import backgrounds, layout, styles
 from .output import SIZE, Finished, finish
 from .store import NOTHING_KNOWN, Row

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .. import weights
+from ..models import weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
 from .output import Finished, finish

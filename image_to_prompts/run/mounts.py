@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import weights
+from ..models import weights
 from . import folders
 
 # Folders of Kaggle's mount layout of 2026, and how deep below them an input lies; elsewhere it lies at the top.

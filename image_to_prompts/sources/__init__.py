@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .. import weights
 from ..data import metadata
+from ..models import weights
 from ..run.errors import UserError
 from ..run.files import Stamp, atomic_path, is_sealed, seal, write_array, write_json
 from ..run.progress import progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .. import text_encoder
+from ..models import text_encoder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

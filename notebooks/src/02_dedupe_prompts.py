@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import dedupe, profiles, text_encoder
+from image_to_prompts import dedupe, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import look
+from image_to_prompts.models import text_encoder
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)

@@ -19,8 +19,9 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import backbones, finetune, plan, profiles, validation
+from image_to_prompts import finetune, plan, profiles, validation
 from image_to_prompts.data import images
+from image_to_prompts.models import backbones
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)

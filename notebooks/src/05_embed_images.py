@@ -19,8 +19,9 @@ image_size = None
 # %%
 import pandas as pd
 
-from image_to_prompts import embed, embeddings, ensemble, evaluate, profiles
+from image_to_prompts import embed, embeddings, ensemble, profiles
 from image_to_prompts.data import images, pictures
+from image_to_prompts.models import metrics
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)
@@ -58,10 +59,10 @@ pictures.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the en
 # %%
 rows, _ = ensemble.load_rows(table, fold=0, test_fold=1)
 train, truth = table.targets[rows.train], table.targets[rows.valid]
-scores = {"constant": evaluate.constant_score(train.mean(0), truth)}
+scores = {"constant": metrics.constant_score(train.mean(0), truth)}
 for name, vectors in table.arrays.items():
-    weight, bias = evaluate.ridge(vectors[rows.train], train)
-    scores[name] = evaluate.mean_cosine(vectors[rows.valid] @ weight + bias, truth)
+    weight, bias = metrics.ridge(vectors[rows.train], train)
+    scores[name] = metrics.mean_cosine(vectors[rows.valid] @ weight + bias, truth)
 pd.Series(scores).round(4)
 
 # %% [markdown]

@@ -22,8 +22,9 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import embeddings, encoders, ensemble, fusion, infer, profiles, text_encoder, validation
+from image_to_prompts import embeddings, encoders, ensemble, infer, profiles, validation
 from image_to_prompts.data import images
+from image_to_prompts.models import networks, text_encoder
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)
@@ -83,7 +84,7 @@ torch.manual_seed(0)
 widths = [vectors.shape[1] for vectors in seen]
 changes = {}
 for attention in ("seed", "modalities"):
-    network = fusion.build(attention, widths).eval()
+    network = networks.build(attention, widths).eval()
     with torch.no_grad():
         answers = {n: network([torch.from_numpy(vectors[:n]) for vectors in seen])[0] for n in (len(seen[0]), 3, 2, 1)}
     changes[attention] = {f"{n - 1} mates": (one - answers[len(seen[0])]).abs().max() for n, one in answers.items()}

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .run import folders
-from .run.errors import UserError
-from .run.files import sha256
+from ..run import folders
+from ..run.errors import UserError
+from ..run.files import sha256
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .run.errors import UserError
+from ..run.errors import UserError
 
 log = logging.getLogger(__name__)
 FOLDER = "IMAGE_TO_PROMPTS_CACHE"

@@ -12,8 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from .data.images import ImageRows
-    from .frozen import CachedRows
+    from ..data.images import ImageRows
+    from ..frozen import CachedRows
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
@@ -126,8 +126,8 @@ def ceiling_score(prompts: Sequence[str], targets: np.ndarray) -> float:
         prompts: Prompts of the embedded grammar.
         targets: float32 (n, 384), their embeddings.
     """
+    from ..generate import grammar
     from . import text_encoder
-    from .generate import grammar
 
     said = [
         grammar.write(grammar.parse(prompt), random.Random(f"ceiling {prompt} {draw}"))
@@ -239,9 +239,9 @@ def extract(
     """
     import torch
 
-    from .data.images import load
-    from .run.devices import autocast
-    from .run.progress import progress
+    from ..data.images import load
+    from ..run.devices import autocast
+    from ..run.progress import progress
 
     wanted = np.arange(len(images)) if only is None else only
     batches = [wanted[start : start + batch_size].tolist() for start in range(0, len(wanted), batch_size)]

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..run.errors import UserError
 from . import weights
-from .run.errors import UserError
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import backbones, evaluate
-from .run.errors import UserError
-from .run.files import check_whole, write_json, write_tensors, write_text, writing
+from ..run.errors import UserError
+from ..run.files import check_whole, write_json, write_tensors, write_text, writing
+from . import backbones, metrics
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def fit_head(model: nn.Module, features: np.ndarray, targets: np.ndarray) -> Non
     """
     import torch
 
-    weight, bias = evaluate.ridge(features, targets)
+    weight, bias = metrics.ridge(features, targets)
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(weight.T.astype(np.float32)))
         model.head.bias.copy_(torch.from_numpy(bias.astype(np.float32)))
@@ -218,7 +218,7 @@ def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
         model.head.weight.copy_(state[weight])
         model.head.bias.copy_(bias)
         grey = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
-        mean = evaluate.unit(model(grey).numpy())[0]
+        mean = metrics.unit(model(grey).numpy())[0]
     with writing(out / ".import.done", "import-checkpoint", [out / name for name in FILES], [file]):
         save(out, model, {"backbone": spec.to_dict(), "imported": file.name, "profile": "kaggle"}, mean)
     return load(out)

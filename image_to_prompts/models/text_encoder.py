@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from ..run.engine import EngineConfig, over_blocks
+from ..run.progress import progress_to
 from . import text_cache, weights
-from .run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
-from .run.engine import EngineConfig, over_blocks
-from .run.progress import progress_to
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

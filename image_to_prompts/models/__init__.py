@@ -1,0 +1,1 @@
+"""Networks, their weights and checkpoints, and the text encoder."""
