@@ -63,25 +63,25 @@ def semhash(file: Path) -> Prepared:
 
 
 def exact(file: Path) -> Prepared:
-    from image_to_prompts.dedupe import exact
+    from image_to_prompts.search import near_pairs
 
     vectors = np.load(file)
-    return lambda: int((exact.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))).sum())
+    return lambda: int((near_pairs.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))).sum())
 
 
 def bare(file: Path) -> Prepared:
     """The matrix products alone that the exact engine computes, with nothing done to their results."""
     import torch
 
-    from image_to_prompts.dedupe import exact
     from image_to_prompts.run.devices import one_core_each
+    from image_to_prompts.search import near_pairs
 
     vectors = np.load(file)
-    kept = exact.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))
-    search = exact._Search(vectors, THRESHOLD)
+    kept = near_pairs.leaders(vectors, THRESHOLD)[0] == np.arange(len(vectors))
+    search = near_pairs._Search(vectors, THRESHOLD)
     coarse, stay = search.coarse, search.coarse[torch.from_numpy(kept)]
     before = np.concatenate([[0], np.cumsum(kept)])
-    tall, wide, block = exact.TALL, exact.WIDE, exact.BLOCK
+    tall, wide, block = near_pairs.TALL, near_pairs.WIDE, near_pairs.BLOCK
     buffers = [torch.empty(tall, wide, dtype=coarse.dtype) for _ in range(4)]  # two threads use two of them
 
     def tile(job: tuple[int, int, int]) -> None:
@@ -150,7 +150,7 @@ def real(options: argparse.Namespace, vectors: np.ndarray, folder: Path) -> dict
         print("exact engine, times as fast as {}: {min:.2f} {median:.2f} {max:.2f}".format(name, **values))
     from plain_dedupe import leaders
 
-    from image_to_prompts.dedupe import exact as engine
+    from image_to_prompts.search import near_pairs as engine
 
     checked = {}
     for what, rows in {"real": vectors, "made of real ones": grown(vectors, 100_000)}.items():

@@ -33,12 +33,12 @@ from PIL import Image
 
 from image_to_prompts import render
 from image_to_prompts.data import metadata
-from image_to_prompts.dedupe import exact
 from image_to_prompts.generate import grammar
 from image_to_prompts.models import text_cache, text_encoder, weights
 from image_to_prompts.render import stable_diffusion
 from image_to_prompts.run import devices
 from image_to_prompts.run import progress as bars
+from image_to_prompts.search import near_pairs
 
 
 @dataclass
@@ -151,7 +151,7 @@ def bench_dedupe(sizes: Sizes, *_: Any) -> dict[str, list[float]]:
         index.add(vectors)
         index.search(vectors, min(1000, sizes.vectors))
 
-    return in_turns({"reference": neighbours, "ours": lambda: exact.leaders(vectors, 0.8)}, sizes.rounds, 1)
+    return in_turns({"reference": neighbours, "ours": lambda: near_pairs.leaders(vectors, 0.8)}, sizes.rounds, 1)
 
 
 PARTS = {

@@ -46,10 +46,10 @@ def theirs(folder: Path) -> Prepared:
 
 
 def ours(folder: Path) -> Prepared:
-    from image_to_prompts import retrieval
+    from image_to_prompts.search import nearest
 
     queries = np.load(folder / "queries.npy")
-    return lambda: retrieval.nearest(queries, np.load(folder / "vectors.npy", mmap_mode="c"), NEAREST)
+    return lambda: nearest.nearest(queries, np.load(folder / "vectors.npy", mmap_mode="c"), NEAREST)
 
 
 def main() -> None:

@@ -187,6 +187,6 @@ def _with_images(frame: pd.DataFrame, csv: Path, folder: Path) -> pd.DataFrame:
 
 def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     """Which rows of `targets` (n, 384) reach cosine 0.8 with a row of `train_targets` (m, 384): bool (n,)."""
-    from .dedupe.exact import near
+    from .search.near_pairs import near
 
     return near(metrics.unit(targets), metrics.unit(train_targets), NEAR)

@@ -110,7 +110,7 @@ class Describer:
             UserError: If neither a checkpoint nor an interrogator is there, or a CSV or the vocabulary is bad.
         """
         from . import compose
-        from .retrieval import open_index
+        from .search.nearest import open_index
 
         self.config = config
         run = Run(config.run)

@@ -153,7 +153,7 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
     Returns:
         `prompt,cosine`, one row a prediction.
     """
-    from .retrieval import nearest
+    from .search.nearest import nearest
 
     rows, cosines = (column[:, 0] for column in nearest(vectors, prompt_vectors, 1))
     return pd.DataFrame({"prompt": [prompts[row] for row in rows], "cosine": np.round(cosines.astype(float), 4)})

@@ -85,7 +85,7 @@ def checkpoint(folder: Path) -> Predictor:
 
 def trained_on(folders: list[Path], targets: np.ndarray) -> int:
     """How many of float32 (n, 384) embeddings of prompts are among those that checkpoints say they were trained on."""
-    from .dedupe.exact import near
+    from .search.near_pairs import near
 
     found = np.zeros(len(targets), bool)
     for folder in folders:

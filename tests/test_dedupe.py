@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from image_to_prompts import dedupe
 from image_to_prompts.data import metadata
-from image_to_prompts.dedupe import exact, look, result, with_faiss
+from image_to_prompts.dedupe import look, result
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.search import near_pairs, with_faiss
 
 
 def unit(vectors):
@@ -58,9 +59,9 @@ def test_the_law_in_blocks_of_any_size(count, seed, width, threshold, fixed, blo
     fixed = min(fixed, count)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(("BLOCK", "TALL", "WIDE"), blocks, strict=True):
-            patch.setattr(exact, name, value)
-        leader, cosine = exact.leaders(vectors, threshold, fixed)
-        pairs = exact.pairs(vectors, threshold)
+            patch.setattr(near_pairs, name, value)
+        leader, cosine = near_pairs.leaders(vectors, threshold, fixed)
+        pairs = near_pairs.pairs(vectors, threshold)
     products = vectors.astype(float) @ vectors.T.astype(float)
     earlier = np.tril(np.ones_like(products, bool), -1)
     kept = np.flatnonzero(leader == np.arange(count))
@@ -90,8 +91,8 @@ def test_what_is_near_others(count, others, seed, threshold):
     one, other = vectors[:count], vectors[count:]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(("BLOCK", "TALL", "WIDE"), (7, 3, 5), strict=True):
-            patch.setattr(exact, name, value)
-        found = exact.near(one, other, threshold)
+            patch.setattr(near_pairs, name, value)
+        found = near_pairs.near(one, other, threshold)
     highest = np.array([max(float(vector @ some) for some in other) for vector in one]).reshape(-1)
     sure = np.abs(highest - threshold) > 1e-6
     assert found.shape == (count,)
@@ -100,13 +101,13 @@ def test_what_is_near_others(count, others, seed, threshold):
 
 def test_threads_and_precision_change_nothing(monkeypatch):
     vectors = clustered(3000, 3, 384)
-    whole = exact.leaders(vectors, 0.8)
+    whole = near_pairs.leaders(vectors, 0.8)
     assert 100 < (whole[0] == np.arange(3000)).sum() < 2900
-    monkeypatch.setattr(exact, "mixed_precision", lambda device: "no")
+    monkeypatch.setattr(near_pairs, "mixed_precision", lambda device: "no")
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 3)
     try:
-        again = exact.leaders(vectors, 0.8)
+        again = near_pairs.leaders(vectors, 0.8)
     finally:
         torch.set_num_threads(threads)
     for one, other in zip(whole, again, strict=True):
@@ -116,12 +117,12 @@ def test_threads_and_precision_change_nothing(monkeypatch):
 def test_vectors_that_are_not_of_length_1_are_refused():
     vectors = clustered(20, 0, 8)
     with pytest.raises(ValueError, match="not of length 1"):
-        exact.leaders(vectors * 2, 0.8)
+        near_pairs.leaders(vectors * 2, 0.8)
     vectors[7] = np.nan
     with pytest.raises(ValueError, match="not of length 1"):
-        exact.pairs(vectors, 0.8)
+        near_pairs.pairs(vectors, 0.8)
     with pytest.raises(ValueError, match="threshold"):
-        exact.leaders(clustered(5, 0, 8), 1.5)
+        near_pairs.leaders(clustered(5, 0, 8), 1.5)
 
 
 def test_the_index_keeps_the_law_but_for_what_it_misses(monkeypatch):
@@ -136,7 +137,7 @@ def test_the_index_keeps_the_law_but_for_what_it_misses(monkeypatch):
     monkeypatch.setattr(with_faiss, "PROBED", 1)
     everything, _, none = with_faiss.leaders(vectors, 0.8, fixed=10)
     assert none == 0
-    np.testing.assert_array_equal(everything, exact.leaders(vectors, 0.8, 10)[0])
+    np.testing.assert_array_equal(everything, near_pairs.leaders(vectors, 0.8, 10)[0])
 
 
 def frame_of(*prompts, **columns):
@@ -193,7 +194,7 @@ def test_a_bare_table_is_taken_from_its_first_row():
     assert len(dedupe.dedupe(frame_of(*prompts), encode, 1.0).kept) == 3
     same = dedupe.dedupe(frame_of("a fox", "a red fox"), lambda texts: np.eye(2, dtype=np.float32)[[0, 0]], 1.0)
     assert same.removed["reason"].tolist() == ["similar"]  # a cosine that is the threshold itself
-    assert same.cosine.dtype == exact.leaders(same.vectors, 0.8)[1].dtype == np.float32
+    assert same.cosine.dtype == near_pairs.leaders(same.vectors, 0.8)[1].dtype == np.float32
 
 
 def test_rows_to_compare_with_stay_whoever_searches():
@@ -363,7 +364,7 @@ def test_variety_of_the_grammar():
     vectors = text_encoder.encode([grammar.prompt(0, i) for i in range(400)])
     mean = vectors.mean(0)
     assert (vectors @ mean).mean() / np.linalg.norm(mean) <= 0.50
-    leader, _ = exact.leaders(vectors, result.FLOOR)
+    leader, _ = near_pairs.leaders(vectors, result.FLOOR)
     assert np.bincount(leader).max() <= 0.05 * len(vectors)
 
 
@@ -388,7 +389,7 @@ def test_real_prompts_obey_the_law(shared_data):
     assert products[0] > 1e-6  # else float32 itself would be ambiguous
     np.testing.assert_array_equal(found.leader, expected)
     np.testing.assert_allclose(found.cosine, cosine, atol=1e-6)
-    np.testing.assert_array_equal(exact.leaders(found.vectors, 0.8)[0], expected)
+    np.testing.assert_array_equal(near_pairs.leaders(found.vectors, 0.8)[0], expected)
 
 
 def test_competition_prompts_embed_as_the_competition_did(shared_data):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts import retrieval
 from image_to_prompts.data import metadata
 from image_to_prompts.models import metrics, text_cache, text_encoder
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.search import nearest
 
 
 def units(rows, seed=0, width=384):
@@ -23,7 +23,7 @@ def units(rows, seed=0, width=384):
 def test_the_scan_finds_what_an_exact_search_finds(rows):
     vectors = units(rows)
     queries = np.concatenate([units(30, 1), vectors[:20] + 0.02])
-    found, cosines = retrieval.nearest(queries, vectors, 10)
+    found, cosines = nearest.nearest(queries, vectors, 10)
     exact = metrics.unit(queries) @ vectors.T
     assert np.array_equal(found, np.argsort(-exact, axis=1, kind="stable")[:, :10])
     assert np.abs(cosines - np.take_along_axis(exact, found, 1)).max() < 1e-6
@@ -35,7 +35,7 @@ def test_crowds_of_near_twins_are_told_apart(rows, count, seed, close):
     """Cosines that half precision cannot tell apart."""
     middle = units(1, seed)
     vectors = metrics.unit(middle + (1e-3 if close else 1) * units(rows, seed + 1))
-    found, cosines = retrieval.nearest(middle, vectors, count)
+    found, cosines = nearest.nearest(middle, vectors, count)
     assert found.shape == (1, min(rows, count)) and (np.diff(cosines[0]) <= 0).all()
     best = np.sort(vectors @ middle[0])[::-1][: found.shape[1]]
     assert np.abs(cosines[0] - best).max() < 1e-6 and len(set(found[0])) == found.shape[1]
@@ -53,23 +53,23 @@ def test_the_worst_that_rounding_does_is_allowed_for():
     for vector in (one, other):
         vector[300] = np.sqrt(1 - (vector**2).sum())
     vectors = np.stack([one, other]).astype(np.float32)
-    rows, _ = retrieval.nearest(query[None].astype(np.float32), vectors, 1)
+    rows, _ = nearest.nearest(query[None].astype(np.float32), vectors, 1)
     assert vectors[0] @ query > vectors[1] @ query and rows[0, 0] == 0
 
 
 def test_no_queries_no_vectors_and_all_of_them():
-    rows, cosines = retrieval.nearest(np.zeros((0, 384), np.float32), units(3), 2)
+    rows, cosines = nearest.nearest(np.zeros((0, 384), np.float32), units(3), 2)
     assert rows.shape == cosines.shape == (0, 2)
-    nothing = retrieval.nearest(units(3), units(0), 2)
+    nothing = nearest.nearest(units(3), units(0), 2)
     assert [part.shape for part in nothing] == [(3, 0), (3, 0)]
-    for kinds in ((rows, cosines), nothing, retrieval.nearest(units(2), units(5), 2)):
+    for kinds in ((rows, cosines), nothing, nearest.nearest(units(2), units(5), 2)):
         assert [part.dtype for part in kinds] == [np.int64, np.float32]
-    rows, _ = retrieval.nearest(units(2), units(9000, 1), 6000)
+    rows, _ = nearest.nearest(units(2), units(9000, 1), 6000)
     assert rows.shape == (2, 6000) and len(set(rows[0])) == 6000
 
 
 def test_a_query_without_direction_holds_no_more_than_it_needs():
-    rows, cosines = retrieval.nearest(np.zeros((1, 384), np.float32), units(5000), 3)
+    rows, cosines = nearest.nearest(np.zeros((1, 384), np.float32), units(5000), 3)
     assert rows[0].tolist() == [0, 1, 2] and not cosines.any()
 
 
@@ -87,33 +87,33 @@ def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
     monkeypatch.setattr(
         text_encoder, "encode", lambda texts, *rest: encoded.append(list(texts)) or encode(texts, *rest)
     )
-    index = retrieval.open_index([one, two])
+    index = nearest.open_index([one, two])
     assert index.prompts.to_pylist() == ["a red fox", "two boats", "an owl"] == encoded[0]
     ((first, second),) = index.search(encode(["an owl in a tree"]), 2)
     assert first[0] == "an owl" and 0.6 < first[1] <= 1 and second[1] < first[1]
     vectors = metrics.unit(np.random.default_rng(0).standard_normal((30, 384)))
-    many = retrieval.Index(pa.array(map(str, range(30))), vectors.astype(np.float32))
+    many = nearest.Index(pa.array(map(str, range(30))), vectors.astype(np.float32))
     assert len(many.search(vectors[:1])[0]) == 10
 
-    again = retrieval.open_index([one, two])
+    again = nearest.open_index([one, two])
     assert len(encoded) == 1 and np.array_equal(again.vectors, index.vectors)
-    retrieval.open_index([two])  # an index of its own, beside the other
+    nearest.open_index([two])  # an index of its own, beside the other
     encoded.clear()
-    retrieval.open_index([one, two])
+    nearest.open_index([one, two])
     assert not encoded
     write(two, ["a lighthouse"])
-    changed = retrieval.open_index([one, two])
+    changed = nearest.open_index([one, two])
     assert changed.prompts.to_pylist() == ["a red fox", "two boats", "a lighthouse"]
     assert index.search(encode(["an owl"]), 1)[0][0][0] == "an owl"  # whoever has the old one open keeps it
     with pytest.raises(UserError, match="no such file"):
-        retrieval.open_index([tmp_path / "none.csv"])
+        nearest.open_index([tmp_path / "none.csv"])
 
 
 def test_an_index_that_cannot_be_kept_is_searched_all_the_same(tmp_path, monkeypatch, caplog):
     (tmp_path / "index").write_text("a file where a folder would be made")
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path))
     one = write(tmp_path / "one.csv", ["a red fox", "two boats", "a red fox"])
-    index = retrieval.open_index([one])
+    index = nearest.open_index([one])
     assert "the index is not kept" in caplog.text and index.prompts.to_pylist() == ["a red fox", "two boats"]
     assert index.search(text_encoder.encode(["boats"]), 1)[0][0][0] == "two boats"
 
@@ -123,7 +123,7 @@ def test_two_processes_with_one_index_do_not_mix_its_files(tmp_path, monkeypatch
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
     csv = write(tmp_path / "one.csv", ["a red fox", "two boats"])
     building, version = threading.Event(), []
-    build = retrieval._build
+    build = nearest._build
 
     def slow(csvs, texts, vectors):
         build(csvs, texts, vectors)
@@ -131,35 +131,35 @@ def test_two_processes_with_one_index_do_not_mix_its_files(tmp_path, monkeypatch
         time.sleep(0.5)
         version.append("built")
 
-    monkeypatch.setattr(retrieval, "_build", slow)
+    monkeypatch.setattr(nearest, "_build", slow)
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(retrieval.open_index, [csv])
+        first = threads.submit(nearest.open_index, [csv])
         building.wait()
-        second = threads.submit(retrieval.open_index, [csv])
+        second = threads.submit(nearest.open_index, [csv])
         indexes = first.result(), second.result()
     assert version == ["built"]
     assert all(index.prompts.to_pylist() == ["a red fox", "two boats"] for index in indexes)
     stale = next((tmp_path / "cache" / "index").iterdir()) / ".vectors.npy.1.part"
     stale.write_bytes(b"0" * 100)
     write(csv, ["an owl"])
-    assert retrieval.open_index([csv]).prompts.to_pylist() == ["an owl"] and not stale.exists()
+    assert nearest.open_index([csv]).prompts.to_pylist() == ["an owl"] and not stale.exists()
 
 
 def test_an_index_killed_between_its_files_is_built_anew(tmp_path, monkeypatch):
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
     csv = write(tmp_path / "one.csv", ["a red fox", "two boats"])
-    retrieval.open_index([csv])
+    nearest.open_index([csv])
     write(csv, ["an owl", "a lighthouse"])
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(retrieval.Stamp, "write", killed)
+        patched.setattr(nearest.Stamp, "write", killed)
         with pytest.raises(KeyboardInterrupt):
-            retrieval.open_index([csv])
+            nearest.open_index([csv])
     write(csv, ["a red fox", "two boats"])  # the stamp of these files must not vouch for the others'
-    index = retrieval.open_index([csv])
+    index = nearest.open_index([csv])
     for row, prompt in enumerate(["a red fox", "two boats"]):
         assert index.prompts[row].as_py() == prompt
         assert np.allclose(index.vectors[row], text_encoder.encode([prompt])[0], atol=1e-6)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from .exact import Pairs
+    from ..search.near_pairs import Pairs
 
 log = logging.getLogger(__name__)
 FLOOR = 0.7  # least cosine of the pairs that are kept; also that of groups, as the 5th-placed team made its folds
@@ -163,9 +163,9 @@ def dedupe(
     nearest, estimated = sampled(vectors, floor)
     pairs = None
     if estimated <= MOST_PAIRS and _exactly(engine, len(vectors)):
-        from . import exact
+        from ..search import near_pairs
 
-        pairs = exact.pairs(vectors, floor)
+        pairs = near_pairs.pairs(vectors, floor)
         leader, cosine = resolved(pairs, len(vectors), threshold, fixed_texts)
         how = f"exact, all {len(pairs.later)} pairs from cosine {floor:g}"
     else:
@@ -184,10 +184,10 @@ def leaders(
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """`exact.leaders` or `with_faiss.leaders`, and which of them and why."""
     if _exactly(engine, len(vectors)):
-        from . import exact
+        from ..search import near_pairs
 
-        return *exact.leaders(vectors, threshold, fixed), f"exact, {len(vectors)} texts"
-    from . import with_faiss
+        return *near_pairs.leaders(vectors, threshold, fixed), f"exact, {len(vectors)} texts"
+    from ..search import with_faiss
 
     leader, cosine, missed = with_faiss.leaders(vectors, threshold, fixed)
     why = "asked for" if engine == "faiss" else f"more than {MOST_EXACT} texts"
@@ -196,12 +196,12 @@ def leaders(
 
 def resolved(pairs: Pairs, count: int, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The greedy pass over known pairs; returns what `exact.leaders` does."""
-    from . import exact
+    from ..search import near_pairs
 
     enough = (pairs.cosine >= np.float32(threshold)) & (pairs.later >= fixed)
-    near = exact.Pairs(*(column[enough] for column in pairs))
+    near = near_pairs.Pairs(*(column[enough] for column in pairs))
     leader, cosine = np.arange(count), np.ones(count, np.float32)
-    gone, which = exact.first_kept(near)
+    gone, which = near_pairs.first_kept(near)
     leader[gone], cosine[gone] = near.earlier[which], near.cosine[which]
     return leader, cosine
 

@@ -43,7 +43,7 @@ def overlap(prompts: Mapping[str, list[str]], threshold: float = 0.8) -> pd.Data
         prompts: By source, none empty; of more than 20,000 every second, third, ... is taken.
         threshold: Least cosine.
     """
-    from ..dedupe.exact import near
+    from ..search.near_pairs import near
 
     some = {name: texts[:: -(-len(texts) // MOST)] for name, texts in prompts.items()}
     vectors = {name: text_encoder.encode(texts) for name, texts in some.items()}

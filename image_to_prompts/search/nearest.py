@@ -17,12 +17,12 @@ import filelock
 import numpy as np
 import torch
 
-from .data import metadata
-from .dedupe.exact import ROUNDING, places, reaches, whole_sums
-from .models import text_cache, text_encoder
-from .models.metrics import unit
-from .run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
-from .run.files import Stamp, atomic_path, write_blocks
+from ..data import metadata
+from ..models import text_cache, text_encoder
+from ..models.metrics import unit
+from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from ..run.files import Stamp, atomic_path, write_blocks
+from .near_pairs import ROUNDING, places, reaches, whole_sums
 
 if TYPE_CHECKING:
     import pyarrow as pa

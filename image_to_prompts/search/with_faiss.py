@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from . import exact
+from . import near_pairs
 
 log = logging.getLogger(__name__)
 BLOCK = 65_536  # rows looked up at once
@@ -50,7 +50,7 @@ def leaders(vectors: np.ndarray, threshold: float, fixed: int = 0) -> tuple[np.n
         leader[rows[hit]] = first[hit]
         cosine[rows[hit]] = np.einsum("ij,ij->i", vectors[rows[hit]], vectors[first[hit]])
         rest = rows[~hit]
-        inner, inner_cosine = exact.leaders(vectors[rest], threshold)
+        inner, inner_cosine = near_pairs.leaders(vectors[rest], threshold)
         leader[rest], cosine[rest] = rest[inner], inner_cosine
         stay = rest[leader[rest] == rest]
         index.add_with_ids(vectors[stay], stay)

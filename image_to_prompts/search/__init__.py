@@ -1,0 +1,1 @@
+"""Which vectors are near to each other."""
