@@ -72,8 +72,8 @@ def seeds_way(folder: Path) -> Prepared:
 
 
 def ours(folder: Path) -> Prepared:
-    from image_to_prompts import encoders
     from image_to_prompts.data import images
+    from image_to_prompts.encode import encoders
     from image_to_prompts.models import text_cache, text_encoder
 
     clip = f"open_clip:{folder / 'clip'}"

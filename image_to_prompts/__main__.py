@@ -76,7 +76,7 @@ class ImportEmbeddings:
     """Folder to write."""
 
     def run(self) -> str:
-        from . import embeddings
+        from .encode import embeddings
 
         return f"{self.out}: {embeddings.import_bare({file.stem: file for file in self.files}, self.list, self.out)}"
 
@@ -91,7 +91,7 @@ class ExportEmbeddings:
     """Folder to write."""
 
     def run(self) -> str:
-        from . import embeddings
+        from .encode import embeddings
 
         return f"{self.out}: {embeddings.export_bare(self.folder, self.out)}"
 

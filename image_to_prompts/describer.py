@@ -30,9 +30,10 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import encoders, infer, predictors, profiles
+from . import infer, predictors, profiles
 from .data import images
 from .data.metadata import IMAGE_SUFFIXES
+from .encode import encoders
 from .models import metrics, text_encoder, weights
 from .profiles import StageConfig
 from .run import archives

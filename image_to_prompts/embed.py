@@ -19,9 +19,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import dataset, embeddings, encoders
+from . import dataset
 from .data import images
-from .encoders import Encoded
+from .encode import embeddings, encoders
+from .encode.encoders import Encoded
 from .models import text_encoder, weights
 from .run.devices import process_state, rank_and_processes, wait_for_files
 from .run.engine import EngineConfig, over_blocks

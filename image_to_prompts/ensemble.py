@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from . import dataset, embeddings, finetune, frozen, validation
+from . import dataset, finetune, frozen, validation
 from .data import metadata
+from .encode import embeddings
 from .models import checkpoints as models
 from .models import metrics
 from .profiles import StageConfig

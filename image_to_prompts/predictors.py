@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import embeddings, encoders, ensemble
-from .encoders import Encoder
+from . import ensemble
+from .encode import embeddings, encoders
+from .encode.encoders import Encoder
 from .models import checkpoints as models
 from .models import metrics, text_encoder, weights
 from .run.engine import over_blocks
@@ -71,7 +72,7 @@ class Rung:
 
 def checkpoint(folder: Path) -> Predictor:
     """A checkpoint of `finetune` or `ensemble`; see their `load` for what it raises."""
-    from .encoders.backbone import BackboneEncoder
+    from .encode.backbone import BackboneEncoder
 
     if is_ensemble(folder):
         found = ensemble.load(folder)

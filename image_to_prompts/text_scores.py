@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import encoders
 from .describer import Describer
+from .encode import encoders
 from .models import metrics, text_encoder
 
 TEN = 10

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import embed, embeddings, encoders
+from image_to_prompts import embed
 from image_to_prompts.data import metadata
+from image_to_prompts.encode import embeddings, encoders
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from image_to_prompts import encoders
 from image_to_prompts.data import images, terms
-from image_to_prompts.encoders import backbone, interrogator
+from image_to_prompts.encode import backbone, encoders, interrogator
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
 

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import embeddings, ensemble, fusion_training, infer, predictors, validation
+from image_to_prompts import ensemble, fusion_training, infer, predictors, validation
+from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
 

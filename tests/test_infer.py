@@ -14,7 +14,7 @@ from PIL import Image
 
 from image_to_prompts import dataset, finetune, infer, predictors, profiles, submission, validation
 from image_to_prompts.data import images, metadata
-from image_to_prompts.encoders import backbone
+from image_to_prompts.encode import backbone
 from image_to_prompts.models import backbones, checkpoints, metrics
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError

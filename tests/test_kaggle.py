@@ -15,7 +15,7 @@ import pytest
 import yaml
 from kaggle_stub import Stub, assert_redirected, environment, serving
 
-from image_to_prompts import embeddings
+from image_to_prompts.encode import embeddings
 from image_to_prompts.kaggle import folders, kernels, remote
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.stages import COMPETITION, STAGES

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from image_to_prompts import embeddings
 from image_to_prompts.__main__ import EXTRA
 from image_to_prompts.data import metadata
+from image_to_prompts.encode import embeddings
 from image_to_prompts.kaggle.commands import ACTIONS
 from image_to_prompts.stages import STAGES
 

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import encoders, infer, predictors, submission
+from image_to_prompts import infer, predictors, submission
 from image_to_prompts.data import metadata
+from image_to_prompts.encode import encoders
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_to_prompts import embeddings, training
+from image_to_prompts import training
 from image_to_prompts.data import images
 from image_to_prompts.data.metadata import read_prompts
-from image_to_prompts.encoders import interrogator
+from image_to_prompts.encode import embeddings, interrogator
 from image_to_prompts.generate import magicprompt
 from image_to_prompts.models import backbones, checkpoints, weights
 from image_to_prompts.run import archives

@@ -22,8 +22,8 @@ class ClassInterrogator:
         import torch
         from timm.data import ImageNetInfo
 
+        from ..encode.backbone import BackboneEncoder
         from ..generate import grammar
-        from .backbone import BackboneEncoder
 
         spec = backbones.describe(NETWORK, image_size)
         self.backbone = BackboneEncoder.pretrained(spec)

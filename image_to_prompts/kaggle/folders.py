@@ -223,7 +223,7 @@ NAMES = {
 
 def embeddings(out: Path, data: Path, owner: dict[str, str]) -> Path:
     """Copies arrays of `embed` with their names; see `embeddings.read` for what it raises."""
-    from .. import embeddings as stored
+    from ..encode import embeddings as stored
 
     names = [*stored.arrays(data), stored.PROMPTS]
     files: dict[str, Any] = {}

@@ -13,14 +13,15 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-encoders = None  # None: the profile's; else names as in image_to_prompts.encoders, with spaces between them
+encoders = None  # None: the profile's; else names as in image_to_prompts.encode.encoders, with spaces between them
 image_size = None
 
 # %%
 import pandas as pd
 
-from image_to_prompts import embed, embeddings, ensemble, profiles
+from image_to_prompts import embed, ensemble, profiles
 from image_to_prompts.data import images, pictures
+from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics
 from image_to_prompts.run import folders
 

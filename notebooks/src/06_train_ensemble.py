@@ -22,8 +22,9 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import embeddings, encoders, ensemble, infer, profiles, validation
+from image_to_prompts import ensemble, infer, profiles, validation
 from image_to_prompts.data import images
+from image_to_prompts.encode import embeddings, encoders
 from image_to_prompts.models import networks, text_encoder
 from image_to_prompts.run import folders
 

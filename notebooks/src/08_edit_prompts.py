@@ -20,9 +20,10 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image, display
 
-from image_to_prompts import describer, encoders, profiles, text_scores
+from image_to_prompts import describer, profiles, text_scores
 from image_to_prompts.data import metadata, pictures
 from image_to_prompts.demo import painter
+from image_to_prompts.encode import encoders
 from image_to_prompts.models import text_encoder, weights
 from image_to_prompts.run import folders
 

@@ -68,8 +68,9 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     Raises:
         UserError: If the name is unknown, or the weights are nowhere or damaged.
     """
+    from ..encoders import classes
     from ..models import backbones
-    from . import classes, interrogator
+    from . import interrogator
     from .backbone import BackboneEncoder
 
     if name == "interrogator":  # its models look at images of their own sizes

@@ -25,7 +25,7 @@ from ..models import backbones, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
-from . import INTERROGATOR
+from .encoders import INTERROGATOR
 
 if TYPE_CHECKING:
     import torch

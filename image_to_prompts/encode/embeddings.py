@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .data import metadata
-from .models.text_encoder import DIMENSION
-from .run.errors import UserError
-from .run.files import check_whole, write_array, write_json, write_text, writing
+from ..data import metadata
+from ..models.text_encoder import DIMENSION
+from ..run.errors import UserError
+from ..run.files import check_whole, write_array, write_json, write_text, writing
 
 PROMPTS = "prompt"  # name of the prompts' own embeddings
 ENDS = (".npy", ".names.csv", ".json")

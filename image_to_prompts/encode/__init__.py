@@ -1,0 +1,1 @@
+"""What frozen models say of images."""
