@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from image_to_prompts import finetune, frozen, profiles, render
+from image_to_prompts import finetune, profiles, render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.images import ImageRows
 from image_to_prompts.models import backbones, metrics, text_encoder
@@ -30,6 +30,7 @@ from image_to_prompts.models import checkpoints as models
 from image_to_prompts.run import progress
 from image_to_prompts.run.files import make_folder, write_json
 from image_to_prompts.run.folders import Run
+from image_to_prompts.training import frozen_features
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -68,18 +69,18 @@ def pictures(run: Run, which: str, folder: Path) -> dict[str, Any]:
 def train(run: Run, seed: int, overrides: dict[str, Any], features: Path, out: Path) -> float:
     """Trains into `out`, with frozen features shared in `features`; returns the best validation score."""
     which = overrides.pop("rendered", "own")
-    original = frozen.features
+    original = frozen_features.features
 
     def shared(model, images, only, device, config, work):
         name = f"{which}-{config.image_size}-{config.cache_features}-{config.init is None}"
         return original(model, images, only, device, config, make_folder(features / name))
 
-    frozen.features = shared
+    frozen_features.features = shared
     try:
         values = {"out": out, "seed": seed, **pictures(run, which, features), **overrides}
         return float(finetune.run(profiles.default_config("finetune", run, "embedded", **values))["cosine"].max())
     finally:
-        frozen.features = original
+        frozen_features.features = original
 
 
 def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> dict[str, float]:
@@ -101,8 +102,8 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
         images = ImageRows([run.test_images.with_name(name) / file for file in manifest["file"]], config.image_size)
         work = make_folder(features / f"{name}-{config.image_size}")
         every = np.arange(len(images))
-        _, cached = frozen.features(model, images, every, device, config, work)
-        predicted = metrics.extract(frozen.over_cache(model), cached, 32, device)
+        _, cached = frozen_features.features(model, images, every, device, config, work)
+        predicted = metrics.extract(frozen_features.over_cache(model), cached, 32, device)
         found[name] = metrics.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
     return found
 

@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 import tyro
 
-from image_to_prompts import dataset, ensemble
+from image_to_prompts import ensemble
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics
 from image_to_prompts.run import progress
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import dataset
 
 log = logging.getLogger(__name__)
 Predict = Callable[[list[np.ndarray]], np.ndarray]

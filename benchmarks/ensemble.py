@@ -66,7 +66,7 @@ def ours() -> Prepared:
     from image_to_prompts import ensemble, fusion_training
     from image_to_prompts.models import networks
     from image_to_prompts.run.devices import process_state
-    from image_to_prompts.training import batches
+    from image_to_prompts.training.loop import batches
 
     process_state()  # which keeps freed memory, as `fusion_training.fit` does
     preset = ensemble.PRESETS["10k"]

@@ -80,10 +80,11 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     """Our trainer over random images, and what it is fed: (trainer, images or features, rows)."""
     import torch
 
-    from image_to_prompts import dataset, finetune, frozen, training
+    from image_to_prompts import finetune
     from image_to_prompts.models import backbones
     from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
+    from image_to_prompts.training import dataset, frozen_features, loop
 
     progress.set_quiet(True)
     count = batch * accumulated
@@ -100,12 +101,12 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     images, targets = data(count, size)
     trained = faster(model)
     if cached:
-        images = torch.cat([frozen.activations(model, part) for part in images.split(batch)]).float()
-        trained = frozen.over_cache(model)
+        images = torch.cat([frozen_features.activations(model, part) for part in images.split(batch)]).float()
+        trained = frozen_features.over_cache(model)
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     every = np.arange(count)
     rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))
-    found = training.Trainer(accelerator, model, trained, None, rows, config, Path())
+    found = loop.Trainer(accelerator, model, trained, None, rows, config, Path())
     backbones.set_training(trained, True)
     return found, images, torch.arange(count)
 
@@ -193,11 +194,12 @@ class InMemory:
 
 def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an epoch of the embedded model over scenes, in three ways."""
-    from image_to_prompts import dataset, finetune, frozen, training
+    from image_to_prompts import finetune
     from image_to_prompts.data.images import ImageRows
     from image_to_prompts.models import backbones
     from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
+    from image_to_prompts.training import dataset, frozen_features, loop
 
     progress.set_quiet(True)
     with tempfile.TemporaryDirectory() as name:
@@ -215,15 +217,15 @@ def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
             model, _ = finetune.build_model(backbones.describe(config.backbone, 224), config, accelerator)
             trained, source = faster(model), rows_images
             if way == "cached features":
-                _, source = frozen.features(model, rows_images, every, accelerator.device, config, folder)
-                trained = frozen.over_cache(model)
+                _, source = frozen_features.features(model, rows_images, every, accelerator.device, config, folder)
+                trained = frozen_features.over_cache(model)
             elif way == "from memory":
                 source = InMemory(rows_images)
-            epochs[way] = training.Trainer(accelerator, model, trained, source, rows, config, folder / way)
+            epochs[way] = loop.Trainer(accelerator, model, trained, source, rows, config, folder / way)
         seconds: dict[str, list[float]] = {way: [] for way in epochs}
         for number in range(options.rounds + 1):
             for way, ours in epochs.items():
-                ours.standing = training.Standing(epoch=number + 1)
+                ours.standing = loop.Standing(epoch=number + 1)
                 start = time.perf_counter()
                 ours.epoch()
                 if number:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import dedupe, embed, ensemble, finetune, frozen, generate, infer, profiles, render
+from . import dedupe, embed, ensemble, finetune, generate, infer, profiles, render
 from .data import metadata, pictures
 from .models import checkpoints as models
 from .models import metrics, text_encoder
@@ -27,6 +27,7 @@ from .run import progress
 from .run.errors import UserError
 from .run.files import Stamp, write_json
 from .run.folders import Run, open_run, profile_of
+from .training import frozen_features
 
 log = logging.getLogger(__name__)
 TEST_FOLDS = (1, 2)
@@ -165,7 +166,7 @@ def _evaluate(
     ceiling = metrics.ceiling_score(prompts, targets)
     scores = {}
     for name, found in predictions.items():
-        knn = frozen.knn_score(
+        knn = frozen_features.knn_score(
             run_.checkpoint, checkpoint.spec, checkpoint.config["metrics"]["knn_k"], found.files, targets
         )
         scores[name] = {"score": found.score, "constant": found.constant, "knn": knn, "ceiling": ceiling}

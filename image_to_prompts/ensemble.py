@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from . import dataset, finetune, frozen, validation
+from . import finetune
 from .data import metadata
 from .encode import embeddings
 from .models import checkpoints as models
@@ -27,6 +27,7 @@ from .profiles import StageConfig
 from .run.devices import process_state
 from .run.errors import UserError
 from .run.files import Stamp, alone, check_whole, write_json, write_tensors, write_text, writing
+from .training import by_source, dataset, frozen_features
 
 if TYPE_CHECKING:
     from torch import nn
@@ -211,7 +212,7 @@ def _run(config: Config) -> pd.DataFrame:
     scale = scale_of(train_arrays)
     joined, targets, truth = stacked(arrays, scale), rows.targets[rows.train], rows.targets[rows.valid]
     ridge = tuple(part.astype(np.float32) for part in metrics.ridge(joined[rows.train], targets))
-    near = rows.train[:: -(-len(rows.train) // frozen.KNN_ROWS)]
+    near = rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
     settings = fusion_training.Settings(
         preset.batch_size, preset.learning_rate, config.epochs, config.patience, seed, config.save_minutes
@@ -231,7 +232,7 @@ def _run(config: Config) -> pd.DataFrame:
     ensemble = Ensemble(network, description, metrics.unit(targets.mean(0)), scale, ridge, known)
     members = _scores(ensemble, arrays, rows, test)
     description["metrics"] = {f"validation_{m}": float(v) for m, v in members[["member", "validation"]].to_numpy()}
-    validation.write(config.out, rows, ensemble([array[rows.valid] for array in arrays]))
+    by_source.write(config.out, rows, ensemble([array[rows.valid] for array in arrays]))
     metadata.write_table(config.out / "members.csv", members.round(4))
     metadata.write_table(config.out / "history.csv", history.round(6))
     scores = members.set_index("member")["validation"]

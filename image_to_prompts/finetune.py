@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from . import dataset, frozen, training, validation
 from .data import metadata
 from .data.images import ImageRows, contents, tell_broken
 from .models import backbones, metrics, text_encoder
@@ -28,6 +27,7 @@ from .run.devices import gather, mixed_precision, only_cpus, process_state, rank
 from .run.errors import UserError
 from .run.files import Stamp, alone, atomic_path, sha256
 from .run.folders import LAST, MANIFEST, kaggle_inputs
+from .training import by_source, dataset, frozen_features, loop
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ class Config(StageConfig):
 
 def validate(
     model: nn.Module,
-    images: ImageRows | frozen.CachedRows,
+    images: ImageRows | frozen_features.CachedRows,
     rows: dataset.Rows,
     device: torch.device,
     mixed: bool = True,
@@ -219,19 +219,19 @@ def _train(config: Config) -> pd.DataFrame:
     device, mixed = accelerator.device, config.precision == "auto"
     model, trained_names = build_model(spec, config, accelerator)
     images = ImageRows(rows.paths, config.image_size)
-    sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen.KNN_ROWS)]
+    sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     wanted = np.concatenate([sample, rows.valid])
-    features, cached = frozen.features(model, images, wanted, device, config, work)
+    features, cached = frozen_features.features(model, images, wanted, device, config, work)
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
     if accelerator.is_main_process:
         tell_broken(told, "left out")
-    base = frozen.baselines(features, rows)
+    base = frozen_features.baselines(features, rows)
     if config.init is None:
         models.fit_head(model, base.features, base.targets)
-    source: ImageRows | frozen.CachedRows = images
+    source: ImageRows | frozen_features.CachedRows = images
     if cached:
         source = cached
-        trained: nn.Module = frozen.over_cache(model)
+        trained: nn.Module = frozen_features.over_cache(model)
         rows.train, rows.valid = (side[cached.position[side] >= 0] for side in (rows.train, rows.valid))
     else:
         trained = faster(model)
@@ -241,7 +241,7 @@ def _train(config: Config) -> pd.DataFrame:
     if accelerator.is_main_process:
         adopt(state)
     accelerator.wait_for_everyone()
-    trainer = training.Trainer(accelerator, model, trained, training_images, rows, config, state)
+    trainer = loop.Trainer(accelerator, model, trained, training_images, rows, config, state)
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,
@@ -267,14 +267,14 @@ def _train(config: Config) -> pd.DataFrame:
             how = f"loss {loss:.4f}" if epoch else "before the first step"
             log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
             if best:
-                validation.write(config.out, rows, predicted)
+                by_source.write(config.out, rows, predicted)
                 save(config.out, epoch, cosine)
         trainer.finish_epoch({"epoch": epoch, "loss": loss, "cosine": cosine})
 
     if not trainer.standing.history:
         finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
     while trainer.standing.epoch <= config.epochs:
-        if training.has_stalled(trainer.standing.history, config.patience):
+        if loop.has_stalled(trainer.standing.history, config.patience):
             break
         loss = trainer.epoch()
         if loss is None:
@@ -284,13 +284,13 @@ def _train(config: Config) -> pd.DataFrame:
     frame = pd.DataFrame(trainer.standing.history)
     if accelerator.is_main_process:
         save(config.out / LAST, int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
-        frozen.save(config.out / "baselines.safetensors", base)
+        frozen_features.save(config.out / "baselines.safetensors", base)
         metadata.write_table(history_path, frame)
         plot_history(frame, base.scores, config.out / "history.png")
-        sources = validation.by_source(config.out, rows, features, base)
+        sources = by_source.by_source(config.out, rows, features, base)
         metadata.write_table(config.out / "sources.csv", sources.round(4))
         log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
-        validation.gallery(config.out, rows)
+        by_source.gallery(config.out, rows)
     if accelerator.is_main_process:
         stamp.write(config.out / name for name in OUTPUTS)
         _forget(state)

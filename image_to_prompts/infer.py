@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import predictors, submission, validation
+from . import predictors, submission
 from .data import images, metadata
 from .models import metrics, text_encoder
 from .predictors import Rung
@@ -27,6 +27,7 @@ from .run.engine import EngineConfig
 from .run.errors import UserError
 from .run.files import Stamp, alone, make_folder, write_json
 from .run.folders import Run
+from .training import by_source
 
 log = logging.getLogger(__name__)
 LEAST_TO_FIT = 20  # images on which weights are fitted
@@ -100,10 +101,10 @@ def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[fl
     """
     same = [1 / len(folders)] * len(folders)
     if not given and len(folders) > 1:
-        if not all(validation.is_there(folder) for folder in folders):
+        if not all(by_source.is_there(folder) for folder in folders):
             log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
             return same
-        kept = [validation.read(folder) for folder in folders]
+        kept = [by_source.read(folder) for folder in folders]
         names = sorted(set.intersection(*(set(frame["image_name"]) for frame, _, _ in kept)))
         if len(names) < LEAST_TO_FIT:
             log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import dataset, finetune, frozen, training
+from . import finetune
 from .data import metadata
 from .models import backbones, metrics
 from .models.text_encoder import DIMENSION
 from .run.devices import rank_and_processes
 from .run.progress import short
+from .training import dataset, frozen_features, loop
 
 if TYPE_CHECKING:
     import torch
@@ -142,9 +143,12 @@ def make(config: finetune.Config) -> Plan:
     images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
     trained = faster(model)
     if config.cache_features:
-        trained, images = frozen.over_cache(model), frozen.activations(model, images.to(accelerator.device)).float()
+        trained, images = (
+            frozen_features.over_cache(model),
+            frozen_features.activations(model, images.to(accelerator.device)).float(),
+        )
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
-    trainer = training.Trainer(accelerator, model, trained, None, _random_rows(len(images)), config, Path())
+    trainer = loop.Trainer(accelerator, model, trained, None, _random_rows(len(images)), config, Path())
     backbones.set_training(trained, True)
 
     def step(count: int) -> None:

@@ -97,15 +97,16 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
 
-    from image_to_prompts import describer, embed, frozen, predictors
+    from image_to_prompts import describer, embed, predictors
     from image_to_prompts.__main__ import main
     from image_to_prompts.models import networks, text_encoder
     from image_to_prompts.render.scenes import SceneBackend
     from image_to_prompts.sources import readers
+    from image_to_prompts.training import frozen_features
 
     torch.set_num_threads(1)
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
-    describer.BLOCK, frozen.BLOCK = 8, 16
+    describer.BLOCK, frozen_features.BLOCK = 8, 16
     networks.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)
     if memory:

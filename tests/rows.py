@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from image_to_prompts import dataset
 from image_to_prompts.models import text_encoder
+from image_to_prompts.training import dataset
 
 
 def loaded_rows(csv: Path, folder: Path, **split: Any) -> dataset.Rows:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from image_to_prompts import dataset, generate, profiles
+from image_to_prompts import generate, profiles
 from image_to_prompts.__main__ import _parse
 from image_to_prompts.data import catalogue, metadata
 from image_to_prompts.dedupe import Config as DedupeConfig
 from image_to_prompts.sources import SOURCES, rules
+from image_to_prompts.training import dataset
 
 DATA = Path(__file__).parents[1] / "data_meta"
 REFERENCE = {

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from rows import loaded_rows
 
-from image_to_prompts import dataset
 from image_to_prompts.data import metadata
 from image_to_prompts.models import metrics
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import dataset
 
 
 def units(rows, seed=0):

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import ensemble, fusion_training, infer, predictors, validation
+from image_to_prompts import ensemble, fusion_training, infer, predictors
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import by_source
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, WIDTHS = 240, {"one": 24, "two": 12, "three": 16}
@@ -62,7 +63,7 @@ def test_a_checkpoint_says_what_it_did(trained, made):
     table = embeddings.load(made, list(WIDTHS))
     rows, test = ensemble.load_rows(table, 0, 1)
     assert not set(test) & set(rows.train) and not set(rows.valid) & set(rows.train)
-    frame, predicted, _ = validation.read(out)
+    frame, predicted, _ = by_source.read(out)
     order = pd.Index(table.frame["image_name"]).get_indexer(frame["image_name"])
     np.testing.assert_allclose(again([array[order] for array in table.arrays.values()]), predicted, atol=2e-3)
     assert "ensemble of one, two, three" in (out / "README.md").read_text()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from rows import loaded_rows
 
-from image_to_prompts import finetune, frozen, profiles, training
+from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.models import backbones, checkpoints, metrics
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import frozen_features, loop
 
 
 def config(run, out, **overrides):
@@ -156,7 +157,7 @@ def test_knn_averages_as_many_neighbours_as_asked():
 def test_of_many_rows_the_baselines_take_some(small_run, tmp_path, monkeypatch):
     from safetensors.numpy import load_file
 
-    monkeypatch.setattr(frozen, "KNN_ROWS", 10)
+    monkeypatch.setattr(frozen_features, "KNN_ROWS", 10)
     finetune.run(config(small_run, tmp_path / "c", cache_features=False))
     assert 5 <= len(load_file(tmp_path / "c" / "baselines.safetensors")["targets"]) <= 10
 
@@ -214,6 +215,6 @@ def test_ceiling_lies_above_what_a_wrong_scene_scores():
 
 
 def test_learning_rate_restarts():
-    assert training.learning_rate_factor(0, 2) == training.learning_rate_factor(0.5, 2) == 1
-    assert training.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
-    assert training.learning_rate_factor(0.999, 1) < 1e-4
+    assert loop.learning_rate_factor(0, 2) == loop.learning_rate_factor(0.5, 2) == 1
+    assert loop.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
+    assert loop.learning_rate_factor(0.999, 1) < 1e-4

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import dataset, finetune, infer, predictors, profiles, submission, validation
+from image_to_prompts import finetune, infer, predictors, profiles, submission
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import backbone
 from image_to_prompts.models import backbones, checkpoints, metrics
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import by_source, dataset
 
 
 def settings(images, checkpoint, out, **overrides):
@@ -143,7 +144,7 @@ def test_weights_are_fitted_on_the_common_validation(
     settings_ = infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / "s.csv", key=key)
     weights = infer.blend_weights(list(folders))
     assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and "of the blend" in caplog.text
-    (_, one, targets), (_, two, _) = (validation.read(folder) for folder in folders)
+    (_, one, targets), (_, two, _) = (by_source.read(folder) for folder in folders)
 
     def score(share):
         return metrics.mean_cosine(metrics.blend([one, two], [share, 1 - share]), targets)
@@ -166,7 +167,7 @@ def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
         frame = pd.DataFrame({"image_name": [names[number] for number in numbers]})
         every = np.arange(len(numbers))
         rows = dataset.Rows(frame, [], truth[numbers], every[:0], every, 0, np.ones(len(every), np.float32))
-        validation.write(folder, rows, metrics.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
+        by_source.write(folder, rows, metrics.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
     caplog.set_level("INFO")
     first, second = infer.blend_weights(folders)
     assert second > 0.95 and first + second == pytest.approx(1)
@@ -310,7 +311,7 @@ def dotted(small_run, tmp_path):
 
 
 def test_every_stage_joins_rows_and_images_by_one_rule(dotted, small_checkpoint, tmp_path, caplog):
-    from image_to_prompts import dataset
+    from image_to_prompts.training import dataset
 
     folder, csv = dotted
     names = metadata.read(csv)["image_name"]
@@ -321,7 +322,7 @@ def test_every_stage_joins_rows_and_images_by_one_rule(dotted, small_checkpoint,
     assert found.score is not None
     values = {"metadata": (csv,), "images": (folder,), "out": tmp_path / "c", "epochs": 1, "image_size": 64}
     finetune.run(profiles.default_config("finetune", folders.Run(tmp_path / "run"), "embedded", **values))
-    area, likeness = validation.domain_gap(tmp_path / "c", (folder,), sorted(folder.rglob("*.png"))[:20])
+    area, likeness = by_source.domain_gap(tmp_path / "c", (folder,), sorted(folder.rglob("*.png"))[:20])
     assert len(likeness) > 0 and 0 <= area <= 1
 
 

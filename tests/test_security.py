@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_to_prompts import training
 from image_to_prompts.data import images
 from image_to_prompts.data.metadata import read_prompts
 from image_to_prompts.encode import embeddings, interrogator
@@ -23,6 +22,7 @@ from image_to_prompts.generate import magicprompt
 from image_to_prompts.models import backbones, checkpoints, weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import loop
 
 
 class Evil:
@@ -71,7 +71,7 @@ def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small
     file = evil_weights(tmp_path / "published.ckpt", marker)
     for words in ((), ("--ensemble",)):
         refused(["import-checkpoint", file, "--out", tmp_path / "out", *words], "published.ckpt")
-    assert training.read_state(evil_weights(tmp_path / "state.pt", marker), "cpu") is None
+    assert loop.read_state(evil_weights(tmp_path / "state.pt", marker), "cpu") is None
     folder = tmp_path / "e"
     shutil.copytree(small_embeddings, folder)
     (folder / ".embed.done").unlink()

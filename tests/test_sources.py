@@ -17,13 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import dataset, embed, generate, sources
+from image_to_prompts import embed, generate, sources
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.sources import look, readers
+from image_to_prompts.training import dataset
 
 
 def read(source, path, column="prompt"):

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 from rows import loaded_rows
 from safetensors.torch import load_file
 
-from image_to_prompts import finetune, profiles, training
+from image_to_prompts import finetune, profiles
 from image_to_prompts.data import images, metadata
 from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import loop
 
 
 def config(run, out, tower, **overrides):
@@ -53,11 +54,11 @@ def difference(one, two):
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 3), st.integers(1, 3))
 def test_an_epoch_sees_every_row_once(count, batch_size, seed, epoch):
-    found = training.batches(np.arange(count), seed, epoch, batch_size)
+    found = loop.batches(np.arange(count), seed, epoch, batch_size)
     assert sorted(np.concatenate(found)) == list(range(count))
     sizes = [len(batch) for batch in found]
     assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
-    again = training.batches(np.arange(count), seed, epoch, batch_size)
+    again = loop.batches(np.arange(count), seed, epoch, batch_size)
     assert all((one == two).all() for one, two in zip(found, again, strict=True))
 
 
@@ -69,7 +70,7 @@ def test_a_batch_in_pieces_is_the_same_batch(small_run, tiny_open_clip, tmp_path
 
 
 def test_out_of_memory_halves_the_pieces(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
-    plain = training.Trainer._gradients
+    plain = loop.Trainer._gradients
 
     def limited(self, images, rows, planned, last):
         if len(rows) > 4:
@@ -77,12 +78,12 @@ def test_out_of_memory_halves_the_pieces(small_run, tiny_open_clip, tmp_path, mo
         return plain(self, images, rows, planned, last)
 
     finetune.run(config(small_run, tmp_path / "a", tiny_open_clip))
-    monkeypatch.setattr(training.Trainer, "_gradients", limited)
+    monkeypatch.setattr(loop.Trainer, "_gradients", limited)
     finetune.run(config(small_run, tmp_path / "b", tiny_open_clip))
     assert caplog.text.count("out of memory") == 2  # 16 -> 8 -> 4, then never again
     assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-4
     monkeypatch.setattr(
-        training.Trainer, "_gradients", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+        loop.Trainer, "_gradients", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
     with pytest.raises(UserError, match="1 images need more memory than there is"):
         finetune.run(config(small_run, tmp_path / "c", tiny_open_clip))
@@ -144,14 +145,14 @@ def test_no_better_epoch_stops_early(small_run, tiny_open_clip, tmp_path):
 
 
 def test_nan_names_the_batch_and_keeps_the_checkpoint(small_run, tiny_open_clip, tmp_path, monkeypatch):
-    plain = training.Trainer._gradients
+    plain = loop.Trainer._gradients
 
     def poisoned(self, images, rows, planned, last):
         if self.standing.epoch == 2:
             self.parameters[0].data.fill_(float("nan"))
         return plain(self, images, rows, planned, last)
 
-    monkeypatch.setattr(training.Trainer, "_gradients", poisoned)
+    monkeypatch.setattr(loop.Trainer, "_gradients", poisoned)
     names = set(metadata.read(small_run.metadata)["image_name"])
     with pytest.raises(UserError, match=r"epoch 2, step 1: the loss is not a number \(images ") as raised:
         finetune.run(config(small_run, tmp_path / "c", tiny_open_clip, epochs=3, batch_size=4))
@@ -194,7 +195,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
             backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False
         )
         source = images.ImageRows(rows.paths, 64)
-        trainer = training.Trainer(
+        trainer = loop.Trainer(
             accelerator, model_, model_, source, replace(rows, weights=weights), settings, tmp_path / "no-state"
         )
         batch, numbers = source.collate([source[row] for row in which])
@@ -214,7 +215,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
 def test_a_large_gradient_is_clipped(small_run, tiny_open_clip, tmp_path, monkeypatch):
     """AdamW hides the size of a gradient that never changes; what it is given shows it."""
     norms, settings = [], config(small_run, tmp_path / "x", tiny_open_clip)
-    monkeypatch.setattr(training.Trainer, "_gradients", blown_up(training.Trainer._gradients))
+    monkeypatch.setattr(loop.Trainer, "_gradients", blown_up(loop.Trainer._gradients))
     plain = torch.optim.AdamW.step
 
     def watched(self, *values, **named):
@@ -249,9 +250,9 @@ def test_a_resumed_training_takes_the_micro_batch_that_is_asked_for(small_run, t
     """As the error of several processes that run out of memory advises."""
     settings, sizes = config(small_run, tmp_path / "a", tiny_open_clip), []
     stopped_after(monkeypatch, 1, settings)
-    plain = training.Trainer._gradients
+    plain = loop.Trainer._gradients
     monkeypatch.setattr(
-        training.Trainer,
+        loop.Trainer,
         "_gradients",
         lambda self, images, rows, *rest: sizes.append(len(rows)) or plain(self, images, rows, *rest),
     )
@@ -315,7 +316,7 @@ def _train(settings, kill_at, before_saving):
     torch.set_num_threads(1)
     steps = 0
     name = "save" if before_saving else "_summed"
-    plain = getattr(training.Trainer, name)
+    plain = getattr(loop.Trainer, name)
 
     def counted(self, *values):
         nonlocal steps
@@ -324,7 +325,7 @@ def _train(settings, kill_at, before_saving):
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, *values)
 
-    setattr(training.Trainer, name, counted)
+    setattr(loop.Trainer, name, counted)
     finetune.run(settings)
 
 
@@ -425,18 +426,18 @@ def test_nodes_that_do_not_share_the_output_are_told(small_run, tiny_open_clip, 
 
 def test_the_learning_rate_follows_a_cosine_in_each_cycle():
     for done, factor in ((0, 1), (0.25, 0.8535534), (0.5, 0.5), (0.75, 0.1464466)):
-        assert training.learning_rate_factor(done, 1) == pytest.approx(factor)
-        assert training.learning_rate_factor(done / 2, 2) == pytest.approx(factor)
-        assert training.learning_rate_factor(0.5 + done / 2, 2) == pytest.approx(factor)
+        assert loop.learning_rate_factor(done, 1) == pytest.approx(factor)
+        assert loop.learning_rate_factor(done / 2, 2) == pytest.approx(factor)
+        assert loop.learning_rate_factor(0.5 + done / 2, 2) == pytest.approx(factor)
 
 
 def test_an_epochs_order_depends_on_seed_and_epoch():
     rows = np.arange(10, 60)
-    orders = {(s, e): np.concatenate(training.batches(rows, s, e, 8)).tolist() for s in (0, 1) for e in (1, 2)}
+    orders = {(s, e): np.concatenate(loop.batches(rows, s, e, 8)).tolist() for s in (0, 1) for e in (1, 2)}
     assert len({tuple(order) for order in orders.values()}) == 4
     assert orders[0, 1] == np.random.default_rng((0, 1)).permutation(rows).tolist()
-    assert [len(batch) for batch in training.batches(rows, 0, 1, 8)] == [8, 7, 7, 7, 7, 7, 7]
-    assert [len(batch) for batch in training.batches(rows, 0, 1, 50)] == [50]
+    assert [len(batch) for batch in loop.batches(rows, 0, 1, 8)] == [8, 7, 7, 7, 7, 7, 7]
+    assert [len(batch) for batch in loop.batches(rows, 0, 1, 50)] == [50]
 
 
 @pytest.mark.parametrize(
@@ -452,22 +453,22 @@ def test_an_epochs_order_depends_on_seed_and_epoch():
     ],
 )
 def test_a_training_has_stalled_when_its_last_epochs_brought_nothing(cosines, patience, stalled):
-    assert training.has_stalled([{"cosine": cosine} for cosine in cosines], patience) == stalled
+    assert loop.has_stalled([{"cosine": cosine} for cosine in cosines], patience) == stalled
 
 
 def test_a_state_is_read_back_or_told_to_be_damaged(tmp_path, caplog):
     path, state = tmp_path / "state.pt", {"model": {"w": torch.arange(300.0)}, "micro": 3}
-    assert training.read_state(path, "cpu") is None and not caplog.text
-    training.save_state(path, state)
-    found = training.read_state(path, "cpu")
+    assert loop.read_state(path, "cpu") is None and not caplog.text
+    loop.save_state(path, state)
+    found = loop.read_state(path, "cpu")
     assert found["micro"] == 3 and torch.equal(found["model"]["w"], state["model"]["w"])
     data = bytearray(path.read_bytes())
     place = data.index(torch.arange(300.0).numpy().tobytes()[:64])
     data[place + 40] ^= 1
     path.write_bytes(data)
-    assert training.read_state(path, "cpu") is None and f"{path}: damaged" in caplog.text
+    assert loop.read_state(path, "cpu") is None and f"{path}: damaged" in caplog.text
     path.write_bytes(b"no archive")
-    assert training.read_state(path, "cpu") is None and caplog.text.count("damaged") == 2
+    assert loop.read_state(path, "cpu") is None and caplog.text.count("damaged") == 2
 
 
 @pytest.fixture
@@ -478,7 +479,7 @@ def trainer(small_run, tiny_open_clip, tmp_path):
     accelerator = finetune.accelerator_for(settings)
     model_, _ = finetune.build_model(backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False)
     source = images.ImageRows(rows.paths, 64)
-    return training.Trainer(accelerator, model_, model_, source, rows, settings, tmp_path / "state.pt")
+    return loop.Trainer(accelerator, model_, model_, source, rows, settings, tmp_path / "state.pt")
 
 
 def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
@@ -488,7 +489,7 @@ def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
     trainer.standing.epoch = 2
     loss = trainer.step(batch, rows, 6, 0.5)
     assert 0 < loss / 6 < 2
-    rate = 1e-3 * training.learning_rate_factor((2 - 1 + 0.5) / 4, 2)
+    rate = 1e-3 * loop.learning_rate_factor((2 - 1 + 0.5) / 4, 2)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [pytest.approx(rate)]
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-4}
     assert all(not torch.equal(one, other) for one, other in zip(before, trainer.parameters, strict=True))
@@ -510,12 +511,12 @@ def test_the_loss_is_one_minus_the_cosine_and_its_gradient_the_batches_mean(trai
 
 def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path):
     loss = trainer.epoch()
-    count = len(training.batches(trainer.rows.train, 0, 1, 16))
+    count = len(loop.batches(trainer.rows.train, 0, 1, 16))
     assert trainer.standing.step == count and trainer.standing.rows == len(trainer.rows.train)
     assert loss == pytest.approx(trainer.standing.loss / len(trainer.rows.train))
     trainer.finish_epoch({"epoch": 1, "loss": loss, "cosine": 0.3})
-    assert trainer.standing == training.Standing(2, history=[{"epoch": 1, "loss": loss, "cosine": 0.3}])
-    kept = training.read_state(tmp_path / "state.pt", "cpu")
+    assert trainer.standing == loop.Standing(2, history=[{"epoch": 1, "loss": loss, "cosine": 0.3}])
+    kept = loop.read_state(tmp_path / "state.pt", "cpu")
     assert kept["standing"]["epoch"] == 2 and kept["micro"] == 16
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     buffers = {name for name, _ in trainer.model.named_buffers()} & set(trainer.model.state_dict())

@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import dataset, validation
 from image_to_prompts.data import images, metadata
-from image_to_prompts.frozen import Baselines
 from image_to_prompts.models import checkpoints, metrics
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import by_source, dataset
+from image_to_prompts.training.frozen_features import Baselines
 
 
 def test_a_checkpoint_says_how_well_it_does_on_what(small_run, small_checkpoint):
-    frame, predicted, targets = validation.read(small_checkpoint)
+    frame, predicted, targets = by_source.read(small_checkpoint)
     cosines = (metrics.unit(predicted) * targets).sum(1)
     np.testing.assert_allclose(frame["cosine"].astype(float), cosines, atol=1e-4)
     expected = checkpoints.load(small_checkpoint).config["metrics"]
@@ -45,8 +45,8 @@ def test_a_source_unlike_the_others_scores_less_when_left_out(tmp_path):
     valid, train = np.flatnonzero(split), np.flatnonzero(~split)
     rows = dataset.Rows(frame, [], targets, train, valid, 0, np.ones(400, np.float32))
     base = Baselines(features[train], targets[train], metrics.unit(targets[train].mean(0)), 5, {})
-    validation.write(tmp_path, rows, targets[valid])
-    table = validation.by_source(tmp_path, rows, features, base).set_index("source")
+    by_source.write(tmp_path, rows, targets[valid])
+    table = by_source.by_source(tmp_path, rows, features, base).set_index("source")
     assert table.loc["all", "cosine"] == pytest.approx(1, abs=1e-5)
     assert (table.loc[["a", "b"], "left_out"] < -0.5).all()
     assert (table.loc[["a", "b"], "left_out"] < table.loc[["a", "b"], "ridge"] - 0.3).all()
@@ -71,15 +71,15 @@ def test_domain_gap_tells_far_from_near():
 
 def test_domain_gap_of_a_checkpoint(small_run, small_checkpoint, tmp_path):
     same = images.find(small_run.images)
-    near, frame = validation.domain_gap(small_checkpoint, (small_run.images,), same)
+    near, frame = by_source.domain_gap(small_checkpoint, (small_run.images,), same)
     noise = tmp_path / "noise"
     noise.mkdir()
     for i in range(12):
         values = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(values).save(noise / f"{i}.png")
-    far, _ = validation.domain_gap(small_checkpoint, (small_run.images,), images.find(noise))
+    far, _ = by_source.domain_gap(small_checkpoint, (small_run.images,), images.find(noise))
     assert far > 0.95 > near and list(frame) == ["image_name", "source", "likeness"]
     with pytest.raises(UserError, match="no image of"):
-        validation.domain_gap(small_checkpoint, (noise,), same)
+        by_source.domain_gap(small_checkpoint, (noise,), same)
     names = set(metadata.read(small_run.metadata)["image_name"])
     assert set(frame["image_name"]) <= names

@@ -25,7 +25,7 @@ from .metadata import IMAGE_SUFFIXES, stem
 if TYPE_CHECKING:
     import torch
 
-    from ..frozen import CachedRows
+    from ..training.frozen_features import CachedRows
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB

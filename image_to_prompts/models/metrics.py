@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..data.images import ImageRows
-    from ..frozen import CachedRows
+    from ..training.frozen_features import CachedRows
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)

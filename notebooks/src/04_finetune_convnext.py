@@ -19,10 +19,11 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import finetune, plan, profiles, validation
+from image_to_prompts import finetune, plan, profiles
 from image_to_prompts.data import images
 from image_to_prompts.models import backbones
 from image_to_prompts.run import folders
+from image_to_prompts.training import by_source
 
 run, profile = folders.start(run_folder, profile)
 
@@ -115,7 +116,7 @@ Image(filename=str(config.out / "best_and_worst.png"))
 # %%
 target = run.target_images()
 if target:
-    gap, likeness = validation.domain_gap(config.out, config.images, images.find(target)[:2000])
+    gap, likeness = by_source.domain_gap(config.out, config.images, images.find(target)[:2000])
     print(f"area under the ROC curve {gap:.3f}")
 likeness.sort_values("likeness", ascending=False).head(5).round(3) if target else "attach the competition to see"
 

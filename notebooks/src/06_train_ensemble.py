@@ -22,11 +22,12 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import ensemble, infer, profiles, validation
+from image_to_prompts import ensemble, infer, profiles
 from image_to_prompts.data import images
 from image_to_prompts.encode import embeddings, encoders
 from image_to_prompts.models import networks, text_encoder
 from image_to_prompts.run import folders
+from image_to_prompts.training import by_source
 
 run, profile = folders.start(run_folder, profile)
 overrides = {name: value for name, value in {"preset": preset, "epochs": epochs}.items() if value}
@@ -53,7 +54,7 @@ if demo_folder:
     files = images.find(Path(demo_folder) / "images")[:8]
     prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files, Path(demo_folder) / "images")
 else:
-    validated = validation.read(config.out)[0].head(8)
+    validated = by_source.read(config.out)[0].head(8)
     found = [
         images.join(validated["image_name"], images.find(folder), folder) for folder in run.rendered(run.train_images)
     ]

@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .data.images import load
-from .models import backbones
-from .run.devices import rank_and_processes
-from .run.errors import UserError
-from .run.files import atomic_path
-from .run.progress import Deadline, progress_to
+from ..data.images import load
+from ..models import backbones
+from ..run.devices import rank_and_processes
+from ..run.errors import UserError
+from ..run.files import atomic_path
+from ..run.progress import Deadline, progress_to
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
     from torch import nn
 
-    from .data.images import ImageRows
+    from ..data.images import ImageRows
+    from ..finetune import Config
     from .dataset import Rows
-    from .finetune import Config
-    from .frozen import CachedRows
+    from .frozen_features import CachedRows
 
 log = logging.getLogger(__name__)
 WEIGHT_DECAY, CLIP_NORM = 1e-4, 1.0  # the reference's

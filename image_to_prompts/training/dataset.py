@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import images, metadata
-from .dedupe import add_groups
-from .models import metrics
-from .render.store import BLANK, FAILED, NSFW
-from .run.errors import UserError
-from .run.folders import MANIFEST
+from ..data import images, metadata
+from ..dedupe import add_groups
+from ..models import metrics
+from ..render.store import BLANK, FAILED, NSFW
+from ..run.errors import UserError
+from ..run.folders import MANIFEST
 
 log = logging.getLogger(__name__)
 USELESS = (BLANK, NSFW, FAILED)
@@ -187,6 +187,6 @@ def _with_images(frame: pd.DataFrame, csv: Path, folder: Path) -> pd.DataFrame:
 
 def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     """Which rows of `targets` (n, 384) reach cosine 0.8 with a row of `train_targets` (m, 384): bool (n,)."""
-    from .search.near_pairs import near
+    from ..search.near_pairs import near
 
     return near(metrics.unit(targets), metrics.unit(train_targets), NEAR)

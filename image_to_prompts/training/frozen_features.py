@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .data.images import ImageRows
+from ..data.images import ImageRows
+from ..models import backbones, metrics
+from ..run.devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
+from ..run.errors import UserError
+from ..run.files import is_sealed, seal, write_tensors
 from .dataset import Rows
-from .models import backbones, metrics
-from .run.devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
-from .run.errors import UserError
-from .run.files import is_sealed, seal, write_tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .finetune import Config
+    from ..finetune import Config
 
 log = logging.getLogger(__name__)
 BLOCK, BATCH = 512, 32  # images a file, images at once
@@ -238,7 +238,7 @@ def save(path: Path, base: Baselines) -> None:
 
 def pretrained_features(spec: backbones.Spec, files: list[Path]) -> np.ndarray:
     """Features of images by a backbone's pretrained weights: float32 (len(files), width), NaN where one is broken."""
-    from .models import checkpoints as models
+    from ..models import checkpoints as models
 
     model = models.build(spec)
     backbones.load_pretrained(model.backbone, spec)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import images, metadata, pictures
+from ..data import images, metadata, pictures
+from ..models import checkpoints as models
+from ..models import metrics
+from ..run.errors import UserError
+from ..run.files import check_whole, write_tensors
 from .dataset import Rows
-from .frozen import Baselines, pretrained_features
-from .models import checkpoints as models
-from .models import metrics
-from .run.errors import UserError
-from .run.files import check_whole, write_tensors
+from .frozen_features import Baselines, pretrained_features
 
 
 def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:

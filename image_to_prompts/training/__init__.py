@@ -1,0 +1,1 @@
+"""What both trainings share: rows, the loop, frozen features, scores by source."""
