@@ -68,8 +68,9 @@ def reference(backbone: str, size: int, batch: int, files: list[Path], as_jpeg: 
 
 
 def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
-    from image_to_prompts import infer, predictors
+    from image_to_prompts import infer
     from image_to_prompts.encode.backbone import BackboneEncoder
+    from image_to_prompts.predict import predictors
     from image_to_prompts.run import progress
 
     progress.set_quiet(True)

@@ -30,11 +30,12 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import infer, predictors, profiles
+from . import infer, profiles
 from .data import images
 from .data.metadata import IMAGE_SUFFIXES
 from .encode import encoders
 from .models import metrics, text_encoder, weights
+from .predict import predictors
 from .profiles import StageConfig
 from .run import archives
 from .run.devices import gather, rank_and_processes

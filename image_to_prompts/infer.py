@@ -19,10 +19,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from . import predictors, submission
+from . import submission
 from .data import images, metadata
 from .models import metrics, text_encoder
-from .predictors import Rung
+from .predict import predictors
+from .predict.predictors import Rung
 from .run.engine import EngineConfig
 from .run.errors import UserError
 from .run.files import Stamp, alone, make_folder, write_json

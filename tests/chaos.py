@@ -97,9 +97,10 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
 
-    from image_to_prompts import describer, embed, predictors
+    from image_to_prompts import describer, embed
     from image_to_prompts.__main__ import main
     from image_to_prompts.models import networks, text_encoder
+    from image_to_prompts.predict import predictors
     from image_to_prompts.render.scenes import SceneBackend
     from image_to_prompts.sources import readers
     from image_to_prompts.training import frozen_features

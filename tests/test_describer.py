@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import describer, ensemble, infer, predictors, profiles
+from image_to_prompts import describer, ensemble, infer, profiles
 from image_to_prompts.encode import encoders
+from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 

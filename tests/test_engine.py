@@ -176,7 +176,7 @@ def test_stable_diffusion_too(ray, small_run, tiny_sd2, tmp_path):
 
 @pytest.mark.slow
 def test_embed_and_infer(ray, small_run, small_checkpoint, tmp_path, monkeypatch):
-    from image_to_prompts import predictors
+    from image_to_prompts.predict import predictors
 
     monkeypatch.setattr(embed, "BLOCK", 16)
     monkeypatch.setattr(predictors, "BLOCK", 16)

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import ensemble, fusion_training, infer, predictors
+from image_to_prompts import ensemble, fusion_training, infer
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics, text_encoder
+from image_to_prompts.predict import predictors
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import by_source
 

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import finetune, infer, predictors, profiles, submission
+from image_to_prompts import finetune, infer, profiles, submission
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import backbone
 from image_to_prompts.models import backbones, checkpoints, metrics
+from image_to_prompts.predict import predictors
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import by_source, dataset
@@ -289,8 +290,8 @@ def test_a_second_run_reads_words_that_pandas_takes_for_nothing(small_run, small
 
 
 def test_prompts_that_read_like_nothing_count_in_the_mean(tmp_path):
-    from image_to_prompts import predictors
     from image_to_prompts.models import text_encoder
+    from image_to_prompts.predict import predictors
 
     (tmp_path / "p.csv").write_text("prompt\nNone\nNA\n")
     expected = metrics.unit(text_encoder.encode(["None", "NA"]).mean(0))

@@ -6,10 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import infer, predictors, submission
+from image_to_prompts import infer, submission
 from image_to_prompts.data import metadata
 from image_to_prompts.encode import encoders
 from image_to_prompts.models import metrics, text_encoder
+from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 

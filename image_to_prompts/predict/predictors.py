@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import ensemble
-from .encode import embeddings, encoders
-from .encode.encoders import Encoder
-from .models import checkpoints as models
-from .models import metrics, text_encoder, weights
-from .run.engine import over_blocks
-from .run.errors import UserError
-from .run.files import is_sealed, make_folder, seal, write_array
-from .run.folders import Run, is_ensemble, kaggle_inputs
-from .run.progress import Deadline
+from .. import ensemble
+from ..encode import embeddings, encoders
+from ..encode.encoders import Encoder
+from ..models import checkpoints as models
+from ..models import metrics, text_encoder, weights
+from ..run.engine import over_blocks
+from ..run.errors import UserError
+from ..run.files import is_sealed, make_folder, seal, write_array
+from ..run.folders import Run, is_ensemble, kaggle_inputs
+from ..run.progress import Deadline
 
 if TYPE_CHECKING:
-    from . import infer
+    from .. import infer
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
@@ -72,7 +72,7 @@ class Rung:
 
 def checkpoint(folder: Path) -> Predictor:
     """A checkpoint of `finetune` or `ensemble`; see their `load` for what it raises."""
-    from .encode.backbone import BackboneEncoder
+    from ..encode.backbone import BackboneEncoder
 
     if is_ensemble(folder):
         found = ensemble.load(folder)
@@ -86,7 +86,7 @@ def checkpoint(folder: Path) -> Predictor:
 
 def trained_on(folders: list[Path], targets: np.ndarray) -> int:
     """How many of float32 (n, 384) embeddings of prompts are among those that checkpoints say they were trained on."""
-    from .search.near_pairs import near
+    from ..search.near_pairs import near
 
     found = np.zeros(len(targets), bool)
     for folder in folders:

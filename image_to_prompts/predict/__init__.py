@@ -1,0 +1,1 @@
+"""Whatever turns images into 384 numbers."""
