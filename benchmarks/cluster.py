@@ -28,7 +28,7 @@ WAYS = {"local": {}, "ray": RAY, "ray, one actor": RAY | {"actors": 1}}
 
 def texts(count: int) -> list[str]:
     """Different prompts of the embedded grammar."""
-    from image_to_prompts.generate import grammar
+    from image_to_prompts.embedded import grammar
 
     found: dict[str, None] = {}
     index = 0

@@ -26,7 +26,7 @@ BATCHES = (16, 32, 64, 128)
 def read(file: Path | None, count: int | None = None) -> list[str]:
     """Prompts, `count` of them taken at random."""
     if file is None:
-        from image_to_prompts.generate import grammar
+        from image_to_prompts.embedded import grammar
 
         return [grammar.prompt(1, i) for i in range(count or 20_000)]
     with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:

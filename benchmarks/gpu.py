@@ -33,7 +33,7 @@ from PIL import Image
 
 from image_to_prompts import render
 from image_to_prompts.data import metadata
-from image_to_prompts.generate import grammar
+from image_to_prompts.embedded import grammar
 from image_to_prompts.models import text_cache, text_encoder, weights
 from image_to_prompts.render import stable_diffusion
 from image_to_prompts.run import devices

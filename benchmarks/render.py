@@ -24,8 +24,8 @@ from PIL import Image
 
 from image_to_prompts import render
 from image_to_prompts.data import metadata
-from image_to_prompts.generate import grammar
-from image_to_prompts.render import scenes, stable_diffusion
+from image_to_prompts.embedded import grammar, scenes
+from image_to_prompts.render import stable_diffusion
 from image_to_prompts.run import devices
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -37,7 +37,7 @@ def known() -> list[str]:
     if SHARED.is_file():
         with gzip.open(SHARED, "rt", encoding="utf-8") as file:
             return file.read().splitlines()
-    from image_to_prompts.generate import grammar
+    from image_to_prompts.embedded import grammar
 
     return [grammar.prompt(0, number) for number in range(20_000)]
 

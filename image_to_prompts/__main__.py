@@ -218,11 +218,11 @@ def _dispatch(words: list[str]) -> None:
     elif words[0] in {s.name for s in STAGES}:
         _run_stage(words[0], words[1:])
     elif words[0] == "run":
-        from . import chain
+        from .embedded import whole_run
 
-        config = _parse(chain.Config, words[1:], "run", chain.Config())
+        config = _parse(whole_run.Config, words[1:], "run", whole_run.Config())
         _set_up(config.quiet)
-        sys.stdout.write(chain.run(config) + "\n")
+        sys.stdout.write(whole_run.run(config) + "\n")
     elif words[0] == "kaggle":
         _run_kaggle(words[1:])
     elif words[0] == "demo":

@@ -78,7 +78,7 @@ def vocabulary(folder: Path | None = None, artists: bool = True) -> Vocabulary:
 
 def phrases_in(folder: Path | None, artists: bool = True) -> list[str]:
     """The phrases of `vocabulary`, none twice; arguments and errors as there."""
-    from .generate import grammar
+    from .embedded import grammar
 
     own = terms.read(folder, artists, {"subjects": list(grammar.vocabulary())})
     own["flavors"] = own["flavors"][:MODIFIERS]

@@ -25,8 +25,8 @@ from PIL import Image
 from . import profiles
 from .data import metadata
 from .describer import Describer
+from .embedded import scenes
 from .models import text_encoder
-from .render import scenes
 from .render.store import Row
 from .run import folders
 from .run.errors import UserError

@@ -69,8 +69,8 @@ def test_efficientnet_weights_are_imagenets():
     """The mapped tensors are right if the classifier they came with still knows a picture it was trained for."""
     import timm
 
-    from image_to_prompts.generate.grammar import Scene
-    from image_to_prompts.render import scenes
+    from image_to_prompts.embedded import scenes
+    from image_to_prompts.embedded.grammar import Scene
 
     spec = backbones.describe("timm:tf_efficientnet_lite2", 260)
     backbone = backbones.build(spec).eval()

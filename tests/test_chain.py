@@ -4,15 +4,16 @@ import re
 
 import pytest
 
-from image_to_prompts import chain, submission
+from image_to_prompts import submission
+from image_to_prompts.embedded import whole_run
 
 LINE = r"score (\d\.\d{4}) constant (\d\.\d{4}) knn (\d\.\d{4}) ceiling (\d\.\d{4}) skill (-?\d\.\d\d)"
 
 
 @pytest.mark.slow
 def test_chain_ends_in_a_report_and_a_score_line(tmp_path):
-    config = chain.Config(run=tmp_path / "run", count=200, epochs=1, quiet=True)
-    printed = chain.run(config).splitlines()
+    config = whole_run.Config(run=tmp_path / "run", count=200, epochs=1, quiet=True)
+    printed = whole_run.run(config).splitlines()
     match = re.fullmatch(LINE, printed[-1])
     assert match, printed[-1]
     score, constant, knn, ceiling, skill = map(float, match.groups())
@@ -32,5 +33,5 @@ def test_chain_ends_in_a_report_and_a_score_line(tmp_path):
         return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.parent.name != "data_meta"}
 
     before = times()
-    assert chain.run(config).splitlines() == printed
+    assert whole_run.run(config).splitlines() == printed
     assert times() == before

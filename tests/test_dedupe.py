@@ -359,7 +359,7 @@ def test_adding_rows_at_the_end_moves_no_old_one(small_run, tmp_path):
 
 
 def test_variety_of_the_grammar():
-    from image_to_prompts.generate import grammar
+    from image_to_prompts.embedded import grammar
 
     vectors = text_encoder.encode([grammar.prompt(0, i) for i in range(400)])
     mean = vectors.mean(0)

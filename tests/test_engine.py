@@ -12,8 +12,8 @@ import pytest
 
 from image_to_prompts import embed, infer, profiles, render
 from image_to_prompts.data import metadata
+from image_to_prompts.embedded import grammar
 from image_to_prompts.encode import embeddings
-from image_to_prompts.generate import grammar
 from image_to_prompts.models import text_cache, text_encoder
 from image_to_prompts.run.engine import EngineConfig, over_blocks
 from image_to_prompts.run.errors import UserError

@@ -236,7 +236,7 @@ def test_half_precision_is_used_where_it_is_asked_for(monkeypatch):
 
 
 def test_the_ceiling_knows_what_is_drawn():
-    from image_to_prompts.generate import grammar
+    from image_to_prompts.embedded import grammar
     from image_to_prompts.models import text_encoder
 
     prompts = [grammar.prompt(0, index) for index in range(12)]

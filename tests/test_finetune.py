@@ -204,7 +204,7 @@ def test_knn_and_skill():
 
 
 def test_ceiling_lies_above_what_a_wrong_scene_scores():
-    from image_to_prompts.generate import grammar
+    from image_to_prompts.embedded import grammar
     from image_to_prompts.models import text_encoder
 
     prompts = [grammar.prompt(0, i) for i in range(30)]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from image_to_prompts import generate
 from image_to_prompts.data import metadata
-from image_to_prompts.generate import grammar, magicprompt
-from image_to_prompts.render import backgrounds, scenes, styles
+from image_to_prompts.embedded import backgrounds, grammar, scenes, styles
+from image_to_prompts.generate import magicprompt
 from image_to_prompts.run.errors import UserError
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from image_to_prompts import render
 from image_to_prompts.data import images, metadata
-from image_to_prompts.generate import grammar
-from image_to_prompts.render import limits, output, scenes, store, styles
+from image_to_prompts.embedded import grammar, scenes, styles
+from image_to_prompts.render import limits, output, store
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import dataset
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_to_prompts.generate import grammar
+from image_to_prompts.embedded import grammar
 from image_to_prompts.models import minilm, text_cache, text_encoder
 
 PROMPTS = [grammar.prompt(3, i) for i in range(60)] + ["", "x", "word " * 400, "Ünïcode 中文 🦊 ???"]

@@ -68,7 +68,7 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     Raises:
         UserError: If the name is unknown, or the weights are nowhere or damaged.
     """
-    from ..encoders import classes
+    from ..embedded import classes
     from ..models import backbones
     from . import interrogator
     from .backbone import BackboneEncoder

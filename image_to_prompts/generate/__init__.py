@@ -102,7 +102,7 @@ def candidates(config: Config, start: int = 0) -> Iterator[list[str]]:
 
 def _writer(config: Config) -> Callable[[list[int]], list[str]]:
     """What writes the candidates of given indices."""
-    from . import grammar
+    from ..embedded import grammar
 
     if config.source == "grammar":
         return lambda indices: [grammar.prompt(config.seed, index) for index in indices]

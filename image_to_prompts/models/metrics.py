@@ -126,7 +126,7 @@ def ceiling_score(prompts: Sequence[str], targets: np.ndarray) -> float:
         prompts: Prompts of the embedded grammar.
         targets: float32 (n, 384), their embeddings.
     """
-    from ..generate import grammar
+    from ..embedded import grammar
     from . import text_encoder
 
     said = [

@@ -183,7 +183,7 @@ def _check(config: Config) -> None:
 
 def _backend(config: Config) -> Any:
     if config.backend == "scenes":
-        from .scenes import SceneBackend
+        from ..embedded.scenes import SceneBackend
 
         return SceneBackend(config.family, config.format, config.workers)
     from .stable_diffusion import StableDiffusionBackend

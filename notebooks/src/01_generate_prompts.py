@@ -25,7 +25,7 @@ import matplotlib.pyplot as plt
 
 from image_to_prompts import generate, profiles
 from image_to_prompts.data import metadata
-from image_to_prompts.generate import grammar
+from image_to_prompts.embedded import grammar
 from image_to_prompts.run import folders
 from image_to_prompts.sources import look
 

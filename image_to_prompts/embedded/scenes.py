@@ -21,13 +21,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..generate import grammar
 from ..models.weights import package_folder
+from ..render.output import SIZE, Finished, finish
+from ..render.store import NOTHING_KNOWN, Row
 from ..run.devices import cores
 from ..run.errors import UserError
-from . import backgrounds, layout, styles
-from .output import SIZE, Finished, finish
-from .store import NOTHING_KNOWN, Row
+from . import backgrounds, grammar, layout, styles
 
 CANVAS = 768
 SPRITE = 224  # px at which a picture is rasterised once; most are drawn smaller

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 
-from ..generate.grammar import Scene
+from .grammar import Scene
 
 # Centre x, centre y and width of a box as fractions of the canvas, for the first and the second thing.
 BOXES = {

@@ -23,7 +23,7 @@ class ClassInterrogator:
         from timm.data import ImageNetInfo
 
         from ..encode.backbone import BackboneEncoder
-        from ..generate import grammar
+        from . import grammar
 
         spec = backbones.describe(NETWORK, image_size)
         self.backbone = BackboneEncoder.pretrained(spec)

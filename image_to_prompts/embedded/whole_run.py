@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import dedupe, embed, ensemble, finetune, generate, infer, profiles, render
-from .data import metadata, pictures
-from .models import checkpoints as models
-from .models import metrics, text_encoder
-from .run import progress
-from .run.errors import UserError
-from .run.files import Stamp, write_json
-from .run.folders import Run, open_run, profile_of
-from .training import frozen_features
+from .. import dedupe, embed, ensemble, finetune, generate, infer, profiles, render
+from ..data import metadata, pictures
+from ..models import checkpoints as models
+from ..models import metrics, text_encoder
+from ..run import progress
+from ..run.errors import UserError
+from ..run.files import Stamp, write_json
+from ..run.folders import Run, open_run, profile_of
+from ..training import frozen_features
 
 log = logging.getLogger(__name__)
 TEST_FOLDS = (1, 2)
