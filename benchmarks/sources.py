@@ -83,11 +83,11 @@ def write_metadata(path: Path, rows: int) -> None:
 
 
 def collecting(path: Path) -> Prepared:
-    from image_to_prompts import sources
+    from image_to_prompts.generate import collect
 
     def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            report = sources.collect("diffusiondb", (str(path),), Path(folder) / "out.csv", rule_names=CHAIN)
+            report = collect.collect("diffusiondb", (str(path),), Path(folder) / "out.csv", rule_names=CHAIN)
         print(report.iloc[:, :4].to_string(index=False))
 
     return run
@@ -112,7 +112,7 @@ def grown(options: argparse.Namespace) -> dict[str, object]:
 def rules(options: argparse.Namespace) -> dict[str, object]:
     import polars as pl
 
-    from image_to_prompts.sources.rules import RULES
+    from image_to_prompts.generate.rules import RULES
 
     texts, found = prompts(200_000, 0), {}
     frame = pl.DataFrame({"prompt": texts, "width": [512] * len(texts), "image_nsfw": [0.1] * len(texts)})

@@ -18,8 +18,8 @@ import numpy as np
 import polars as pl
 
 from .data import terms
+from .generate.rules import artists as without_artists
 from .models import text_encoder
-from .sources.rules import artists as without_artists
 
 CONNECTIVES = (
     *("above", "alongside", "among", "and", "as", "at", "behind", "below", "beneath", "beside", "between", "by"),

@@ -100,9 +100,9 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     from image_to_prompts import describer, embed
     from image_to_prompts.__main__ import main
     from image_to_prompts.embedded.scenes import SceneBackend
+    from image_to_prompts.generate import readers
     from image_to_prompts.models import networks, text_encoder
     from image_to_prompts.predict import predictors
-    from image_to_prompts.sources import readers
     from image_to_prompts.training import frozen_features
 
     torch.set_num_threads(1)

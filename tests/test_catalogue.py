@@ -11,7 +11,8 @@ from image_to_prompts import generate, profiles
 from image_to_prompts.__main__ import _parse
 from image_to_prompts.data import catalogue, metadata
 from image_to_prompts.dedupe import Config as DedupeConfig
-from image_to_prompts.sources import SOURCES, rules
+from image_to_prompts.generate import rules
+from image_to_prompts.generate.collect import SOURCES
 from image_to_prompts.training import dataset
 
 DATA = Path(__file__).parents[1] / "data_meta"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from image_to_prompts.generate import rules
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.sources import rules
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LONG = ", ".join(["an astonishingly detailed kingfisher"] * 30)

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import embed, generate, sources
+from image_to_prompts import embed, generate
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import embeddings
+from image_to_prompts.generate import collect, look, readers
 from image_to_prompts.models import weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.sources import look, readers
 from image_to_prompts.training import dataset
 
 
@@ -39,7 +39,7 @@ def collected(tmp_path):
 
     def run(source, *files, **options):
         out = tmp_path / "out.csv"
-        report = sources.collect(source, tuple(map(str, files)), out, **options)
+        report = collect.collect(source, tuple(map(str, files)), out, **options)
         return metadata.read(out), report.set_index("rule")
 
     return run
@@ -70,7 +70,7 @@ def diffusiondb_metadata(path, count=6):
 def test_diffusiondb(tmp_path, collected):
     prompts = diffusiondb_metadata(tmp_path / "metadata.parquet")
     frame, report = collected("diffusiondb", tmp_path / "metadata.parquet")
-    assert list(frame.columns) == list(sources.COLUMNS)
+    assert list(frame.columns) == list(collect.COLUMNS)
     assert frame["prompt"].tolist() == prompts[:4]
     assert frame["image_name"][0] == frame["source_id"][0] == "00000000-aaaa.png"
     assert frame["seed"][0] == 4_294_967_290 and set(frame["source"]) == {"diffusiondb"}
@@ -199,7 +199,7 @@ def test_repeats_and_limits(tmp_path, collected, monkeypatch):
 def test_the_first_of_equal_prompts_stays(tmp_path, monkeypatch, prompts):
     monkeypatch.setattr(readers, "BLOCK", 3)
     (tmp_path / "a.txt").write_text("\n".join(prompts))
-    sources.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "out.csv", rule_names=("unicode",))
+    collect.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "out.csv", rule_names=("unicode",))
     assert metadata.read(tmp_path / "out.csv")["prompt"].tolist() == list(dict.fromkeys(prompts))
 
 
@@ -207,8 +207,8 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
     monkeypatch.setattr(readers, "BLOCK", 5)
     (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 17} birds" for number in range(40)))
     given_ = ("table", (str(tmp_path / "a.txt"),))
-    sources.collect(*given_, tmp_path / "whole.csv")
-    real, written = sources._write_block, []
+    collect.collect(*given_, tmp_path / "whole.csv")
+    real, written = collect._write_block, []
 
     def torn(*arguments):
         real(*arguments)
@@ -216,10 +216,10 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
         if len(written) % 2 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "_write_block", torn)
+    monkeypatch.setattr(collect, "_write_block", torn)
     for _ in range(9):
         try:
-            sources.collect(*given_, tmp_path / "torn.csv")
+            collect.collect(*given_, tmp_path / "torn.csv")
             break
         except KeyboardInterrupt:
             continue
@@ -227,10 +227,10 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
     for name in ("{}.csv", "{}.rules.json"):
         assert (tmp_path / name.format("torn")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
     assert not list(tmp_path.glob(".torn.done-*"))
-    real_read = sources._read
-    monkeypatch.setattr(sources, "_read", lambda *arguments: pytest.fail("read again"))
-    sources.collect(*given_, tmp_path / "torn.csv")
-    monkeypatch.setattr(sources, "_read", real_read)
+    real_read = collect._read
+    monkeypatch.setattr(collect, "_read", lambda *arguments: pytest.fail("read again"))
+    collect.collect(*given_, tmp_path / "torn.csv")
+    monkeypatch.setattr(collect, "_read", real_read)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -251,7 +251,7 @@ def test_whatever_is_in_a_file_there_is_one_clear_line(tmp_path, name, data, sou
     path.write_bytes(data)
     out = tmp_path / "out.csv"
     try:
-        sources.collect(source, (str(path),), out, rule_names=rule_names)
+        collect.collect(source, (str(path),), out, rule_names=rule_names)
         assert len(metadata.read(out)) == len(pl.read_csv(out))  # what any later stage takes
     except UserError as error:
         assert "\n" not in str(error) and name in str(error) and "run" not in str(error)
@@ -343,7 +343,7 @@ def test_a_few_flipped_bytes_never_end_in_a_traceback(tmp_path, name, data):
     path.write_bytes(content)
     source = "diffusiondb-parts" if name.endswith(".zip") else "table"
     try:
-        sources.collect(source, (str(path),), tmp_path / "out.csv")
+        collect.collect(source, (str(path),), tmp_path / "out.csv")
         metadata.read(tmp_path / "out.csv")
     except UserError as error:
         assert "\n" not in str(error)
@@ -422,7 +422,7 @@ def test_pictures_and_overlap(tmp_path):
     assert shares.loc["one", "two"] == 0.5 and shares.loc["two", "one"] == pytest.approx(1 / 3)
     assert shares.loc["one", "one"] == 1
     (tmp_path / "a.txt").write_text("a  red fox\nan owl\nan owl\n")
-    report = sources.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "o.csv", rule_names=("unicode",))
+    report = collect.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "o.csv", rule_names=("unicode",))
     assert look.by_rule({"a": report}).loc["unicode", ("a", "changed")] == 1
     assert look.examples(report).to_numpy().tolist() == [
         ["unicode", "a  red fox", "a red fox"],
@@ -437,7 +437,7 @@ def test_pictures_and_overlap(tmp_path):
 def test_the_command_line_knows_all_sources():
     assert set(generate.get_args(generate.Collected)) == set(readers.SOURCES)
     for source in readers.SOURCES.values():
-        assert set(source.rules) <= set(sources.rules.RULES)
+        assert set(source.rules) <= set(collect.rules.RULES)
 
 
 def test_parts_are_image_folders_too(tmp_path):
@@ -498,7 +498,7 @@ def test_metadata_of_several_files_is_merged(tmp_path, caplog):
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=40), st.integers(1, 9))
 def test_rows_repeat_no_key_of_a_row_that_stayed(rows, size):
-    seen, kept, expected = sources.Seen(("prompt", "image_name")), [], []
+    seen, kept, expected = collect.Seen(("prompt", "image_name")), [], []
     for start in range(0, len(rows), size):
         frame = pl.DataFrame(rows[start : start + size], ["prompt", "image_name"], orient="row").cast(pl.String)
         first, hashes = seen.first(frame)

@@ -200,7 +200,7 @@ def estimate(config: Config) -> Estimate:
 
 
 def _collect(config: Config) -> pd.DataFrame:
-    from .. import sources
+    from . import collect
 
     if not config.input:
         raise UserError(f"--source {config.source}: no input; give --input FILE [FILE ...]")
@@ -210,7 +210,7 @@ def _collect(config: Config) -> pd.DataFrame:
     if rank_and_processes()[1] > 1:
         raise UserError(f"--source {config.source}: one process reads and cleans; start it without a launcher")
     with alone(config.out):
-        return sources.collect(
+        return collect.collect(
             *(config.source, config.input, config.out, config.name),
             *(config.prompt_column, config.rules, config.limit),
         )

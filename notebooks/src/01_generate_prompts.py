@@ -26,8 +26,8 @@ import matplotlib.pyplot as plt
 from image_to_prompts import generate, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.embedded import grammar
+from image_to_prompts.generate import look
 from image_to_prompts.run import folders
-from image_to_prompts.sources import look
 
 run, profile = folders.start(run_folder, profile)
 overrides = {"count": count} if count else {}
