@@ -110,10 +110,10 @@ class Explain:
     """Whether it embedded with --fast."""
 
     def run(self) -> str:
-        from .dedupe import look, removed_path
+        from .dedupe import pictures, removed_path
 
-        kept, removed = look.read(self.metadata, removed_path(self.metadata))
-        return look.explain(self.prompt, kept, removed, self.threshold, self.fast)
+        kept, removed = pictures.read(self.metadata, removed_path(self.metadata))
+        return pictures.explain(self.prompt, kept, removed, self.threshold, self.fast)
 
 
 @dataclass

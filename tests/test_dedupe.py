@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from image_to_prompts import dedupe
 from image_to_prompts.data import metadata
-from image_to_prompts.dedupe import look, result
+from image_to_prompts.dedupe import pictures, result
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.search import near_pairs, with_faiss
@@ -252,7 +252,7 @@ def test_too_many_pairs_are_not_kept(monkeypatch):
     assert whole.pairs is not None and without.pairs is None
     pd.testing.assert_frame_equal(whole.removed, without.removed)
     assert without.at(0.95).counts == whole.at(0.95).counts
-    assert look.borderline(without).empty and len(look.curve(without)) == 1 and len(look.curve(whole)) > 5
+    assert pictures.borderline(without).empty and len(pictures.curve(without)) == 1 and len(pictures.curve(whole)) > 5
 
 
 def write(path, *prompts, **columns):

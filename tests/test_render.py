@@ -12,7 +12,7 @@ from PIL import Image
 from image_to_prompts import render
 from image_to_prompts.data import images, metadata
 from image_to_prompts.embedded import grammar, scenes, styles
-from image_to_prompts.render import limits, output, store
+from image_to_prompts.render import encode, limits, store
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import dataset
 
@@ -278,7 +278,7 @@ def test_encoding_overlaps_the_next_block(tmp_path):
         consuming.set()
         order.append(item)
 
-    output.run_ahead(produce(), consume, 2)
+    encode.run_ahead(produce(), consume, 2)
     assert [item for item in order if item != "second produced"] == [1, 2]
 
 
@@ -291,7 +291,7 @@ def test_nothing_is_written_after_a_failure():
             raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        output.run_ahead((lambda k=k: k for k in range(6)), consume, 3)
+        encode.run_ahead((lambda k=k: k for k in range(6)), consume, 3)
     assert taken == [0, 1]
 
 

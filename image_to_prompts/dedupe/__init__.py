@@ -27,7 +27,7 @@ from ..models import text_encoder
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import Stamp, alone, writing
-from . import look
+from . import pictures
 from .result import BLOCK, FLOOR, Result, dedupe, leaders
 
 __all__ = ["Config", "Result", "add_groups", "dedupe", "hold_out", "read", "removed_path", "run"]
@@ -181,7 +181,7 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     metadata.check_names(kept, config.out)
     metadata.write_table(removed_path(config.out), result.removed)
     metadata.write_table(config.out, kept)
-    look.save(result, picture_path(config.out))
+    pictures.save(result, picture_path(config.out))
     stamp.write(outputs)
     counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
     log.info("%s; largest group %.1f %%", counts, 100 * kept["group"].value_counts(normalize=True).max())

@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..models.weights import package_folder
-from ..render.output import SIZE, Finished, finish
+from ..render.encode import SIZE, Finished, finish
 from ..render.store import NOTHING_KNOWN, Row
 from ..run.devices import cores
 from ..run.errors import UserError

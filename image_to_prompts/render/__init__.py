@@ -27,8 +27,8 @@ from ..run.files import alone, make_folder, sweep
 from ..run.folders import MANIFEST, Run, attached_images
 from ..run.progress import Estimate, progress_to
 from . import store as stores
+from .encode import Finished, run_ahead
 from .limits import Limits
-from .output import Finished, run_ahead
 from .store import FAILED, FolderStore, Row, TarStore
 
 log = logging.getLogger(__name__)

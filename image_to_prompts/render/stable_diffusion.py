@@ -18,7 +18,7 @@ from PIL import Image
 from ..models import weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
-from .output import Finished, finish
+from .encode import Finished, finish
 from .store import FAILED, NSFW, Row
 
 if TYPE_CHECKING:

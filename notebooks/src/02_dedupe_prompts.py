@@ -22,7 +22,7 @@ from IPython.display import Image
 
 from image_to_prompts import dedupe, profiles
 from image_to_prompts.data import metadata
-from image_to_prompts.dedupe import look
+from image_to_prompts.dedupe import pictures
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run import folders
 
@@ -63,7 +63,7 @@ print(f"{kept.sum()} of {len(kept)} prompts stay")
 # %%
 config = profiles.default_config("dedupe", run, profile, threshold=threshold)
 meta = dedupe.run(config)
-known, removed = look.read(run.metadata, dedupe.removed_path(run.metadata))
+known, removed = pictures.read(run.metadata, dedupe.removed_path(run.metadata))
 assert len(meta) == kept.sum()
 meta.head()
 
@@ -81,17 +81,17 @@ found = dedupe.dedupe(frame, text_encoder.encode, threshold)
 Image(str(dedupe.picture_path(run.metadata)))
 
 # %%
-look.curve(found).T
+pictures.curve(found).T
 
 # %%
 pd.set_option("display.max_colwidth", 120)
-look.borderline(found)
+pictures.borderline(found)
 
 # %% [markdown]
 # Why was one dropped, and what else is like it?
 
 # %%
-print(look.explain(removed["prompt"].iloc[0] if len(removed) else "a red fox", known, removed, threshold))
+print(pictures.explain(removed["prompt"].iloc[0] if len(removed) else "a red fox", known, removed, threshold))
 
 # %% [markdown]
 # ## Are they varied enough?
