@@ -78,7 +78,7 @@ def _ways(
     names: list[str], arrays: list[np.ndarray], rows: dataset.Rows, config: Config, seed: int
 ) -> Iterator[tuple[str, Predict]]:
     """Each way with what maps embeddings, float32 (n, d) each, to float32 (n, 384)."""
-    from image_to_prompts import fusion_training
+    from image_to_prompts.ensemble import loop
     from image_to_prompts.models import networks
 
     train, targets = [array[rows.train] for array in arrays], rows.targets[rows.train]
@@ -95,12 +95,12 @@ def _ways(
     scale, ridge = _fitted(train, targets)
     yield "ridge on all", _linear(scale, ridge)
     preset = ensemble.PRESETS[config.preset]
-    settings = fusion_training.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
+    settings = loop.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
     for attention, way in {"seed": "attention across images", "modalities": "attention across embeddings"}.items():
         make = lambda attention=attention: networks.build(attention, [a.shape[1] for a in arrays], scale, ridge)  # noqa: E731
-        network, _ = fusion_training.fit(make, arrays, rows, settings)
-        at_once = preset.batch_size if attention == "seed" else fusion_training.AT_ONCE
-        yield way, lambda some, network=network, at_once=at_once: fusion_training.predict(network, some, at_once)
+        network, _ = loop.fit(make, arrays, rows, settings)
+        at_once = preset.batch_size if attention == "seed" else loop.AT_ONCE
+        yield way, lambda some, network=network, at_once=at_once: loop.predict(network, some, at_once)
 
 
 def _fitted(arrays: list[np.ndarray], targets: np.ndarray) -> tuple[Pair, Pair]:

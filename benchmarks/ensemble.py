@@ -63,7 +63,8 @@ def seeds_loop() -> Prepared:
 def ours() -> Prepared:
     import torch
 
-    from image_to_prompts import ensemble, fusion_training
+    from image_to_prompts import ensemble
+    from image_to_prompts.ensemble import loop
     from image_to_prompts.models import networks
     from image_to_prompts.run.devices import process_state
     from image_to_prompts.training.loop import batches
@@ -71,7 +72,7 @@ def ours() -> Prepared:
     process_state()  # which keeps freed memory, as `fusion_training.fit` does
     preset = ensemble.PRESETS["10k"]
     arrays, targets = data()
-    trainer = fusion_training.Trainer(networks.Fusion(WIDTHS), preset.learning_rate)
+    trainer = loop.Trainer(networks.Fusion(WIDTHS), preset.learning_rate)
     tensors, truth = [torch.from_numpy(array) for array in arrays], torch.from_numpy(targets)
 
     def run() -> None:

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from image_to_prompts import infer, submission
+from image_to_prompts import infer
+from image_to_prompts.infer import submission
 from image_to_prompts.models import backbones
 from image_to_prompts.models import checkpoints as models
 from image_to_prompts.run import progress

@@ -126,7 +126,7 @@ class CheckSubmission:
     """Folder of the images that it must cover."""
 
     def run(self) -> str:
-        from . import submission
+        from .infer import submission
 
         return f"{self.file}: valid, {submission.check(self.file, self.images)} images"
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from image_to_prompts import submission
 from image_to_prompts.embedded import whole_run
+from image_to_prompts.infer import submission
 
 LINE = r"score (\d\.\d{4}) constant (\d\.\d{4}) knn (\d\.\d{4}) ceiling (\d\.\d{4}) skill (-?\d\.\d\d)"
 

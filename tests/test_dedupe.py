@@ -393,7 +393,7 @@ def test_real_prompts_obey_the_law(shared_data):
 
 
 def test_competition_prompts_embed_as_the_competition_did(shared_data):
-    from image_to_prompts import submission
+    from image_to_prompts.infer import submission
 
     prompts = pd.read_csv(shared_data / "kaggle_sample" / "prompts.csv")
     ours = text_encoder.encode(prompts["prompt"].tolist())

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import ensemble, fusion_training, infer
+from image_to_prompts import ensemble, infer
 from image_to_prompts.encode import embeddings
+from image_to_prompts.ensemble import loop
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.predict import predictors
 from image_to_prompts.run.errors import UserError
@@ -77,7 +78,7 @@ def test_a_second_run_does_nothing_and_a_killed_one_goes_on(trained, made, tmp_p
     pd.testing.assert_frame_equal(ensemble.run(config(made, out)).round(4), members.round(4))
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
-    epochs, epoch = [], fusion_training.Trainer.epoch
+    epochs, epoch = [], loop.Trainer.epoch
 
     def stopped(*arguments):
         if len(epochs) == 2:
@@ -86,10 +87,10 @@ def test_a_second_run_does_nothing_and_a_killed_one_goes_on(trained, made, tmp_p
         return epoch(*arguments)
 
     torn = config(made, tmp_path / "torn", save_minutes=0)
-    monkeypatch.setattr(fusion_training.Trainer, "epoch", stopped)
+    monkeypatch.setattr(loop.Trainer, "epoch", stopped)
     with pytest.raises(KeyboardInterrupt):
         ensemble.run(torn)
-    monkeypatch.setattr(fusion_training.Trainer, "epoch", lambda *arguments: epochs.append(1) or epoch(*arguments))
+    monkeypatch.setattr(loop.Trainer, "epoch", lambda *arguments: epochs.append(1) or epoch(*arguments))
     ensemble.run(torn)
     assert len(epochs) == 3
     for name in ("model.safetensors", "config.json", "history.csv", "members.csv", "validation.csv"):

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from image_to_prompts import ensemble, fusion_training
+from image_to_prompts import ensemble
+from image_to_prompts.ensemble import loop
 from image_to_prompts.models import metrics, networks
 from image_to_prompts.run.errors import UserError
 
@@ -113,7 +114,7 @@ def test_it_begins_as_the_ridge_regression():
     weight, bias = metrics.ridge(ensemble.stacked(arrays, scale), targets)
     network = networks.build("modalities", (8, 5), scale, (weight, bias)).eval()
     expected = ensemble.stacked(arrays, scale) @ weight + bias
-    predicted = fusion_training.predict(network, arrays)
+    predicted = loop.predict(network, arrays)
     assert (metrics.unit(predicted) * metrics.unit(expected)).sum(1).min() > 0.999
 
 
@@ -129,11 +130,11 @@ def test_no_checkpoint_of_the_seed_is_one_line(tmp_path):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("attention", ["modalities", "seed"])
 def test_training_lowers_the_loss_with_and_without_half_precision(precision, attention, monkeypatch):
-    monkeypatch.setattr(fusion_training, "mixed_precision", lambda device: precision)
+    monkeypatch.setattr(loop, "mixed_precision", lambda device: precision)
     torch.manual_seed(0)
     widths = (512, 40)
     network = networks.build(attention, widths)
-    trainer = fusion_training.Trainer(network, 1e-3)
+    trainer = loop.Trainer(network, 1e-3)
     some = inputs(48, widths)
     targets = torch.nn.functional.normalize(some[1] @ torch.randn(40, 384))
     order = list(np.arange(48).reshape(3, 16))

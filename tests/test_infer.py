@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import finetune, infer, profiles, submission
+from image_to_prompts import finetune, infer, profiles
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import backbone
+from image_to_prompts.infer import submission
 from image_to_prompts.models import backbones, checkpoints, metrics
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import devices, folders

@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from image_to_prompts import submission
 from image_to_prompts.data import metadata
+from image_to_prompts.infer import submission
 from image_to_prompts.models import checkpoints
 
 

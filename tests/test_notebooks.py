@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from conftest import SHARED
 
-from image_to_prompts import submission
 from image_to_prompts.data import metadata
+from image_to_prompts.infer import submission
 from image_to_prompts.models import checkpoints
 from image_to_prompts.run import folders
 from image_to_prompts.stages import STAGES, markdown_table

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from image_to_prompts import finetune, plan, profiles
+from image_to_prompts import finetune, profiles
+from image_to_prompts.finetune import dry_run
 from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run.devices import mixed_precision
 from image_to_prompts.run.errors import UserError
@@ -11,7 +12,7 @@ from image_to_prompts.run.errors import UserError
 
 def planned(run, **values):
     settings = {"image_size": 64, "batch_size": 8, "epochs": 3, "dry_run": True, **values}
-    return plan.make(profiles.default_config("finetune", run, "embedded", **settings))
+    return dry_run.make(profiles.default_config("finetune", run, "embedded", **settings))
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -36,20 +37,20 @@ def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     everything = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64)).train()
-    assert sizes[0] < plan._kept_by(everything, lambda: everything(images))
+    assert sizes[0] < dry_run._kept_by(everything, lambda: everything(images))
     measured = planned(small_run, batch_size=4, cache_features=False, micro_batch=4)
     assert measured.activations == planned(small_run, batch_size=64, cache_features=False, micro_batch=4).activations
 
 
 def test_steps_and_seconds(small_run):
     found = planned(small_run)
-    rows = plan.train_rows(profiles.default_config("finetune", small_run, "embedded"))
+    rows = dry_run.train_rows(profiles.default_config("finetune", small_run, "embedded"))
     assert found.steps == 3 * -(-rows // 8) and found.seconds > 0
     assert "hours" in str(found) and "GB free" in str(found)
 
 
 def test_too_large_a_batch_is_told_and_not_tried(small_run, caplog, monkeypatch):
-    monkeypatch.setattr(plan, "free_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(dry_run, "free_memory", lambda device: 10_000_000)
     finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
     assert "too large: lower --micro-batch" in caplog.text and "not measured" in caplog.text
     assert caplog.records[-1].levelname == "WARNING"

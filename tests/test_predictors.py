@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from image_to_prompts import infer, submission
+from image_to_prompts import infer
 from image_to_prompts.data import metadata
 from image_to_prompts.encode import encoders
+from image_to_prompts.infer import submission
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import embed, submission
+from image_to_prompts import embed
 from image_to_prompts.data import metadata
+from image_to_prompts.infer import submission
 from image_to_prompts.kaggle import folders
 from image_to_prompts.stages import STAGES
 

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts import infer, submission
+from image_to_prompts import infer
+from image_to_prompts.infer import submission
 from image_to_prompts.run.errors import UserError
 
 STEMS = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="-_."), min_size=1, max_size=12)

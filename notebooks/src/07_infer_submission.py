@@ -24,8 +24,9 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import infer, profiles, submission
+from image_to_prompts import infer, profiles
 from image_to_prompts.data import pictures
+from image_to_prompts.infer import submission
 from image_to_prompts.run import folders
 
 run, profile = folders.start(run_folder, profile)

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .models import metrics
-from .run.devices import mixed_precision, process_state
-from .run.progress import progress_to
-from .training.dataset import Rows
-from .training.loop import batches, has_stalled, learning_rate_factor, read_state, save_state
+from ..models import metrics
+from ..run.devices import mixed_precision, process_state
+from ..run.progress import progress_to
+from ..training.dataset import Rows
+from ..training.loop import batches, has_stalled, learning_rate_factor, read_state, save_state
 
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
 WEIGHT_DECAY, AT_ONCE = 1e-4, 1024

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from . import finetune
-from .data import metadata
-from .models import backbones, metrics
-from .models.text_encoder import DIMENSION
-from .run.devices import rank_and_processes
-from .run.progress import short
-from .training import dataset, frozen_features, loop
+from .. import finetune
+from ..data import metadata
+from ..models import backbones, metrics
+from ..models.text_encoder import DIMENSION
+from ..run.devices import rank_and_processes
+from ..run.progress import short
+from ..training import dataset, frozen_features, loop
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def make(config: finetune.Config) -> Plan:
     """
     import torch
 
-    from .models.fast_layers import faster
+    from ..models.fast_layers import faster
 
     rows = train_rows(config)
     _, processes = rank_and_processes()

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import images
-from .models.text_encoder import DIMENSION
-from .run.errors import UserError
-from .run.files import atomic_path
+from ..data import images
+from ..models.text_encoder import DIMENSION
+from ..run.errors import UserError
+from ..run.files import atomic_path
 
 HEADER = "imgId_eId,val"
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from . import finetune
-from .data import metadata
-from .encode import embeddings
-from .models import checkpoints as models
-from .models import metrics
-from .profiles import StageConfig
-from .run.devices import process_state
-from .run.errors import UserError
-from .run.files import Stamp, alone, check_whole, write_json, write_tensors, write_text, writing
-from .training import by_source, dataset, frozen_features
+from .. import finetune
+from ..data import metadata
+from ..encode import embeddings
+from ..models import checkpoints as models
+from ..models import metrics
+from ..profiles import StageConfig
+from ..run.devices import process_state
+from ..run.errors import UserError
+from ..run.files import Stamp, alone, check_whole, write_json, write_tensors, write_text, writing
+from ..training import by_source, dataset, frozen_features
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,11 +112,11 @@ class Ensemble:
         Args:
             arrays: float32 (n, d), one an embedding, NaN in the rows where one is missing.
         """
-        from . import fusion_training
+        from . import loop
 
         about, joined = self.config["ensemble"], stacked(arrays, self.scale)
-        at_once = self.config["settings"]["batch_size"] if about["attention"] == "seed" else fusion_training.AT_ONCE
-        found = {"attention": fusion_training.predict(self.network, arrays, at_once)}
+        at_once = self.config["settings"]["batch_size"] if about["attention"] == "seed" else loop.AT_ONCE
+        found = {"attention": loop.predict(self.network, arrays, at_once)}
         if self.ridge:
             found["ridge"] = joined @ self.ridge[0] + self.ridge[1]
         if self.known:
@@ -186,8 +186,8 @@ def run(config: Config) -> pd.DataFrame:
 
 
 def _run(config: Config) -> pd.DataFrame:
-    from . import fusion_training
-    from .models import networks
+    from ..models import networks
+    from . import loop
 
     table = embeddings.load(config.embeddings, config.arrays)
     names = list(table.arrays)
@@ -214,10 +214,10 @@ def _run(config: Config) -> pd.DataFrame:
     ridge = tuple(part.astype(np.float32) for part in metrics.ridge(joined[rows.train], targets))
     near = rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
-    settings = fusion_training.Settings(
+    settings = loop.Settings(
         preset.batch_size, preset.learning_rate, config.epochs, config.patience, seed, config.save_minutes
     )
-    network, history = fusion_training.fit(
+    network, history = loop.fit(
         lambda: networks.build(config.attention, widths, scale, ridge), arrays, rows, settings, work / "state.pt"
     )
     about = {"arrays": names, "encoders": table.about, "widths": widths, "attention": config.attention, "knn_k": k}
@@ -285,7 +285,7 @@ def load(folder: Path) -> Ensemble:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    from .models import networks
+    from ..models import networks
 
     check_whole(folder, "model.safetensors", "config.json")
     try:
@@ -321,8 +321,8 @@ def import_published(file: Path, out: Path) -> Ensemble:
     """
     import torch
 
-    from . import embed
-    from .models import backbones, networks
+    from .. import embed
+    from ..models import backbones, networks
 
     widths = [512, 768, 384]
     network = networks.SeedFusion(widths).eval()

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from .data import metadata
-from .data.images import ImageRows, contents, tell_broken
-from .models import backbones, metrics, text_encoder
-from .models import checkpoints as models
-from .profiles import StageConfig
-from .run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
-from .run.errors import UserError
-from .run.files import Stamp, alone, atomic_path, sha256
-from .run.folders import LAST, MANIFEST, kaggle_inputs
-from .training import by_source, dataset, frozen_features, loop
+from ..data import metadata
+from ..data.images import ImageRows, contents, tell_broken
+from ..models import backbones, metrics, text_encoder
+from ..models import checkpoints as models
+from ..profiles import StageConfig
+from ..run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
+from ..run.errors import UserError
+from ..run.files import Stamp, alone, atomic_path, sha256
+from ..run.folders import LAST, MANIFEST, kaggle_inputs
+from ..training import by_source, dataset, frozen_features, loop
 
 if TYPE_CHECKING:
     import torch
@@ -179,9 +179,9 @@ def run(config: Config) -> pd.DataFrame:
     """
     _check(config)
     if config.dry_run:
-        from . import plan
+        from . import dry_run
 
-        planned = plan.make(config)
+        planned = dry_run.make(config)
         log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
         return pd.DataFrame(columns=COLUMNS)
     with alone(config.out):
@@ -190,7 +190,7 @@ def run(config: Config) -> pd.DataFrame:
 
 def _train(config: Config) -> pd.DataFrame:
     """Trains, and writes everything."""
-    from .models.fast_layers import faster
+    from ..models.fast_layers import faster
 
     spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)

@@ -19,15 +19,15 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from .data import images
-from .encode import embeddings, encoders
-from .encode.encoders import Encoded
-from .models import text_encoder, weights
-from .run.devices import process_state, rank_and_processes, wait_for_files
-from .run.engine import EngineConfig, over_blocks
-from .run.errors import UserError
-from .run.files import Stamp, alone, is_sealed, seal, write_array, write_json
-from .training import dataset
+from ..data import images
+from ..encode import embeddings, encoders
+from ..encode.encoders import Encoded
+from ..models import text_encoder, weights
+from ..run.devices import process_state, rank_and_processes, wait_for_files
+from ..run.engine import EngineConfig, over_blocks
+from ..run.errors import UserError
+from ..run.files import Stamp, alone, is_sealed, seal, write_array, write_json
+from ..training import dataset
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work

@@ -19,16 +19,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from ..data import images, metadata
+from ..models import metrics, text_encoder
+from ..predict import predictors
+from ..predict.predictors import Rung
+from ..run.engine import EngineConfig
+from ..run.errors import UserError
+from ..run.files import Stamp, alone, make_folder, write_json
+from ..run.folders import Run
+from ..training import by_source
 from . import submission
-from .data import images, metadata
-from .models import metrics, text_encoder
-from .predict import predictors
-from .predict.predictors import Rung
-from .run.engine import EngineConfig
-from .run.errors import UserError
-from .run.files import Stamp, alone, make_folder, write_json
-from .run.folders import Run
-from .training import by_source
 
 log = logging.getLogger(__name__)
 LEAST_TO_FIT = 20  # images on which weights are fitted
@@ -155,7 +155,7 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
     Returns:
         `prompt,cosine`, one row a prediction.
     """
-    from .search.nearest import nearest
+    from ..search.nearest import nearest
 
     rows, cosines = (column[:, 0] for column in nearest(vectors, prompt_vectors, 1))
     return pd.DataFrame({"prompt": [prompts[row] for row in rows], "cosine": np.round(cosines.astype(float), 4)})
