@@ -24,14 +24,14 @@ import numpy as np
 from turns import Prepared, in_turns, lines, ratio, record
 
 if TYPE_CHECKING:
-    from image_to_prompts.describer import Describer
+    from image_to_prompts.describe import Describer
 
 
 def _describer(run: Path) -> Describer:
-    from image_to_prompts import describer, profiles
+    from image_to_prompts import describe, profiles
     from image_to_prompts.run import folders
 
-    found = describer.Describer(profiles.default_config("describe", folders.Run(run), "embedded"))
+    found = describe.Describer(profiles.default_config("describe", folders.Run(run), "embedded"))
     gc.freeze()  # as the command does; without it accelerate's collections would slow the loops
     return found
 
@@ -81,14 +81,14 @@ def loop(run: Path, count: int, rounds: int) -> Prepared:
 
 
 def quality(run: Path) -> None:
-    from image_to_prompts import text_scores
     from image_to_prompts.data import metadata
+    from image_to_prompts.describe import scores
     from image_to_prompts.run import folders
 
     of = folders.Run(run)
     frame = metadata.read(of.test_images / folders.MANIFEST)
     paths = [of.test_images / file for file in frame["file"]]
-    table = text_scores.compare(_describer(run), paths, frame["prompt"].tolist(), "classes")
+    table = scores.compare(_describer(run), paths, frame["prompt"].tolist(), "classes")
     print(f"{len(paths)} images")
     print(table.round(4).to_string())
     record(__file__, "quality", {"images": len(paths), **table.round(4).T.to_dict()})

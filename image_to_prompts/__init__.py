@@ -7,11 +7,12 @@ One module a stage (see `stages.py`). Each offers plain functions for notebooks 
     describe("cat.png").prompt
 """
 
+import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .describer import describe
+    from .describe import describe
 
 # PyTorch then asks Linux for large memory pages, which spares a large model on a CPU page faults (docs/log.md). It has
 # no effect on GPUs.
@@ -24,7 +25,5 @@ __all__ = ["describe"]
 def __getattr__(name: str) -> Any:
     """Imports `describe` when it is asked for; it needs pandas and more."""
     if name == "describe":
-        from .describer import describe
-
-        return describe
+        return importlib.import_module(".describe", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -226,11 +226,11 @@ def _dispatch(words: list[str]) -> None:
     elif words[0] == "kaggle":
         _run_kaggle(words[1:])
     elif words[0] == "demo":
-        from . import demo
+        from .describe import page
 
-        config = _parse(demo.Config, words[1:], words[0], demo.Config(*_place(words)))
+        config = _parse(page.Config, words[1:], words[0], page.Config(*_place(words)))
         _set_up(quiet=False)
-        demo.launch(config)
+        page.launch(config)
     elif words[0] in SMALL:
         config = _parse(SMALL[words[0]], words[1:], words[0])
         _set_up(quiet=True)

@@ -53,8 +53,8 @@ class Stage:
 
     @property
     def module(self) -> str:
-        """Name of its module; `image_to_prompts.describe` is a function."""
-        return f"image_to_prompts.{'describer' if self.name == 'describe' else self.name}"
+        """Name of its module."""
+        return f"image_to_prompts.{self.name}"
 
 
 STAGES = (

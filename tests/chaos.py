@@ -97,7 +97,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     import torch
 
-    from image_to_prompts import describer, embed
+    from image_to_prompts import describe, embed
     from image_to_prompts.__main__ import main
     from image_to_prompts.embedded.scenes import SceneBackend
     from image_to_prompts.generate import readers
@@ -107,7 +107,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
 
     torch.set_num_threads(1)
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
-    describer.BLOCK, frozen_features.BLOCK = 8, 16
+    describe.BLOCK, frozen_features.BLOCK = 8, 16
     networks.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)
     if memory:

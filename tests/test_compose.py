@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_to_prompts import compose
+from image_to_prompts.describe import compose
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
 

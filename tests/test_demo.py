@@ -18,7 +18,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from image_to_prompts import demo, describer, profiles
+from image_to_prompts import describe, profiles
+from image_to_prompts.describe import page
 
 gradio_client = pytest.importorskip("gradio_client")
 pytestmark = pytest.mark.slow
@@ -80,7 +81,7 @@ def pictures(small_run):
 @pytest.fixture(scope="module")
 def alone(trained_run, pictures):
     """What each picture gets when nobody else is there."""
-    one = describer.Describer(profiles.default_config("describe", trained_run, "embedded"))
+    one = describe.Describer(profiles.default_config("describe", trained_run, "embedded"))
     return [one.describe([path])[0] for path in pictures]
 
 
@@ -187,7 +188,7 @@ def test_hostile_uploads_are_refused_in_words(server, pictures, alone, tmp_path)
 
 
 def test_an_upload_that_is_too_large_is_not_taken(server, pictures):
-    data = pictures[0].read_bytes() + bytes(demo.MEGABYTES * 1024**2)
+    data = pictures[0].read_bytes() + bytes(page.MEGABYTES * 1024**2)
     answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("a.png", data)}, timeout=60)
     assert answer.status_code == 413
 
@@ -209,7 +210,7 @@ def test_no_file_outside_the_uploads_can_be_read(server, trained_run, pictures):
         secret,
         Path("/etc/passwd"),
         trained_run.metadata,
-        Path(demo.__file__),
+        Path(page.__file__),
         server.temporary / ".." / secret.name,
     ]
     for path in outside:
@@ -242,7 +243,7 @@ def test_a_stopped_server_leaves_no_uploads(trained_run, pictures, tmp_path):
 
 def test_addresses_are_not_fetched():
     """Neither for the image nor for any other input that claims to be a file."""
-    blocks = demo.page(None, None)
+    blocks = page.page(None, None)
     move = [block.async_move_resource_to_block_cache for block in blocks.blocks.values()]
     assert len(move) > 5
     for one in move:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import describer, ensemble, infer, profiles
+from image_to_prompts import describe, ensemble, infer, profiles
 from image_to_prompts.encode import encoders
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
@@ -35,7 +35,7 @@ def config(run, *paths, **values):
 
 def test_a_folder_is_described_into_a_table(trained, tmp_path):
     run, pictures = trained
-    found = describer.run(config(run, pictures, out=tmp_path / "p.csv", top=3))
+    found = describe.run(config(run, pictures, out=tmp_path / "p.csv", top=3))
     table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
     assert len(found) == len(table) == 7 and list(table["image"]) == [str(one.path) for one in found]
     good = [one for one in found if not one.error]
@@ -45,7 +45,7 @@ def test_a_folder_is_described_into_a_table(trained, tmp_path):
     assert broken.path.name == "damaged.png" and broken.prompt == "" and "cannot be read" in broken.error
     assert list(table.columns)[:3] == ["image", "prompt", "cosine"] and "cosine_3" in table
 
-    describer.run(config(run, pictures, out=tmp_path / "p.jsonl", top=3))
+    describe.run(config(run, pictures, out=tmp_path / "p.jsonl", top=3))
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == list(table["prompt"]) and len(rows[1]["nearest"]) == 3
 
@@ -53,31 +53,29 @@ def test_a_folder_is_described_into_a_table(trained, tmp_path):
 def test_what_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
     run, pictures = trained
     seen = []
-    original = describer.Describer.describe
-    monkeypatch.setattr(
-        describer.Describer, "describe", lambda self, files: seen.extend(files) or original(self, files)
-    )
-    first = describer.run(config(run, pictures))
+    original = describe.Describer.describe
+    monkeypatch.setattr(describe.Describer, "describe", lambda self, files: seen.extend(files) or original(self, files))
+    first = describe.run(config(run, pictures))
     assert len(seen) == 7
-    assert describer.run(config(run, pictures, out=tmp_path / "p.csv")) == first and len(seen) == 8
+    assert describe.run(config(run, pictures, out=tmp_path / "p.csv")) == first and len(seen) == 8
     Image.new("RGB", (64, 64), "red").save(pictures / "new.png")
-    assert len(describer.run(config(run, pictures))) == 8
+    assert len(describe.run(config(run, pictures))) == 8
     assert [path.name for path in seen[7:]] == ["damaged.png", "damaged.png", "new.png"]
     del seen[7:9]
-    assert all(len(one.nearest) == 2 for one in describer.run(config(run, pictures, top=2)) if not one.error)
+    assert all(len(one.nearest) == 2 for one in describe.run(config(run, pictures, top=2)) if not one.error)
     assert [path.name for path in seen[8:]] == ["damaged.png"]  # might have been mended; all others are kept
-    describer.run(config(run, pictures, most_words=9))
+    describe.run(config(run, pictures, most_words=9))
     assert len(seen) == 9 + 8
 
 
 def test_a_damaged_image_that_was_mended_is_described(trained):
     run, pictures = trained
     whole = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png").read_bytes()
-    assert describer.run(config(run, pictures / "damaged.png"))[0].error
+    assert describe.run(config(run, pictures / "damaged.png"))[0].error
     before = (pictures / "damaged.png").stat()
     (pictures / "damaged.png").write_bytes(whole)
     os.utime(pictures / "damaged.png", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert describer.run(config(run, pictures / "damaged.png"))[0].prompt
+    assert describe.run(config(run, pictures / "damaged.png"))[0].prompt
 
 
 def test_images_that_would_share_a_text_file_are_refused(trained):
@@ -85,7 +83,7 @@ def test_images_that_would_share_a_text_file_are_refused(trained):
     image = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png")
     shutil.copyfile(image, image.with_suffix(".jpg"))
     with pytest.raises(UserError, match=r"would write the same file"):
-        describer.run(config(run, pictures, txt=True))
+        describe.run(config(run, pictures, txt=True))
     assert not list(pictures.rglob("*.txt"))
 
 
@@ -101,7 +99,7 @@ def test_a_name_that_is_not_utf8_can_be_told(trained, tmp_path, command):
         )
         assert code == 0 and "caf\ufffd.png\t" in said
         assert "caf\ufffd.png" in (tmp_path / "o" / out).read_text(encoding="utf-8")
-    describer.run(config(run, odd, txt=True))
+    describe.run(config(run, odd, txt=True))
     assert odd.with_suffix(".txt").read_text()
 
 
@@ -110,18 +108,18 @@ def test_a_text_file_of_the_user_stays(trained, caplog):
     images = sorted(pictures.glob("*.png"))
     own = images[0].with_suffix(".txt")
     own.write_text("mine\n")
-    found = {one.path: one for one in describer.run(config(run, pictures, txt=True))}
+    found = {one.path: one for one in describe.run(config(run, pictures, txt=True))}
     assert own.read_text() == "mine\n" and f"{own}: not from here, or edited" in caplog.text
     other = next(path for path in images[1:] if path.name != "damaged.png")
     assert other.with_suffix(".txt").read_text() == found[other].prompt + "\n"
     assert not (pictures / "damaged.txt").exists()
 
     other.with_suffix(".txt").write_text("edited\n")
-    describer.run(config(run, pictures, txt=True))
+    describe.run(config(run, pictures, txt=True))
     assert other.with_suffix(".txt").read_text() == "edited\n"
-    describer.run(config(run, pictures, txt=True, artists=False))  # ours, so replaced; edited ones stay
+    describe.run(config(run, pictures, txt=True, artists=False))  # ours, so replaced; edited ones stay
     assert other.with_suffix(".txt").read_text() == "edited\n"
-    describer.run(config(run, pictures, txt=True, overwrite=True))
+    describe.run(config(run, pictures, txt=True, overwrite=True))
     assert other.with_suffix(".txt").read_text() == found[other].prompt + "\n"
     assert own.read_text() == found[images[0]].prompt + "\n"
 
@@ -129,24 +127,24 @@ def test_a_text_file_of_the_user_stays(trained, caplog):
 def test_a_table_of_the_user_stays(trained, tmp_path):
     run, pictures = trained
     out = tmp_path / "p.csv"
-    describer.run(config(run, pictures, out=out))
-    describer.run(config(run, pictures, out=out))
+    describe.run(config(run, pictures, out=out))
+    describe.run(config(run, pictures, out=out))
     out.write_text(out.read_text() + "\n")
     with pytest.raises(UserError, match="--overwrite"):
-        describer.run(config(run, pictures, out=out))
-    describer.run(config(run, pictures, out=out, overwrite=True))
+        describe.run(config(run, pictures, out=out))
+    describe.run(config(run, pictures, out=out, overwrite=True))
     assert len(pd.read_csv(out)) == 7
 
 
 def test_without_a_checkpoint_the_interrogator_speaks(trained, tmp_path, caplog):
     _, pictures = trained
     bare = folders.open_run(tmp_path / "bare", "embedded")
-    found = [one for one in describer.run(config(bare, pictures)) if not one.error]
+    found = [one for one in describe.run(config(bare, pictures)) if not one.error]
     assert len(found) == 6 and all(one.prompt.count(",") >= 7 and one.cosine is None for one in found)
     assert "image-to-prompts run" in caplog.text
     reference = profiles.default_config("describe", bare, "kaggle", paths=(pictures,))
     with pytest.raises(UserError, match=r"finetune makes one.*blip"):
-        describer.run(reference)
+        describe.run(reference)
 
 
 def test_mistakes_get_one_line(trained, refused, tmp_path):
@@ -158,7 +156,7 @@ def test_mistakes_get_one_line(trained, refused, tmp_path):
     refused(["describe", pictures, "--out", "p.xlsx", *flags], "--out", ".csv")
     refused(["describe", pictures, "--top", "0", *flags], "--top 0")
     refused(["describe", pictures, "--prompts", tmp_path / "none.csv", *flags], "none.csv", "no such file")
-    describer.run(config(run, pictures))  # what is kept hides no mistake
+    describe.run(config(run, pictures))  # what is kept hides no mistake
     refused(["describe", pictures, "--prompts", run.metadata, tmp_path / "none.csv", *flags], "none.csv")
     refused(["describe", pictures, "--vocabulary", tmp_path, *flags], "subjects.txt")
     refused(["describe", pictures, "--checkpoint", run.checkpoint, tmp_path / "none", *flags], "none", "--checkpoint")
@@ -191,7 +189,7 @@ def test_three_lines_of_python(trained):
     code = (
         "from image_to_prompts import describe\n"
         f"found = describe({str(image)!r}, run={str(run.folder)!r})\n"
-        "import image_to_prompts.describer\n"
+        "import image_to_prompts.describe\n"
         "assert found.vector.shape == (384,) and callable(describe)\n"
         f"try: describe({str(pictures / 'damaged.png')!r}, run={str(run.folder)!r})\n"
         "except Exception as error: print('refused', type(error).__name__)\n"
@@ -239,7 +237,7 @@ def test_what_an_image_gets_does_not_depend_on_its_company(kind, small_checkpoin
 
 def test_what_is_said_of_an_image_does_not_depend_on_its_company(trained_run, crowd, tmp_path):
     settings = profiles.default_config("describe", trained_run, "embedded", views=("whole",))
-    one, some = describer.Describer(settings), [*crowd[:5], crowd[32]]
+    one, some = describe.Describer(settings), [*crowd[:5], crowd[32]]
     together = one.describe(some)
     assert len({found.prompt for found in together}) == 5 and together[0].prompt == together[5].prompt
     by_four = [found for start in (0, 4) for found in one.describe(some[start : start + 4])]

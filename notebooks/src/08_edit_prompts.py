@@ -20,9 +20,10 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image, display
 
-from image_to_prompts import describer, profiles, text_scores
+from image_to_prompts import describe, profiles
 from image_to_prompts.data import metadata, pictures
-from image_to_prompts.demo import painter
+from image_to_prompts.describe import scores
+from image_to_prompts.describe.page import painter
 from image_to_prompts.encode import encoders
 from image_to_prompts.models import text_encoder, weights
 from image_to_prompts.run import folders
@@ -40,7 +41,7 @@ config = profiles.default_config("describe", run, profile, paths=(folder,), out=
 # The same as `image-to-prompts describe FOLDER --out prompts.csv`; killed and started again it goes on.
 
 # %%
-found = [one for one in describer.run(config) if not one.error]
+found = [one for one in describe.run(config) if not one.error]
 pd.read_csv(config.out, nrows=5, usecols=["image", "prompt", "cosine", "nearest_1", "cosine_1"])
 
 # %%
@@ -63,7 +64,7 @@ if known:
     truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
     at_hand = all(weights.attached(name) for name in encoders.INTERROGATOR)
     speaks = "classes" if profile == "embedded" else "interrogator" if at_hand else ""
-    table = text_scores.compare(describer.Describer(config), files, truth, speaks)
+    table = scores.compare(describe.Describer(config), files, truth, speaks)
     display(table.round(3))
 else:
     print("no list of the true prompts given")
@@ -75,10 +76,10 @@ else:
 # machine `image-to-prompts demo` is a page for that.
 
 # %%
-from image_to_prompts import compose
+from image_to_prompts.describe import compose
 
 one = max(found[:50], key=lambda one: one.cosine or 0)
-vector = describer.Describer(config).describe([one.path])[0].vector
+vector = describe.Describer(config).describe([one.path])[0].vector
 parts = compose.cut(one.prompt)
 texts = [one.prompt] + [compose.join(parts[:i] + parts[i + 1 :]) for i in range(len(parts)) if len(parts) > 1]
 edited = f"{one.prompt}, two cats"

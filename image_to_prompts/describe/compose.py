@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-from .data import terms
-from .generate.rules import artists as without_artists
-from .models import text_encoder
+from ..data import terms
+from ..generate.rules import artists as without_artists
+from ..models import text_encoder
 
 CONNECTIVES = (
     *("above", "alongside", "among", "and", "as", "at", "behind", "below", "beneath", "beside", "between", "by"),
@@ -78,7 +78,7 @@ def vocabulary(folder: Path | None = None, artists: bool = True) -> Vocabulary:
 
 def phrases_in(folder: Path | None, artists: bool = True) -> list[str]:
     """The phrases of `vocabulary`, none twice; arguments and errors as there."""
-    from .embedded import grammar
+    from ..embedded import grammar
 
     own = terms.read(folder, artists, {"subjects": list(grammar.vocabulary())})
     own["flavors"] = own["flavors"][:MODIFIERS]

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from . import profiles
-from .data import metadata
-from .describer import Describer
-from .embedded import scenes
-from .models import text_encoder
-from .render.store import Row
-from .run import folders
-from .run.errors import UserError
+from .. import profiles
+from ..data import metadata
+from ..embedded import scenes
+from ..models import text_encoder
+from ..render.store import Row
+from ..run import folders
+from ..run.errors import UserError
+from . import Describer
 
 if TYPE_CHECKING:
     import gradio
@@ -80,7 +80,7 @@ def check_upload(path: Path) -> None:
 def painter(profile: str) -> Callable[[str], Image.Image]:
     """What draws a prompt: in the profile `kaggle` Stable Diffusion 2 if its weights are at hand, else scenes."""
     if profile == "kaggle":
-        from .render.stable_diffusion import StableDiffusionBackend
+        from ..render.stable_diffusion import StableDiffusionBackend
 
         try:
             backend = StableDiffusionBackend(fast=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .describer import Describer
-from .encode import encoders
-from .models import metrics, text_encoder
+from ..encode import encoders
+from ..models import metrics, text_encoder
+from . import Describer
 
 TEN = 10
 

@@ -17,7 +17,9 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import tempfile
+import types
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -30,18 +32,18 @@ import pandas as pd
 import tyro
 from PIL import Image
 
-from . import infer, profiles
-from .data import images
-from .data.metadata import IMAGE_SUFFIXES
-from .encode import encoders
-from .models import metrics, text_encoder, weights
-from .predict import predictors
-from .profiles import StageConfig
-from .run import archives
-from .run.devices import gather, rank_and_processes
-from .run.errors import UserError
-from .run.files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
-from .run.folders import Run, default_run, profile_of
+from .. import infer, profiles
+from ..data import images
+from ..data.metadata import IMAGE_SUFFIXES
+from ..encode import encoders
+from ..models import metrics, text_encoder, weights
+from ..predict import predictors
+from ..profiles import StageConfig
+from ..run import archives
+from ..run.devices import gather, rank_and_processes
+from ..run.errors import UserError
+from ..run.files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
+from ..run.folders import Run, default_run, profile_of
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
@@ -111,8 +113,8 @@ class Describer:
         Raises:
             UserError: If neither a checkpoint nor an interrogator is there, or a CSV or the vocabulary is bad.
         """
+        from ..search.nearest import open_index
         from . import compose
-        from .search.nearest import open_index
 
         self.config = config
         run = Run(config.run)
@@ -284,8 +286,8 @@ def _work(
     config: Config, files: list[Path], keys: list[str], done: dict[str, Any], journal: Path, outputs: _Outputs
 ) -> None:
     """Describes what is not done, block by block; writes the text files of all."""
+    from ..run.progress import progress_to
     from . import compose
-    from .run.progress import progress_to
 
     todo = [row for row, key in enumerate(keys) if key not in done]
     describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None
@@ -430,3 +432,13 @@ class _Outputs:
             return path
         self.write(path, text)
         return None
+
+
+class _Callable(types.ModuleType):
+    """This module as what `from image_to_prompts import describe` gives: called, it describes one image."""
+
+    def __call__(self, *args: Any, **options: Any) -> Description:
+        return describe(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable  # as Python's data model has it for modules
