@@ -18,11 +18,11 @@ from typing import Annotated, Any
 import tyro
 
 from . import __version__
+from .pipeline import STAGES
 from .run import folders, progress
 from .run.devices import rank_and_processes
 from .run.errors import UserError, causes, explained
 from .run.files import shown
-from .stages import STAGES
 
 EXTRA = {
     "run": "the whole chain on the embedded profile, ending in a report and one line of scores",

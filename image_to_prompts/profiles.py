@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .pipeline import stage as stage_called
 from .run.errors import UserError
 from .run.folders import Run, on_kaggle
-from .stages import stage as stage_called
 
 
 @dataclass

@@ -86,7 +86,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any], folder: Path) -> A
 
 def build_notebooks() -> None:
     """Executes all notebooks in order, chained through one run."""
-    from image_to_prompts.stages import STAGES
+    from image_to_prompts.pipeline import STAGES
 
     shutil.rmtree(ROOT / RUN, ignore_errors=True)
     for stage in STAGES:
@@ -98,7 +98,7 @@ def build_notebooks() -> None:
 
 def kernel_files(stage: Any) -> dict[str, str]:
     """Name and text of each file of a stage's kernel folder."""
-    from image_to_prompts.stages import stage as stage_called
+    from image_to_prompts.pipeline import stage as stage_called
 
     before = [stage_called(name).notebook.replace("_", "-") for name in stage.kernel.after]
     return _kernel(stage.notebook.replace("_", "-"), read_source(stage.notebook), stage.kernel, before)
@@ -109,7 +109,7 @@ def benchmark_files() -> dict[str, str]:
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-    from image_to_prompts.stages import BENCHMARK
+    from image_to_prompts.pipeline import BENCHMARK
 
     said = """# Benchmark
 
@@ -131,7 +131,7 @@ def _kernel(slug: str, notebook: Any, asks: Any, before: list[str]) -> dict[str,
     """A kernel folder's files: the notebook with the set-up cell after its title, and the metadata."""
     import nbformat
 
-    from image_to_prompts.stages import COMPETITION
+    from image_to_prompts.pipeline import COMPETITION
 
     owner = json.loads((ROOT / "kernels" / "owner.json").read_text())
     file = f"{slug.replace('-', '_')}.ipynb"
@@ -157,7 +157,7 @@ def _kernel(slug: str, notebook: Any, asks: Any, before: list[str]) -> dict[str,
 
 def kernels() -> dict[str, dict[str, str]]:
     """Files of every kernel, by folder."""
-    from image_to_prompts.stages import STAGES
+    from image_to_prompts.pipeline import STAGES
 
     built = {stage.notebook.replace("_", "-"): kernel_files(stage) for stage in STAGES}
     return {**built, "benchmark": benchmark_files()}

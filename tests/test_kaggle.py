@@ -17,8 +17,8 @@ from kaggle_stub import Stub, assert_redirected, environment, serving
 
 from image_to_prompts.encode import embeddings
 from image_to_prompts.kaggle import folders, kernels, remote
+from image_to_prompts.pipeline import COMPETITION, STAGES
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.stages import COMPETITION, STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 ME = "ada"

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from image_to_prompts import profiles
+from image_to_prompts.pipeline import STAGES
 from image_to_prompts.run import folders
-from image_to_prompts.stages import STAGES
 
 HEAVY = ("torch", "diffusers", "transformers", "sentence_transformers", "timm", "open_clip", "faiss", "matplotlib")
 

@@ -12,8 +12,8 @@ from conftest import SHARED
 from image_to_prompts.data import metadata
 from image_to_prompts.infer import submission
 from image_to_prompts.models import checkpoints
+from image_to_prompts.pipeline import STAGES, markdown_table
 from image_to_prompts.run import folders
-from image_to_prompts.stages import STAGES, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 specification = importlib.util.spec_from_file_location("build", ROOT / "notebooks" / "build.py")

@@ -11,7 +11,7 @@ from image_to_prompts.__main__ import EXTRA
 from image_to_prompts.data import metadata
 from image_to_prompts.encode import embeddings
 from image_to_prompts.kaggle.commands import ACTIONS
-from image_to_prompts.stages import STAGES
+from image_to_prompts.pipeline import STAGES
 
 MINE = b"written by hand, kept for years"
 READ_ONLY = {

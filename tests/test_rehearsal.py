@@ -21,7 +21,7 @@ from image_to_prompts import embed
 from image_to_prompts.data import metadata
 from image_to_prompts.infer import submission
 from image_to_prompts.kaggle import folders
-from image_to_prompts.stages import STAGES
+from image_to_prompts.pipeline import STAGES
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

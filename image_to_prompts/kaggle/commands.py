@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from ..pipeline import COMPETITION, STAGES
 from ..run.errors import UserError
 from ..run.files import write_json
-from ..stages import COMPETITION, STAGES
 from . import folders, kernels, remote
 
 log = logging.getLogger(__name__)

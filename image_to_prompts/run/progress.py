@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..stages import stage as stage_called
+from ..pipeline import stage as stage_called
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -113,7 +113,7 @@ def helps(out: Path) -> None:
     """The --help of every command."""
     from image_to_prompts.__main__ import EXTRA, main
     from image_to_prompts.kaggle.commands import ACTIONS
-    from image_to_prompts.stages import STAGES
+    from image_to_prompts.pipeline import STAGES
 
     commands = [[], *([s.name] for s in STAGES), *([name] for name in EXTRA), *(["kaggle", name] for name in ACTIONS)]
     out.mkdir(parents=True)
