@@ -33,8 +33,8 @@ chaos: install ## the failure suite in full, about half an hour; writes docs/rel
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
 PRELOADED := accelerate diffusers faiss matplotlib.pyplot open_clip polars pyarrow scipy.optimize sentence_transformers sklearn.pipeline sympy timm
-MODULES := dataset evaluate metadata retrieval submission training dedupe.exact dedupe.result
-FUNCTIONS := images.x_join infer.x_blend_weights predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
+MODULES := training.dataset models.metrics data.metadata search.nearest infer.submission training.loop search.near_pairs dedupe.result
+FUNCTIONS := data.images.x_join infer.x_blend_weights predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
 mutants: install ## one-line faults where they cost most, and which of them no test notices (two hours)
 	rm -rf mutants
 	PRELOADED="$(PRELOADED)" HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \

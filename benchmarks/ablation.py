@@ -25,8 +25,7 @@ import torch
 from image_to_prompts import finetune, profiles, render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.images import ImageRows
-from image_to_prompts.models import backbones, metrics, text_encoder
-from image_to_prompts.models import checkpoints as models
+from image_to_prompts.models import backbones, checkpoints, metrics, text_encoder
 from image_to_prompts.run import progress
 from image_to_prompts.run.files import make_folder, write_json
 from image_to_prompts.run.folders import Run
@@ -93,7 +92,7 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
             overrides["init"] = folder / "first"
         found = {"validation": train(run, seed, overrides, features, folder / "c")}
         found["seconds"] = time.perf_counter() - start
-        checkpoint = models.load(folder / "c")
+        checkpoint = checkpoints.load(folder / "c")
     model, device = checkpoint.model, torch.device("cpu")
     backbones.unfreeze_last_quarter(model.backbone)
     config = finetune.Config(image_size=checkpoint.spec.image_size)

@@ -69,7 +69,7 @@ def ours() -> Prepared:
     from image_to_prompts.run.devices import process_state
     from image_to_prompts.training.loop import batches
 
-    process_state()  # which keeps freed memory, as `fusion_training.fit` does
+    process_state()  # which keeps freed memory, as `loop.fit` does
     preset = ensemble.PRESETS["10k"]
     arrays, targets = data()
     trainer = loop.Trainer(networks.Fusion(WIDTHS), preset.learning_rate)

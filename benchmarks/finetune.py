@@ -67,11 +67,10 @@ def build(backbone: str, size: int, seed: int = 0) -> Any:
     """The model with random weights, its last quarter unfrozen."""
     import torch
 
-    from image_to_prompts.models import backbones
-    from image_to_prompts.models import checkpoints as models
+    from image_to_prompts.models import backbones, checkpoints
 
     torch.manual_seed(seed)
-    model = models.build(backbones.describe(backbone, size))
+    model = checkpoints.build(backbones.describe(backbone, size))
     backbones.unfreeze_last_quarter(model.backbone)
     return model
 

@@ -26,12 +26,11 @@ def checkpoint(backbone: str, size: int) -> Any:
     """A checkpoint with random weights, not on disk."""
     import torch
 
-    from image_to_prompts.models import backbones
-    from image_to_prompts.models import checkpoints as models
+    from image_to_prompts.models import backbones, checkpoints
 
     torch.manual_seed(0)
     spec = backbones.describe(backbone, size)
-    return models.Checkpoint(models.build(spec).eval(), spec, {}, np.ones(384, np.float32))
+    return checkpoints.Checkpoint(checkpoints.build(spec).eval(), spec, {}, np.ones(384, np.float32))
 
 
 def read(files: list[Path], size: int, as_jpeg: bool) -> Any:

@@ -21,8 +21,7 @@ from PIL import Image
 
 from image_to_prompts import infer
 from image_to_prompts.infer import submission
-from image_to_prompts.models import backbones
-from image_to_prompts.models import checkpoints as models
+from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run import progress
 
 
@@ -43,9 +42,9 @@ def main() -> None:
             small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
             small.resize((96, 96)).save(folder / "images" / f"{i:08x}.png", compress_level=1)
         spec = backbones.describe("timm:tf_efficientnet_lite2", 64)
-        model = models.build(spec)
+        model = checkpoints.build(spec)
         backbones.load_pretrained(model.backbone, spec)
-        models.save(
+        checkpoints.save(
             folder / "checkpoint",
             model,
             {"backbone": spec.to_dict(), "profile": "kaggle"},

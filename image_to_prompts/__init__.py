@@ -1,6 +1,6 @@
 """Given a Stable Diffusion image, recover its prompt.
 
-One module a stage (see `stages.py`). Each offers plain functions for notebooks and a `Config` dataclass plus
+One folder a stage (see `pipeline.py`). Each offers plain functions for notebooks and a `Config` dataclass plus
 `run(config)` for the command line. For the prompt of one image:
 
     from image_to_prompts import describe

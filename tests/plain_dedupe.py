@@ -4,7 +4,7 @@ import numpy as np
 
 
 def leaders(vectors: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """`exact.leaders` in a few plain lines: each row, in order, takes what comes later, is near and is still free."""
+    """`near_pairs.leaders` in a few plain lines: each row, in order, takes what comes later, is near and still free."""
     import faiss
 
     index = faiss.IndexFlatIP(vectors.shape[1])

@@ -33,7 +33,7 @@ def test_log_lines_stand_above_the_bar():
     pty = pytest.importorskip("pty")
     code = (
         "import logging, time\n"
-        "from image_to_prompts import progress\n"
+        "from image_to_prompts.run import progress\n"
         "progress.show_log()\n"
         "for i in progress.progress(range(30), 'things'):\n"
         "    time.sleep(0.02)\n"
@@ -65,10 +65,10 @@ def test_models_load_without_reports(tiny_encoders):
     code = (
         "from image_to_prompts.__main__ import _set_up\n"
         "_set_up(quiet=False)\n"
-        "from image_to_prompts import encoders\n"
+        "from image_to_prompts.encode import encoders\n"
         f"encoders.build('interrogator', 0, caption={str(tiny_encoders['blip'])!r}, "
         f"ranker='open_clip:{tiny_encoders['clip']}', terms={str(tiny_encoders['terms'])!r})\n"
-        "from image_to_prompts import text_encoder\n"
+        "from image_to_prompts.models import text_encoder\n"
         "text_encoder.load()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

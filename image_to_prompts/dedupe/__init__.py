@@ -9,7 +9,7 @@ group), so that near-identical prompts never stand on both sides of a split.
 exact.py       the engine: all near pairs, or the greedy pass, exact
 with_faiss.py  an inverted index for millions of rows
 result.py      what is kept and removed, and why, at any threshold
-look.py        pictures and tables to judge a threshold by, and the fate of one prompt
+pictures.py    pictures and tables to judge a threshold by, and the fate of one prompt
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def _exactly(engine: str, count: int) -> bool:
 def leaders(
     vectors: np.ndarray, threshold: float, fixed: int = 0, engine: str = "auto"
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """`exact.leaders` or `with_faiss.leaders`, and which of them and why."""
+    """`near_pairs.leaders` or `with_faiss.leaders`, and which of them and why."""
     if _exactly(engine, len(vectors)):
         from ..search import near_pairs
 
@@ -195,7 +195,7 @@ def leaders(
 
 
 def resolved(pairs: Pairs, count: int, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The greedy pass over known pairs; returns what `exact.leaders` does."""
+    """The greedy pass over known pairs; returns what `near_pairs.leaders` does."""
     from ..search import near_pairs
 
     enough = (pairs.cosine >= np.float32(threshold)) & (pairs.later >= fixed)

@@ -196,7 +196,7 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
     run = folders.Run(config.run)
     describer = Describer(profiles.default_config("describe", run, config.profile, artists=config.artists))
-    gc.freeze()  # see `describer`
+    gc.freeze()  # see `describe`
     blocks = page(describer, painter(config.profile)).queue(max_size=WAITING)
     blocks.uploads = folder
     try:

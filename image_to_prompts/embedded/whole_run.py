@@ -21,8 +21,7 @@ import pandas as pd
 
 from .. import dedupe, embed, ensemble, finetune, generate, infer, profiles, render
 from ..data import metadata, pictures
-from ..models import checkpoints as models
-from ..models import metrics, text_encoder
+from ..models import checkpoints, metrics, text_encoder
 from ..run import progress
 from ..run.errors import UserError
 from ..run.files import Stamp, write_json
@@ -159,7 +158,7 @@ def _evaluate(
     settings: Callable[..., Any],
 ) -> None:
     """Scores both drawing families, renders the nearest prompts again and draws the report."""
-    checkpoint = models.load(run_.checkpoint)
+    checkpoint = checkpoints.load(run_.checkpoint)
     truth = dict(zip(test["image_name"], test["prompt"], strict=True))
     prompts = [truth[file.name] for file in predictions["test"].files]
     targets = text_encoder.encode(prompts)

@@ -9,8 +9,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..data.images import Fit
-from ..models import backbones
-from ..models import checkpoints as models
+from ..models import backbones, checkpoints
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ class BackboneEncoder:
     """A network that looks at one square of each image, in the hardware's half precision."""
 
     def __init__(self, model: nn.Module, spec: backbones.Spec) -> None:
-        """Takes a model from `model.build`; its matrices are kept in half precision from here on."""
+        """Takes a model from `checkpoints.build`; its matrices are kept in half precision from here on."""
         from ..models.fast_layers import faster
 
         self.device = process_state().device
@@ -46,7 +45,7 @@ class BackboneEncoder:
         key = json.dumps(spec.to_dict(), sort_keys=True)
         found = _loaded.get(key)
         if found is None:
-            model = models.build(spec)
+            model = checkpoints.build(spec)
             backbones.load_pretrained(model.backbone, spec)
             model.head = nn.Identity()
             found = _loaded[key] = cls(model, spec)

@@ -4,7 +4,7 @@
 
 Beside it stand what needs no gradient: ridge regression on all embeddings together, and kNN among them. The checkpoint
 holds all three and the weights of their blend, fitted on the validating fold, where a blend with fitted weights is at
-least as good as the best of them. `fusion` has the networks, `fusion_training` the loop.
+least as good as the best of them. `models.networks` has the networks, `loop` the training.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import pandas as pd
 from .. import finetune
 from ..data import metadata
 from ..encode import embeddings
-from ..models import checkpoints as models
-from ..models import metrics
+from ..models import checkpoints, metrics
 from ..profiles import StageConfig
 from ..run.devices import process_state
 from ..run.errors import UserError
@@ -48,7 +47,7 @@ MEMBERS = ("attention", "ridge", "knn")
 PAIRS = ("scale", "ridge", "known")  # of arrays, in a checkpoint
 PUBLISHED = ("open_clip:ViT-B-32-quickgelu", "transformers:facebook/convnext-tiny-224", "interrogator")
 OUTPUTS = (
-    *(*models.FILES, "history.csv", "history.png", "members.csv"),
+    *(*checkpoints.FILES, "history.csv", "history.png", "members.csv"),
     *("validation.csv", "validation.safetensors"),
 )
 
@@ -85,7 +84,7 @@ class Ensemble:
     """What an ensemble checkpoint predicts with.
 
     Attributes:
-        network: From `fusion.build`, in eval mode.
+        network: From `networks.build`, in eval mode.
         config: All of config.json; `config["ensemble"]["blend"]` has the weight of each member.
         mean: float32 (384,), the mean target of the training rows, as a unit vector.
         scale: Mean and deviation of each number of the embeddings, float32 (d,) both.
@@ -226,7 +225,7 @@ def _run(config: Config) -> pd.DataFrame:
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "test": len(test)},
         "settings": {"preset": config.preset, **preset._asdict(), "seed": seed, "fold": config.fold},
         "profile": config.profile,
-        "revision": models.revision(),
+        "revision": checkpoints.revision(),
     }
     known = (joined[near].astype(np.float16).astype(np.float32), rows.targets[near])
     ensemble = Ensemble(network, description, metrics.unit(targets.mean(0)), scale, ridge, known)
@@ -271,7 +270,7 @@ def save(folder: Path, ensemble: Ensemble) -> None:
     if ensemble.known:
         state["known.0"] = ensemble.known[0].astype(np.float16)
     write_tensors(folder / "model.safetensors", {name: np.ascontiguousarray(value) for name, value in state.items()})
-    write_text(folder / "README.md", models.card(ensemble.config))
+    write_text(folder / "README.md", checkpoints.card(ensemble.config))
     write_json(folder / "config.json", ensemble.config)
 
 
@@ -342,6 +341,6 @@ def import_published(file: Path, out: Path) -> Ensemble:
         "profile": "kaggle",
     }
     scale = (np.zeros(sum(widths), np.float32), np.ones(sum(widths), np.float32))
-    with writing(out / ".import.done", "import-checkpoint", [out / name for name in models.FILES], [file]):
+    with writing(out / ".import.done", "import-checkpoint", [out / name for name in checkpoints.FILES], [file]):
         save(out, Ensemble(network, config, mean, scale))
     return load(out)

@@ -110,7 +110,7 @@ def predict(network: nn.Module, arrays: list[np.ndarray], batch_size: int = AT_O
     """Predictions for embeddings, float32 (n, 384).
 
     Args:
-        network: From `fusion.build`, in eval mode.
+        network: From `networks.build`, in eval mode.
         arrays: float32 (n, d), one an embedding.
         batch_size: Rows at once; the published network's answers depend on it.
     """

@@ -20,8 +20,7 @@ import pandas as pd
 
 from ..data import metadata
 from ..data.images import ImageRows, contents, tell_broken
-from ..models import backbones, metrics, text_encoder
-from ..models import checkpoints as models
+from ..models import backbones, checkpoints, metrics, text_encoder
 from ..profiles import StageConfig
 from ..run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
 from ..run.errors import UserError
@@ -41,7 +40,7 @@ SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_ou
 OUTPUTS = (
     *("model.safetensors", "config.json", "README.md", "baselines.safetensors", "history.csv", "history.png"),
     *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png"),
-    *(f"{LAST}/{name}" for name in models.FILES),
+    *(f"{LAST}/{name}" for name in checkpoints.FILES),
 )
 
 
@@ -200,7 +199,7 @@ def _train(config: Config) -> pd.DataFrame:
         "images": loaded["image_name"].tolist(),
         "contents": contents(loaded["path"].tolist()),
     }
-    first = [config.init / name for name in models.FILES] if config.init else []
+    first = [config.init / name for name in checkpoints.FILES] if config.init else []
     inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
     stamp = Stamp(config.out / ".finetune.done", "finetune", settings, inputs)
     history_path = config.out / "history.csv"
@@ -227,7 +226,7 @@ def _train(config: Config) -> pd.DataFrame:
         tell_broken(told, "left out")
     base = frozen_features.baselines(features, rows)
     if config.init is None:
-        models.fit_head(model, base.features, base.targets)
+        checkpoints.fit_head(model, base.features, base.targets)
     source: ImageRows | frozen_features.CachedRows = images
     if cached:
         source = cached
@@ -249,12 +248,12 @@ def _train(config: Config) -> pd.DataFrame:
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "profile": config.profile,
-        "revision": models.revision(),
+        "revision": checkpoints.revision(),
     }
 
     def save(folder: Path, epoch: int, cosine: float) -> None:
         metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
-        models.save(folder, model, {**description, "metrics": metrics}, base.mean)
+        checkpoints.save(folder, model, {**description, "metrics": metrics}, base.mean)
 
     def finish_epoch(epoch: int, loss: float) -> None:
         """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
@@ -352,11 +351,11 @@ def build_model(
     import torch
 
     torch.manual_seed(config.seed)
-    model = models.build(spec)
+    model = checkpoints.build(spec)
     if pretrained and config.init is None:
         backbones.load_pretrained(model.backbone, spec, config.weights)
     elif pretrained:
-        models.initialise(model, spec, config.init)
+        checkpoints.initialise(model, spec, config.init)
     names = backbones.unfreeze_last_quarter(model.backbone)
     backbones.half_frozen(model, type_of(accelerator.mixed_precision))
     if config.grad_checkpointing:

@@ -3,7 +3,7 @@
     image-to-prompts generate --source magicprompt --count 1000 --out prompts/x.csv
     image-to-prompts generate --source diffusiondb --input metadata.parquet --out prompts/diffusiondb.csv
 
-`sources` reads and cleans what others wrote. Of new prompts the following holds.
+`collect` reads and cleans what others wrote. Of new prompts the following holds.
 
 Candidate i depends on the seed and i alone. Empty candidates and exact repetitions are passed over until there are as
 many prompts as were asked for; asking for more later keeps the ones already written.
@@ -221,7 +221,7 @@ def run(config: Config) -> pd.DataFrame:
 
     Returns:
         The prompts as written to `config.out`: `config.count` different ones, or fewer, with a warning that says why,
-        where the source repeats itself. Of collected ones, which may be many millions, what `sources.collect` returns.
+        where the source repeats itself. Of collected ones, which may be many millions, what `collect.collect` returns.
 
     Raises:
         UserError: On bad settings or missing weights, or if the source wrote nothing.

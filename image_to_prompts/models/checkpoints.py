@@ -136,8 +136,10 @@ def card(config: dict[str, Any]) -> str:
         load.append('found = ensemble.load(Path("THIS_FOLDER"))  # maps the arrays of embed to float32 (n, 384)')
     else:
         title = f"{config['backbone']['name']} at {config['backbone']['image_size']} px"
-        load = ["from image_to_prompts import model"]
-        load.append('found = model.load(Path("THIS_FOLDER")).model  # maps uint8 (n, 3, s, s) to float32 (n, 384)')
+        load = ["from image_to_prompts.models import checkpoints"]
+        load.append(
+            'found = checkpoints.load(Path("THIS_FOLDER")).model  # maps uint8 (n, 3, s, s) to float32 (n, 384)'
+        )
     lines = [
         f"# {title}, prompt embeddings from images",
         "",

@@ -20,8 +20,7 @@ import pandas as pd
 from .. import ensemble
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
-from ..models import checkpoints as models
-from ..models import metrics, text_encoder, weights
+from ..models import checkpoints, metrics, text_encoder, weights
 from ..run.engine import over_blocks
 from ..run.errors import UserError
 from ..run.files import is_sealed, make_folder, seal, write_array
@@ -80,7 +79,7 @@ def checkpoint(folder: Path) -> Predictor:
         alone = found.config["ensemble"]["attention"] != "seed"  # that network looks at a whole batch
         finish = partial(metrics.in_fixed_rows, found) if alone else found
         return Predictor(found.mean, [encoders.rebuild(about) for about in seen.values()], finish)
-    found = models.load(folder)
+    found = checkpoints.load(folder)
     return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
 
 

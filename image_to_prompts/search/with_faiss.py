@@ -19,7 +19,7 @@ SAMPLE = 1000  # rows on which missed pairs are counted
 
 
 def leaders(vectors: np.ndarray, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray, float]:
-    """As `exact.leaders`, but kept rows of earlier blocks are looked up in an inverted index, which misses some.
+    """As `near_pairs.leaders`, but kept rows of earlier blocks are looked up in an inverted index, which misses some.
 
     Args:
         vectors: float32 unit vectors (n, d), in order of preference.
@@ -27,8 +27,8 @@ def leaders(vectors: np.ndarray, threshold: float, fixed: int = 0) -> tuple[np.n
         fixed: So many first rows are kept whatever they resemble.
 
     Returns:
-        leader and cosine as `exact.leaders` returns them, and the share of sampled rows with a near kept row that the
-        index finds none for.
+        leader and cosine as `near_pairs.leaders` returns them, and the share of sampled rows with a near kept row
+        that the index finds none for.
     """
     import faiss
 

@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data import images, metadata, pictures
-from ..models import checkpoints as models
-from ..models import metrics
+from ..models import checkpoints, metrics
 from ..run.errors import UserError
 from ..run.files import check_whole, write_tensors
 from .dataset import Rows
@@ -71,7 +70,7 @@ def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -
     Args:
         folder: Checkpoint with the predictions that `write` wrote.
         rows: The rows it was trained with.
-        features: float32 (n, width) of all rows, from `frozen.features`.
+        features: float32 (n, width) of all rows, from `frozen_features.features`.
         base: The baselines.
 
     Returns:
@@ -116,7 +115,7 @@ def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path
         targets: The images that matter in the end, for example the competition's.
 
     Returns:
-        See `evaluate.domain_gap`; and image_name, source, likeness of the validating images.
+        See `metrics.domain_gap`; and image_name, source, likeness of the validating images.
 
     Raises:
         UserError: If the checkpoint has no validation, or its images are not there.
@@ -127,7 +126,7 @@ def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path
     if None in own:
         name = frame["image_name"][own.index(None)]
         raise UserError(f"{folder}: no image of {name} in {', '.join(map(str, image_folders))}; give its image folders")
-    spec = models.load(folder).spec
+    spec = checkpoints.load(folder).spec
     features = [pretrained_features(spec, files) for files in (own, targets)]
     readable = [np.isfinite(part[:, 0]) for part in features]
     area, likeness = metrics.domain_gap(*(part[good] for part, good in zip(features, readable, strict=True)))

@@ -87,7 +87,7 @@ def features(
     """Runs the pretrained backbone over images once; finished blocks of 512 images are kept for a resumed run.
 
     Args:
-        model: From `model.build`, its last quarter unfrozen.
+        model: From `checkpoints.build`, its last quarter unfrozen.
         images: The images.
         only: Row numbers to run.
         device: Where to compute.
@@ -178,7 +178,7 @@ def over_cache(model: nn.Module) -> nn.Module:
 
 
 def activations(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What enters the trained part of a model from `model.build` for uint8 images (n, 3, s, s), on the CPU."""
+    """What enters the trained part of a model from `checkpoints.build` for uint8 images (n, 3, s, s), on the CPU."""
     import torch
 
     model.eval()
@@ -238,9 +238,9 @@ def save(path: Path, base: Baselines) -> None:
 
 def pretrained_features(spec: backbones.Spec, files: list[Path]) -> np.ndarray:
     """Features of images by a backbone's pretrained weights: float32 (len(files), width), NaN where one is broken."""
-    from ..models import checkpoints as models
+    from ..models import checkpoints
 
-    model = models.build(spec)
+    model = checkpoints.build(spec)
     backbones.load_pretrained(model.backbone, spec)
     device = process_state().device
     model.to(device).eval()

@@ -124,7 +124,7 @@ class Trainer:
 
         Args:
             accelerator: Device, precision and processes.
-            model: From `model.build`, partly frozen, on the device.
+            model: From `checkpoints.build`, partly frozen, on the device.
             trained: What maps items of `source` to predictions; shares its parameters with `model`.
             source: Images or cached features, by row number.
             rows: Rows, targets and weights.
