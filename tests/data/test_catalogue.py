@@ -15,7 +15,7 @@ from image_to_prompts.generate import rules
 from image_to_prompts.generate.collect import SOURCES
 from image_to_prompts.training import dataset
 
-DATA = Path(__file__).parents[1] / "data_meta"
+DATA = Path(__file__).parents[2] / "data_meta"
 REFERENCE = {
     *("sd2_meta_211k_filter.csv", "sd2_meta_540k_part1.csv", "sd2_meta_540k_part2.csv", "sd2_meta_cc660k_part1.csv"),
     *("sd2_meta_cc660k_part2.csv", "sd2_meta_hard_filter.csv", "sd2_meta_laioncoco_p1.csv"),

@@ -19,7 +19,7 @@ from image_to_prompts.predict import predictors
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import by_source
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROWS, WIDTHS = 240, {"one": 24, "two": 12, "three": 16}
 
 

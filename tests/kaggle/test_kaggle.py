@@ -20,7 +20,7 @@ from image_to_prompts.kaggle import folders, kernels, remote
 from image_to_prompts.pipeline import COMPETITION, STAGES
 from image_to_prompts.run.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ME = "ada"
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from image_to_prompts.generate import rules
 from image_to_prompts.run.errors import UserError
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 LONG = ", ".join(["an astonishingly detailed kingfisher"] * 30)
 
 
