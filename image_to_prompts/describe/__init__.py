@@ -434,11 +434,5 @@ class _Outputs:
         return None
 
 
-class _Callable(types.ModuleType):
-    """This module as what `from image_to_prompts import describe` gives: called, it describes one image."""
-
-    def __call__(self, *args: Any, **options: Any) -> Description:
-        return describe(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable  # as Python's data model has it for modules
+# `from image_to_prompts import describe` gives this module; called, it describes one image.
+sys.modules[__name__].__class__ = type("CallableModule", (types.ModuleType,), {"__call__": staticmethod(describe)})

@@ -24,12 +24,9 @@ class BackboneEncoder:
 
     def __init__(self, model: nn.Module, spec: backbones.Spec) -> None:
         """Takes a model from `checkpoints.build`; its matrices are kept in half precision from here on."""
-        from ..models.fast_layers import faster
-
         self.device = process_state().device
-        model = model.requires_grad_(False).to(self.device).eval()
-        backbones.half_frozen(model, type_of(mixed_precision(self.device)))
-        self.model = faster(model)
+        self.model = model.requires_grad_(False).to(self.device).eval()
+        backbones.half_frozen(self.model, type_of(mixed_precision(self.device)))
         self.fits = (Fit(spec.image_size, spec.crop),)
         self.about: dict[str, Any] = {"backbone": spec.to_dict()}
         self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.empty(0))

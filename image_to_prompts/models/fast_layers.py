@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import timm.layers
 import torch
-from timm.models.convnext import ConvNeXtBlock
 from torch import nn
-from torch.nn.functional import conv2d, layer_norm, linear
+from torch.nn.functional import conv2d, linear
 
 
 class Patches(nn.Module):
@@ -78,30 +76,6 @@ class Depthwise(nn.Module):
         return DepthwiseFunction.apply(x.to(kind), convolution.weight.to(kind), bias, convolution.padding)
 
 
-class FrozenBlock(nn.Module):
-    """A frozen ConvNeXt block in bf16 on CPUs, with bias and GELU inside oneDNN's matrix products.
-
-    torch.compile puts them there too, by the same operator, but needs a C++ compiler and minutes.
-    """
-
-    def __init__(self, block: ConvNeXtBlock) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        block, mlp = self.block, self.block.mlp
-        mixed = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        if x.device.type != "cpu" or not mixed or mlp.fc1.weight.dtype != torch.bfloat16:
-            return block(x)
-        product = torch.ops.mkldnn._linear_pointwise
-        with torch.autocast("cpu", enabled=False):
-            y = block.conv_dw(x.bfloat16()).permute(0, 2, 3, 1)
-            y = layer_norm(y, y.shape[-1:], block.norm.weight, block.norm.bias, block.norm.eps)
-            y = product(y, mlp.fc1.weight, mlp.fc1.bias, "gelu", [], "none")
-            y = product(y, mlp.fc2.weight, mlp.fc2.bias, "none", [], "")
-            return torch.addcmul(x, y.permute(0, 3, 1, 2), block.gamma.view(1, -1, 1, 1))
-
-
 def rebuilt(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
     """A network with other layers in some places; whatever is not replaced is shared.
 
@@ -139,8 +113,6 @@ def faster(module: nn.Module) -> nn.Module:
 def _replacement(layer: nn.Module) -> nn.Module | None:
     """The faster way to compute a layer, None if there is none."""
     trains = any(parameter.requires_grad for parameter in layer.parameters())
-    if isinstance(layer, ConvNeXtBlock) and not trains:
-        return FrozenBlock(layer) if _is_plain(layer) and hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
     # A subclass, such as timm's Conv2dSame, computes something else.
     if type(layer) is not nn.Conv2d or not trains or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
         return None
@@ -148,11 +120,3 @@ def _replacement(layer: nn.Module) -> nn.Module | None:
         return Patches(layer)
     same = layer.stride == (1, 1) and layer.padding == tuple((side - 1) / 2 for side in layer.kernel_size)
     return Depthwise(layer) if same and layer.groups == layer.in_channels == layer.out_channels else None
-
-
-def _is_plain(block: ConvNeXtBlock) -> bool:
-    """Whether a block is that of the first ConvNeXt with matrix products, as open_clip's are."""
-    layers = (block.norm, block.mlp, block.shortcut)
-    kinds = (timm.layers.LayerNorm, timm.layers.Mlp, nn.Identity)
-    plain = all(type(layer) is kind for layer, kind in zip(layers, kinds, strict=True))
-    return plain and not block.use_conv_mlp and block.gamma is not None and type(block.mlp.act) is timm.layers.GELU

@@ -154,14 +154,11 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
     Raises:
         UserError: If the profile is unknown or run.json is damaged.
     """
-    stored = folder / "run.json"
-    profile = explicit
-    if stored.is_file():
-        profile = profile or _stored_profile(stored)
-        if _stored_profile(stored) is None:
-            raise UserError(f"{stored}: not a run file; delete it or choose another --run folder")
-    if profile is None:
-        profile = "kaggle" if on_kaggle() else "embedded"
+    file = folder / "run.json"
+    stored = _stored_profile(file)
+    if file.is_file() and stored is None:
+        raise UserError(f"{file}: not a run file; delete it or choose another --run folder")
+    profile = explicit or stored or ("kaggle" if on_kaggle() else "embedded")
     if profile not in PROFILES:
         raise UserError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
     return profile

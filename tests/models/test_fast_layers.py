@@ -1,11 +1,10 @@
 """Layers that are faster on CPUs: same outputs, same gradients, and others left as they are."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
-from image_to_prompts.models.fast_layers import Depthwise, FrozenBlock, Patches, faster
+from image_to_prompts.models.fast_layers import Depthwise, Patches, faster
 
 
 @pytest.mark.parametrize(
@@ -64,28 +63,5 @@ def test_gradients_under_autocast_are_as_exact_as_autocast_own():
 )
 def test_others_stay(layer):
     assert faster(layer) is layer
-    assert faster(nn.Conv2d(6, 10, 1).requires_grad_(False)).kernel_size == (1, 1)
-
-
-@pytest.mark.parametrize("name", ["convnext_atto", "convnext_tiny", "convnextv2_atto", "convnext_tiny_hnf", "resnet18"])
-def test_a_frozen_network_predicts_the_same(name):
-    """On CPUs with bf16, plain blocks with matrix products have a faster way; the others stay as they are."""
-    network = timm.create_model(name).eval().requires_grad_(False)
-    for layer in network.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            layer.bfloat16()
-    fast = faster(network)
-    replaced = [layer for layer in fast.modules() if isinstance(layer, FrozenBlock)]
-    assert len(replaced) == (18 if name == "convnext_tiny" else 0)
-    assert (fast is network) == (not replaced)
-    images = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        expected, found = network(images), fast(images)
-    assert torch.nn.functional.cosine_similarity(found.float(), expected.float()).min() > 0.9999
-
-
-def test_a_frozen_block_is_timm_s_own_in_float32():
-    block = timm.create_model("convnext_tiny").stages[0].blocks[0].eval().requires_grad_(False)
-    x = torch.randn(2, 96, 8, 8)
-    assert isinstance(faster(block), FrozenBlock)
-    assert torch.equal(faster(block)(x), block(x))
+    frozen = nn.Conv2d(6, 10, 1).requires_grad_(False)
+    assert faster(frozen) is frozen
