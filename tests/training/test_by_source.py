@@ -61,6 +61,12 @@ def test_the_interval_holds_the_mean_and_narrows(seed, count):
     assert wide[1] - wide[0] < high - low
 
 
+def test_the_interval_is_that_of_the_mean():
+    """Its 95 %: of 400 halves, 1.96 times their deviation over the root of their number on either side."""
+    low, high = metrics.bootstrap(np.arange(400) % 2.0)
+    assert low == pytest.approx(0.5 - 0.049, abs=0.0025) and high == pytest.approx(0.5 + 0.049, abs=0.0025)
+
+
 def test_domain_gap_tells_far_from_near():
     rng = np.random.default_rng(0)
     one, same, far = rng.normal(size=(80, 5)), rng.normal(size=(80, 5)), rng.normal(size=(80, 5)) + 2

@@ -97,7 +97,7 @@ def test_rows_of_several_files_are_merged_and_what_repeats_is_counted(tmp_path, 
     two = write(tmp_path / "two.csv", ["b", "c"])
     found = dataset.load_metadata((one, two))
     assert found["image_name"].tolist() == ["a", "b", "c"] and found["source"].tolist() == ["s", "one", "two"]
-    assert not {"_row", "_file", "path"} & set(found.columns)
+    assert set(found.columns) == {"image_name", "prompt", "source", "seed"} and found.index.tolist() == [0, 1, 2]
     assert f"{one}: 1 rows repeat an image_name (a, ...)" in caplog.text
     assert "two.csv: 1 rows stand in an earlier file" in caplog.text
 
@@ -118,11 +118,13 @@ def test_each_file_has_its_folder_or_all_have_one(tmp_path, caplog):
 
 
 def test_rows_whose_image_shows_nothing_are_left_out_and_later_rows_keep_their_numbers(tmp_path, caplog):
+    caplog.set_level("INFO")
     folder = pictures(tmp_path / "images", "a.png", "b.png", "c.png", "d.png", "e.png")
     names = ["a.png", "b.png", "c.png", "d.png", "e.png", "gone.png"]
     csv = write(folder / "manifest.csv", names, flag=["blank", "", "nsfw_blacked", "failed", "near_uniform", ""])
     found = dataset.load_metadata(csv, folder)
-    assert found["image_name"].tolist() == ["b.png", "e.png"]
+    assert found["image_name"].tolist() == ["b.png", "e.png"] and found.index.tolist() == [0, 1]
+    assert "index" not in found and "2 rows of 2 prompts, manifest 100.0 %" in caplog.text
     assert "3 rows left out: blank, blacked or failed images" in caplog.text
     assert "row 6: no image of gone.png" in caplog.text and "1 of 3 rows" in caplog.text
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -521,6 +522,31 @@ def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     buffers = {name for name, _ in trainer.model.named_buffers()} & set(trainer.model.state_dict())
     assert set(kept["model"]) == trained | buffers
+
+
+def test_an_epoch_trains_what_trains_and_adds_up_its_steps(trainer, monkeypatch):
+    """In training mode, with the augmentation of its number, each step told how much of the epoch was done."""
+    modes, steps, step = [], [], trainer.step
+    trains = next(
+        m for m in trainer.model.modules() if (p := [*m.parameters()]) and all(one.requires_grad for one in p)
+    )
+    trains.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    monkeypatch.setattr(trainer, "step", lambda *told: steps.append((step(*told), *told[2:])) or steps[-1][0])
+    trainer.standing.epoch = 3
+    trainer.epoch()
+    sizes = [len(batch) for batch in loop.batches(trainer.rows.train, 0, 3, 16)]
+    assert modes == [True] * len(sizes) and trainer.source.epoch == 3  # images vary with it
+    assert [told[1:] for told in steps] == [(size, place / len(sizes)) for place, size in enumerate(sizes)]
+    assert trainer.standing.loss == pytest.approx(sum(told[0] for told in steps))
+
+
+@pytest.mark.parametrize(("minutes", "ago", "saved"), [(10, 0, False), (10, 590, False), (10, 605, True), (0, 0, True)])
+def test_a_state_is_saved_when_the_last_one_is_old(trainer, monkeypatch, minutes, ago, saved):
+    saves = []
+    monkeypatch.setattr(trainer, "save", lambda: saves.append(1))
+    trainer.config.save_minutes, trainer.saved = minutes, time.monotonic() - ago
+    trainer.epoch()
+    assert bool(saves) == saved
 
 
 @pytest.mark.parametrize(("count", "more"), [(1, ""), (5, ""), (7, " and 2 more")])
