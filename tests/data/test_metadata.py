@@ -134,6 +134,8 @@ def test_what_is_read_has_numbers_where_they_belong(tmp_path):
         metadata.read(path)
     write(path, "prompt,image_name\na cat,a.png\na dog,a.png\n")
     assert metadata.read(path, unique=False)["image_name"].tolist() == ["a.png", "a.png"]
+    with pytest.raises(UserError, match=r"m\.csv: row 2: .*a\.png"):
+        metadata.read_prompts(path)
     assert metadata.read_prompts(write(path, "prompt\nx\n"))["prompt"].tolist() == ["x"]
     with pytest.raises(UserError, match="no column 'image_name'"):
         metadata.read(path)

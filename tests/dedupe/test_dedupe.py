@@ -95,7 +95,7 @@ def test_what_is_near_others(count, others, seed, threshold):
         found = near_pairs.near(one, other, threshold)
     highest = np.array([max(float(vector @ some) for some in other) for vector in one]).reshape(-1)
     sure = np.abs(highest - threshold) > 1e-6
-    assert found.shape == (count,)
+    assert found.shape == (count,) and found.dtype == bool
     np.testing.assert_array_equal(found[sure], (highest >= threshold)[sure])
 
 
@@ -181,6 +181,14 @@ def test_another_threshold_is_as_if_it_had_been_asked_for(monkeypatch, kept_pair
         assert not np.array_equal(expected.leader, made(threshold, 0).leader)
     assert np.array_equal(found.groups(), oracle(vectors[found.kept_rows], 0.7))
     assert found.at(0.5).how == "exact, 200 texts"  # pairs do not reach that far
+
+
+def test_pairs_are_gone_through_in_lists_of_any_length(monkeypatch):
+    monkeypatch.setattr(near_pairs, "LISTED", 7)
+    vectors = clustered(200, 3, 20)
+    found = near_pairs.pairs(vectors, 0.7)
+    assert len(found.later) > 70 and found.cosine.dtype == np.float32
+    assert np.array_equal(result.resolved(found, 200, 0.8)[0], oracle(vectors, 0.8))
 
 
 def test_a_bare_table_is_taken_from_its_first_row():

@@ -146,7 +146,7 @@ def test_loading_rows_joins_embeds_and_splits(small_run):
     frame = metadata.read(small_run.metadata)
     assert rows.frame["prompt"].tolist() == frame["prompt"].tolist()
     np.testing.assert_array_equal(rows.targets, text_encoder.encode(frame["prompt"].tolist()))
-    assert [path.name for path in rows.paths] == frame["image_name"].tolist()
+    assert [path.name for path in rows.paths] == frame["image_name"].tolist() and "path" not in rows.frame
     assert (frame["fold"].to_numpy()[rows.valid] == 1).all() and not (frame["fold"].to_numpy()[rows.train] == 1).any()
     grammar = loaded_rows(small_run.metadata, small_run.images, source_weights={"grammar": 3.0})
     assert set(grammar.weights) == {3.0}

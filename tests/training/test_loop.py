@@ -475,7 +475,7 @@ def test_a_state_is_read_back_or_told_to_be_damaged(tmp_path, caplog):
 @pytest.fixture
 def trainer(small_run, tiny_open_clip, tmp_path):
     """A trainer of the tiny tower, with its images."""
-    settings = config(small_run, tmp_path / "x", tiny_open_clip, epochs=4, cycles=2, learning_rate=1e-3)
+    settings = config(small_run, tmp_path / "x", tiny_open_clip, epochs=5, cycles=2, learning_rate=1e-3)
     rows = loaded_rows(small_run.metadata, small_run.images)
     accelerator = finetune.accelerator_for(settings)
     model_, _ = finetune.build_model(backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False)
@@ -490,7 +490,7 @@ def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
     trainer.standing.epoch = 2
     loss = trainer.step(batch, rows, 6, 0.5)
     assert 0 < loss / 6 < 2
-    rate = 1e-3 * loop.learning_rate_factor((2 - 1 + 0.5) / 4, 2)
+    rate = 1e-3 * loop.learning_rate_factor((2 - 1 + 0.5) / 5, 2)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [pytest.approx(rate)]
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-4}
     assert all(not torch.equal(one, other) for one, other in zip(before, trainer.parameters, strict=True))
