@@ -111,13 +111,17 @@ class Ensemble:
         Args:
             arrays: float32 (n, d), one an embedding, NaN in the rows where one is missing.
         """
+        import torch
+
         from . import loop
 
         about, joined = self.config["ensemble"], stacked(arrays, self.scale)
         at_once = self.config["settings"]["batch_size"] if about["attention"] == "seed" else loop.AT_ONCE
         found = {"attention": loop.predict(self.network, arrays, at_once)}
         if self.ridge:
-            found["ridge"] = joined @ self.ridge[0] + self.ridge[1]
+            # By PyTorch: in OpenBLAS's product for AVX2 a row's last digit depends on its place among the others.
+            weight, bias = map(torch.from_numpy, self.ridge)
+            found["ridge"] = torch.addmm(bias, torch.from_numpy(joined), weight).numpy()
         if self.known:
             found["knn"] = metrics.nearest_mean(joined, *self.known, about["knn_k"])
         return found

@@ -72,7 +72,7 @@ def test_captions_of_a_batch_are_those_of_single_images(tiny_encoders, pictures)
 def test_backbones_give_what_their_own_code_gives(tiny_encoders, pictures, monkeypatch):
     from transformers import AutoImageProcessor, ConvNextModel
 
-    for module in ("devices", "encoders.backbone"):
+    for module in ("run.devices", "encode.backbone"):
         monkeypatch.setattr(f"image_to_prompts.{module}.mixed_precision", lambda device: "no")
     ours = encoders.build(f"transformers:{tiny_encoders['convnext']}", 0)
     assert ours.fits == (images.Fit(32, 0.875),)

@@ -109,7 +109,7 @@ def test_kaggle_inputs_come_before_packages_and_hub(tmp_path, monkeypatch):
     other = tmp_path / "models" / "another-model"
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
-    monkeypatch.setattr(weights.workspace, "KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr(weights.folders, "KAGGLE_INPUT", tmp_path)
     assert weights.locate("magicprompt") == folder
 
 

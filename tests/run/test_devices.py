@@ -12,7 +12,7 @@ import pytest
 def test_freed_memory_is_kept_for_the_next_tensor():
     program = """
 import resource, torch
-from image_to_prompts import devices
+from image_to_prompts.run import devices
 devices.keep_memory()
 faults = []
 for _ in range(30):
