@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 
 from . import __version__
-from .pipeline import STAGES
+from .pipeline import STAGES, announce
 from .run import folders, progress
 from .run.devices import rank_and_processes
 from .run.errors import UserError, causes, explained
@@ -249,7 +249,7 @@ def _run_stage(name: str, words: list[str]) -> Any:
     _set_up(config.quiet)
     stage = sys.modules[type(config).__module__]
     folders.open_run(folder, profile)
-    progress.heading(name)
+    announce(name)
     return stage.run(config)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
+log = logging.getLogger(__name__)
 COMPETITION = "stable-diffusion-image-to-prompts"
 DIFFUSION = ("stabilityai/stable-diffusion-v2/pytorch/1/1",)
 
@@ -138,6 +140,12 @@ STAGES = (
     ),
 )
 BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/gpu.py
+
+
+def announce(name: str) -> None:
+    """Logs which stage begins."""
+    about = stage(name)
+    log.info("%d %s: %s", about.number, about.name, about.does)
 
 
 def stage(name: str) -> Stage:

@@ -30,8 +30,9 @@ class StageConfig:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
 
     def settings(self, *without: str) -> dict[str, Any]:
-        """The fields on which a stage's outputs depend: all but those named and the shared ones."""
-        return {k: v for k, v in asdict(self).items() if k not in {*without, "run", "profile", "quiet"}}
+        """The fields on which a stage's outputs depend: all but those named, the shared ones, and who does the work."""
+        shared = {"run", "profile", "quiet", "engine", "address", "actors"}
+        return {k: v for k, v in asdict(self).items() if k not in {*without, *shared}}
 
 
 # Only what differs from the dataclasses' own defaults, which are the embedded profile's.

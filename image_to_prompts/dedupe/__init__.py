@@ -24,6 +24,7 @@ import pandas as pd
 
 from ..data import metadata
 from ..models import text_encoder
+from ..profiles import StageConfig
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import Stamp, alone, writing
@@ -36,7 +37,7 @@ FATES = 1000  # rows of which float32's verdict is computed where the vectors ar
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EngineConfig, StageConfig):
     """Drops prompts that are nearly the same as an earlier one."""
 
     prompts: tuple[Path, ...] = ()

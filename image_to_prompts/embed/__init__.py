@@ -23,6 +23,7 @@ from ..data import images
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoded
 from ..models import text_encoder, weights
+from ..profiles import StageConfig
 from ..run.devices import process_state, rank_and_processes, wait_for_files
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
@@ -34,7 +35,7 @@ BLOCK = 512  # images a file of half-done work
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EngineConfig, StageConfig):
     """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
 
     images: tuple[Path, ...] = ()

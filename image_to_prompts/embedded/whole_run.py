@@ -22,7 +22,7 @@ import pandas as pd
 from .. import dedupe, embed, ensemble, finetune, generate, infer, profiles, render
 from ..data import metadata, pictures
 from ..models import checkpoints, metrics, text_encoder
-from ..run import progress
+from ..pipeline import announce
 from ..run.errors import UserError
 from ..run.files import Stamp, write_json
 from ..run.folders import Run, open_run, profile_of
@@ -93,7 +93,7 @@ def run(config: Config) -> str:
     clock = Clock(folder / "timings.json")
 
     def settings(stage: str, **overrides: Any) -> Any:
-        progress.heading(stage)
+        announce(stage)
         return profiles.default_config(stage, run_, "embedded", quiet=config.quiet, **overrides)
 
     generated = folder / "prompts" / ".generated.done"

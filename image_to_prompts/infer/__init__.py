@@ -23,6 +23,7 @@ from ..data import images, metadata
 from ..models import metrics, text_encoder
 from ..predict import predictors
 from ..predict.predictors import Rung
+from ..profiles import StageConfig
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import Stamp, alone, make_folder, write_json
@@ -35,7 +36,7 @@ LEAST_TO_FIT = 20  # images on which weights are fitted
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EngineConfig, StageConfig):
     """Predicts 384 numbers an image and writes the submission; with --key it also scores them."""
 
     images: Path = Path("images")

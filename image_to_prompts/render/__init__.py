@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ..data import metadata
+from ..profiles import StageConfig
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EngineConfig, StageConfig):
     """Renders one image a prompt: Stable Diffusion 2 at 768 px downsized to 512, or embedded scenes."""
 
     metadata: Path = Path("data_meta/prompts.csv")

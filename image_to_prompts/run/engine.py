@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
-from ..profiles import StageConfig
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ T, R = TypeVar("T"), TypeVar("R")
 
 
 @dataclass
-class EngineConfig(StageConfig):
+class EngineConfig:
     """Flags of the stages that work row by row."""
 
     engine: Literal["local", "ray"] = "local"
@@ -38,10 +37,6 @@ class EngineConfig(StageConfig):
     """Ray cluster, as ray.init takes it; left out: one is started on this machine."""
     actors: int = 0
     """Ray actors, each with the models of its own; 0: one a GPU of the cluster, without GPUs one a core."""
-
-    def settings(self, *without: str) -> dict[str, Any]:
-        """See `StageConfig.settings`; outputs do not depend on who works."""
-        return super().settings("engine", "address", "actors", *without)
 
 
 class _Actor:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..pipeline import stage as stage_called
-
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 BEGUN = time.monotonic()  # a notebook may run more than one stage in a session, whose time they share
@@ -34,12 +32,6 @@ class _AboveBars(logging.StreamHandler):
         from tqdm import tqdm
 
         tqdm.write(self.format(record), file=sys.stderr)
-
-
-def heading(stage: str) -> None:
-    """Logs which stage begins."""
-    about = stage_called(stage)
-    log.info("%d %s: %s", about.number, about.name, about.does)
 
 
 def show_log(quiet: bool = False) -> None:
