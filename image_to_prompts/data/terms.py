@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ..models.weights import package_folder
 from ..run.errors import UserError
+from ..run.folders import package_folder
 
 SITES = (
     *("Artstation", "behance", "cg society", "cgsociety", "deviantart", "dribble", "flickr", "instagram", "pexels"),

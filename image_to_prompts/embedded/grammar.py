@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..models.weights import package_folder
+from ..run.folders import package_folder
 
 PLACES = {
     "forest": ("in a forest", "in the woods", "among tall trees", "deep in a green forest"),

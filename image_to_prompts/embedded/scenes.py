@@ -21,11 +21,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..models.weights import package_folder
 from ..render.encode import SIZE, Finished, finish
 from ..render.store import NOTHING_KNOWN, Row
 from ..run.devices import cores
 from ..run.errors import UserError
+from ..run.folders import package_folder
 from . import backgrounds, grammar, layout, styles
 
 CANVAS = 768

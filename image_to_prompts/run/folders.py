@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import progress
 from .errors import UserError
 from .files import make_folder, write_json
 
@@ -37,6 +37,12 @@ def kaggle_inputs(marker: str) -> list[Path]:
     `.../models/...`), so the marker is searched for.
     """
     return sorted(KAGGLE_INPUT.rglob(marker)) if KAGGLE_INPUT.is_dir() else []
+
+
+def package_folder(name: str) -> Path | None:
+    """Folder of an installed package, found without importing it; None if it is not installed."""
+    spec = importlib.util.find_spec(name)
+    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
 @dataclass(frozen=True)
@@ -193,22 +199,6 @@ def attached_images(name: str) -> list[Path]:
     """Folders called `name` below the attached Kaggle inputs that hold what an earlier render run left."""
     found = kaggle_inputs(MANIFEST) + kaggle_inputs("*.tar.part")
     return sorted({path.parent for path in found if path.parent.name == name})
-
-
-def start(folder: str | Path | None = None, profile: str | None = None) -> tuple[Run, str]:
-    """Opens a run for a notebook: `folder` or the default one, `profile` or the run's own. On Kaggle it logs `mounts`.
-
-    Returns:
-        The run and its profile.
-    """
-    from . import mounts
-
-    progress.show_log()
-    if on_kaggle():
-        log.info("%s", mounts.table())
-    folder = Path(folder) if folder else default_run()
-    profile = profile_of(folder, profile)
-    return open_run(folder, profile), profile
 
 
 def open_run(folder: Path, profile: str) -> Run:

@@ -23,13 +23,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from image_to_prompts import generate, profiles
+from image_to_prompts import generate, notebook, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.embedded import grammar
 from image_to_prompts.generate import look
-from image_to_prompts.run import folders
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 overrides = {"count": count} if count else {}
 config = profiles.default_config("generate", run, profile, **overrides)
 print(f"profile {profile}: {config.count:,} prompts from {config.source}")

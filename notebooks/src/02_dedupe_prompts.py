@@ -20,13 +20,13 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import dedupe, profiles
+from image_to_prompts import dedupe, notebook, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import pictures
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run import folders
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 if test_folds is None:
     test_folds = [] if folders.on_kaggle() else [1, 2]
 frame = metadata.read(run.have(run.prompts))

@@ -22,11 +22,10 @@ steps = 0  # denoising steps; 0: 50, with fast 20
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import profiles, render
+from image_to_prompts import notebook, profiles, render
 from image_to_prompts.data import metadata, pictures
-from image_to_prompts.run import folders
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 configs = [
     profiles.default_config("render", run, profile, metadata=csv, out=folder, fast=fast, seeds=seeds, steps=steps)
     for csv, folder in (

@@ -19,14 +19,13 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import finetune, profiles
+from image_to_prompts import finetune, notebook, profiles
 from image_to_prompts.data import images
 from image_to_prompts.finetune import dry_run
 from image_to_prompts.models import backbones
-from image_to_prompts.run import folders
 from image_to_prompts.training import by_source
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 
 # %% [markdown]
 # ## A quarter of ConvNeXt-XXLarge

@@ -19,13 +19,12 @@ image_size = None
 # %%
 import pandas as pd
 
-from image_to_prompts import embed, ensemble, profiles
+from image_to_prompts import embed, ensemble, notebook, profiles
 from image_to_prompts.data import images, pictures
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics
-from image_to_prompts.run import folders
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 overrides = {"encoders": tuple((encoders or "").split()), "image_size": image_size}
 config = profiles.default_config(
     "embed", run, profile, images=run.rendered(run.train_images), **{k: v for k, v in overrides.items() if v}

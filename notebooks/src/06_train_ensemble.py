@@ -22,14 +22,13 @@ import pandas as pd
 import torch
 from IPython.display import Image
 
-from image_to_prompts import ensemble, infer, profiles
+from image_to_prompts import ensemble, infer, notebook, profiles
 from image_to_prompts.data import images
 from image_to_prompts.encode import embeddings, encoders
 from image_to_prompts.models import networks, text_encoder
-from image_to_prompts.run import folders
 from image_to_prompts.training import by_source
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 overrides = {name: value for name, value in {"preset": preset, "epochs": epochs}.items() if value}
 config = profiles.default_config("ensemble", run, profile, **overrides)
 pd.DataFrame.from_dict(ensemble.PRESETS, orient="index", columns=ensemble.Preset._fields)

@@ -24,12 +24,12 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image
 
-from image_to_prompts import infer, profiles
+from image_to_prompts import infer, notebook, profiles
 from image_to_prompts.data import pictures
 from image_to_prompts.infer import submission
 from image_to_prompts.run import folders
 
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 known = run.test_metadata.is_file()  # held-out pictures with known prompts
 folder = run.test_images if known else folders.competition_images()
 config = profiles.default_config(

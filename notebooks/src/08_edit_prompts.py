@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import Image, display
 
-from image_to_prompts import describe, profiles
+from image_to_prompts import describe, notebook, profiles
 from image_to_prompts.data import metadata, pictures
 from image_to_prompts.describe import scores
 from image_to_prompts.describe.page import painter
@@ -29,7 +29,7 @@ from image_to_prompts.models import text_encoder, weights
 from image_to_prompts.run import folders
 
 pd.set_option("display.max_colwidth", 150)
-run, profile = folders.start(run_folder, profile)
+run, profile = notebook.start(run_folder, profile)
 found_images = run.target_images() or run.rendered(run.train_images)[0]
 folder = Path(image_folder) if image_folder else found_images
 known = folder.name == run.test_images.name and (folder / folders.MANIFEST).is_file()  # never trained on

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..models import weights
-from . import folders
+from ..run import folders
 
 # Folders of Kaggle's mount layout of 2026, and how deep below them an input lies; elsewhere it lies at the top.
 DEPTHS = {"competitions": 1, "datasets": 2, "notebooks": 2, "models": 5}

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from image_to_prompts.run import folders, mounts
+from image_to_prompts.kaggle import mounts
+from image_to_prompts.run import folders
 
 COMPETITION = "stable-diffusion-image-to-prompts"
 LAYOUTS = {
