@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -25,7 +25,6 @@ from .metadata import IMAGE_SUFFIXES, stem
 if TYPE_CHECKING:
     import torch
 
-    from ..training.frozen_features import CachedRows
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB
@@ -260,9 +259,17 @@ class FittedRows(ImageRows):
         return [torch.from_numpy(np.stack(square)) for square in squares], torch.tensor([row for _, row in good]).long()
 
 
-def load(
-    rows: ImageRows | CachedRows, batches: Iterable[Sequence[int]], workers: int = 0
-) -> Iterator[tuple[Any, torch.Tensor]]:
+class Readable(Protocol):
+    """What `load` reads: items by row number, and how to batch them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Any: ...
+
+    def collate(self, items: list[Any]) -> tuple[Any, torch.Tensor]: ...
+
+
+def load(rows: Readable, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[tuple[Any, torch.Tensor]]:
     """Reads batches in threads, while the caller computes on those before; Pillow decodes without Python's lock.
 
     Args:

@@ -16,6 +16,10 @@ from ..run.files import atomic_path
 NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 LONGEST_NAME = 200  # bytes; file systems take 255, of which temporary names need some
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What a manifest says of an image; "" of one that is as it should be.
+BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"
+NOTHING_KNOWN = "nothing_known"  # an embedded scene shows nothing of its prompt
+FLAGS = ("", BLANK, NEAR_UNIFORM, NSFW, FAILED, NOTHING_KNOWN)
 
 
 def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:

@@ -28,10 +28,11 @@ from ..profiles import StageConfig
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import Stamp, alone, writing
+from ..search.groups import with_groups
 from . import pictures
-from .result import BLOCK, FLOOR, Result, dedupe, leaders
+from .result import BLOCK, Result, dedupe
 
-__all__ = ["Config", "Result", "add_groups", "dedupe", "hold_out", "read", "removed_path", "run"]
+__all__ = ["Config", "Result", "dedupe", "hold_out", "read", "removed_path", "run"]
 log = logging.getLogger(__name__)
 FATES = 1000  # rows of which float32's verdict is computed where the vectors are not float32's
 
@@ -57,16 +58,6 @@ class Config(EngineConfig, StageConfig):
     rows will be trained on, since training embeds in float32."""
     folds: int = 5
     """Number of folds."""
-
-
-def add_groups(frame: pd.DataFrame, vectors: np.ndarray, folds: int) -> pd.DataFrame:
-    """Adds `group` (image_name of the row's leader at cosine 0.7) and `fold` (hash of the group, 0 to folds - 1)."""
-    return _with_groups(frame, leaders(vectors, FLOOR)[0], folds)
-
-
-def _with_groups(frame: pd.DataFrame, leader: np.ndarray, folds: int) -> pd.DataFrame:
-    group = frame["image_name"].to_numpy()[leader]
-    return frame.assign(group=group, fold=[metadata.fold_of(name, folds) for name in group])
 
 
 def hold_out(frame: pd.DataFrame, folds: Sequence[int], train: Path, test: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -178,7 +169,7 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
         raise UserError(
             f"{config.prompts[0]}: every row resembles one of --against at {config.threshold}; give new rows"
         )
-    kept = _with_groups(result.kept, result.groups(), config.folds)
+    kept = with_groups(result.kept, result.groups(), config.folds)
     metadata.check_names(kept, config.out)
     metadata.write_table(removed_path(config.out), result.removed)
     metadata.write_table(config.out, kept)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..search.groups import FLOOR, exactly, leaders
+
 if TYPE_CHECKING:
     from ..search.near_pairs import Pairs
 
 log = logging.getLogger(__name__)
-FLOOR = 0.7  # least cosine of the pairs that are kept; also that of groups, as the 5th-placed team made its folds
 MOST_PAIRS = 20_000_000  # more are not kept: 20 bytes each, several times that while they are found
-MOST_EXACT = 4_000_000  # rows; beyond, an inverted index is faster
 SAMPLE, BLOCK = 1000, 65_536  # rows whose neighbours are looked up to count pairs, and how many at once
 
 
@@ -162,7 +162,7 @@ def dedupe(
     floor, fixed_texts = min(FLOOR, threshold), int((first < fixed).sum())
     nearest, estimated = sampled(vectors, floor)
     pairs = None
-    if estimated <= MOST_PAIRS and _exactly(engine, len(vectors)):
+    if estimated <= MOST_PAIRS and exactly(engine, len(vectors)):
         from ..search import near_pairs
 
         pairs = near_pairs.pairs(vectors, floor)
@@ -172,26 +172,6 @@ def dedupe(
         leader, cosine, how = leaders(vectors, threshold, fixed_texts, engine)
     log.info("%d rows, %d texts; engine: %s", len(frame) - fixed, len(texts), how)
     return Result(frame, fixed, text, first, vectors, threshold, leader, cosine, pairs, floor, nearest, engine, how)
-
-
-def _exactly(engine: str, count: int) -> bool:
-    """Whether the exact engine takes so many texts."""
-    return engine == "exact" or (engine == "auto" and count <= MOST_EXACT)
-
-
-def leaders(
-    vectors: np.ndarray, threshold: float, fixed: int = 0, engine: str = "auto"
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """`near_pairs.leaders` or `with_faiss.leaders`, and which of them and why."""
-    if _exactly(engine, len(vectors)):
-        from ..search import near_pairs
-
-        return *near_pairs.leaders(vectors, threshold, fixed), f"exact, {len(vectors)} texts"
-    from ..search import with_faiss
-
-    leader, cosine, missed = with_faiss.leaders(vectors, threshold, fixed)
-    why = "asked for" if engine == "faiss" else f"more than {MOST_EXACT} texts"
-    return leader, cosine, f"faiss ({why}), {missed:.2%} of the near rows missed"
 
 
 def resolved(pairs: Pairs, count: int, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..data.metadata import NOTHING_KNOWN
 from ..render.encode import SIZE, Finished, finish
-from ..render.store import NOTHING_KNOWN, Row
+from ..render.store import Row
 from ..run.devices import cores
 from ..run.errors import UserError
 from ..run.folders import package_folder

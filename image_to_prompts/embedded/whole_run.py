@@ -27,6 +27,7 @@ from ..run.errors import UserError
 from ..run.files import Stamp, write_json
 from ..run.folders import Run, open_run, profile_of
 from ..training import frozen_features
+from .ceiling import ceiling_score, skill
 
 log = logging.getLogger(__name__)
 TEST_FOLDS = (1, 2)
@@ -162,7 +163,7 @@ def _evaluate(
     truth = dict(zip(test["image_name"], test["prompt"], strict=True))
     prompts = [truth[file.name] for file in predictions["test"].files]
     targets = text_encoder.encode(prompts)
-    ceiling = metrics.ceiling_score(prompts, targets)
+    ceiling = ceiling_score(prompts, targets)
     scores = {}
     for name, found in predictions.items():
         knn = frozen_features.knn_score(
@@ -170,7 +171,7 @@ def _evaluate(
         )
         scores[name] = {"score": found.score, "constant": found.constant, "knn": knn, "ceiling": ceiling}
         scores[name]["alone"] = {Path(folder).name: score for folder, score in found.alone.items()}
-        scores[name]["skill"] = metrics.skill(found.score, found.constant, ceiling)
+        scores[name]["skill"] = skill(found.score, found.constant, ceiling)
     folder, found = run_.report, predictions["test"]
     names = ("strips", "gallery", "cosines", "history", "ensemble", "threshold")
     predicted_csv = run_.metadata.with_name("predicted.csv")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,11 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from ..data.images import ImageRows
-    from ..training.frozen_features import CachedRows
+    from ..data.images import Readable
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
 RIDGE_BLOCK = 8192  # rows in double precision at once
-CEILING_DRAWS = 16
 ROWS = 64  # of `in_fixed_rows`
 
 
@@ -116,33 +113,6 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     return weight, middle - centre @ weight
 
 
-def ceiling_score(prompts: Sequence[str], targets: np.ndarray) -> float:
-    """Score of an oracle that knows all that an embedded scene shows and nothing else.
-
-    It reads the scene from the prompt as the renderer does, says it again in `CEILING_DRAWS` ways of the grammar with
-    random undrawn phrases, and predicts the mean embedding.
-
-    Args:
-        prompts: Prompts of the embedded grammar.
-        targets: float32 (n, 384), their embeddings.
-    """
-    from ..embedded import grammar
-    from . import text_encoder
-
-    said = [
-        grammar.write(grammar.parse(prompt), random.Random(f"ceiling {prompt} {draw}"))
-        for prompt in prompts
-        for draw in range(CEILING_DRAWS)
-    ]
-    vectors = text_encoder.encode(said).reshape(len(prompts), CEILING_DRAWS, -1)
-    return mean_cosine(vectors.mean(1), targets)
-
-
-def skill(score: float, constant: float, ceiling: float) -> float:
-    """(score - constant) / (ceiling - constant): 0 knows nothing, 1 all that the picture shows."""
-    return (score - constant) / (ceiling - constant)
-
-
 def blend(predictions: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """Weighted sum of several models' predictions, each (n, 384), scaled to length 1 before and after."""
     return unit(sum(weight * unit(vectors) for weight, vectors in zip(weights, predictions, strict=True)))
@@ -215,7 +185,7 @@ def domain_gap(features: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarr
 
 def extract(
     forward: Callable[[torch.Tensor], torch.Tensor],
-    images: ImageRows | CachedRows,
+    images: Readable,
     batch_size: int,
     device: torch.device,
     workers: int = 0,

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ..data import metadata
+from ..data.metadata import FAILED
 from ..profiles import StageConfig
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig, over_blocks
@@ -30,7 +31,7 @@ from ..run.progress import Estimate, progress_to
 from . import store as stores
 from .encode import Finished, run_ahead
 from .limits import Limits
-from .store import FAILED, FolderStore, Row, TarStore
+from .store import FolderStore, Row, TarStore
 
 log = logging.getLogger(__name__)
 

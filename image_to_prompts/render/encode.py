@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from PIL import Image, ImageStat
 
-from .store import BLANK, NEAR_UNIFORM, Row
+from ..data.metadata import BLANK, NEAR_UNIFORM
+from .store import Row
 
 T = TypeVar("T")
 Finished = tuple[list[Row], list[tuple[bytes | None, str]]]  # a block's rows and, for each, file contents and flag

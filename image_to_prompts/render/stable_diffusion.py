@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ..data.metadata import FAILED, NSFW
 from ..models import weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
 from .encode import Finished, finish
-from .store import FAILED, NSFW, Row
+from .store import Row
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

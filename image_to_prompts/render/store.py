@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..data import metadata
+from ..data.metadata import FAILED, FLAGS
 from ..run import archives
 from ..run.errors import UserError
 from ..run.files import append_line, atomic_path, read_journal, sweep, write_text
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
-BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"
-NOTHING_KNOWN = "nothing_known"  # an embedded scene shows nothing of its prompt
-FLAGS = ("", BLANK, NEAR_UNIFORM, NSFW, FAILED, NOTHING_KNOWN)
 RECORDED = ("backend", "model", "model_sha256", "scheduler", "steps", "guidance")
 OUTCOME = (*RECORDED, "file", "sha256", "flag")  # what rendering adds to a metadata row
 KEYS = {"image_name", "prompt", "seed", *OUTCOME}

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 
 from ..data import images, metadata
-from ..dedupe import add_groups
+from ..data.metadata import BLANK, FAILED, NSFW
 from ..models import metrics
-from ..render.store import BLANK, FAILED, NSFW
 from ..run.errors import UserError
 from ..run.folders import MANIFEST
+from ..search.groups import FLOOR, leaders, with_groups
 
 log = logging.getLogger(__name__)
 USELESS = (BLANK, NSFW, FAILED)
@@ -87,7 +87,7 @@ def split(
     paths = frame["path"].tolist() if "path" in frame else []
     frame = frame.drop(columns="path", errors="ignore")
     if "fold" not in frame or frame["fold"].isna().any():
-        frame = add_groups(frame, targets, folds=8)
+        frame = with_groups(frame, leaders(targets, FLOOR)[0], folds=8)
     rows = Rows(frame, paths, targets, np.empty(0, int), np.empty(0, int), 0, np.ones(len(frame), np.float32))
     sources, weights = rows.sources, source_weights or {}
     unknown = {*weights, *([leave_out] if leave_out else [])} - set(sources)

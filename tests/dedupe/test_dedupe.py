@@ -17,7 +17,7 @@ from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import pictures, result
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.search import near_pairs, with_faiss
+from image_to_prompts.search import groups, near_pairs, with_faiss
 
 
 def unit(vectors):
@@ -208,7 +208,7 @@ def test_a_bare_table_is_taken_from_its_first_row():
 def test_rows_to_compare_with_stay_whoever_searches():
     vectors = np.eye(60, dtype=np.float32)[np.arange(120) % 60]
     for engine in ("exact", "faiss"):
-        leader = result.leaders(vectors, 0.8, 70, engine)[0]
+        leader = groups.leaders(vectors, 0.8, 70, engine)[0]
         assert np.array_equal(leader[:70], np.arange(70)) and (leader[70:] < 60).all()
 
 
@@ -240,7 +240,7 @@ def test_what_searched_is_said(monkeypatch):
         assert found.threshold == 0.8
         return found, found.at(0.9)
 
-    monkeypatch.setattr(result, "MOST_EXACT", 100)
+    monkeypatch.setattr(groups, "MOST_EXACT", 100)
     asked, many, exactly = made("faiss"), made(), made("exact")
     for one, other in zip(asked, many, strict=True):
         assert one.how.startswith("faiss (asked for), ") and other.how.startswith("faiss (more than 100 texts), ")

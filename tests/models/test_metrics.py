@@ -30,11 +30,6 @@ def test_the_score_is_the_mean_cosine_whatever_the_lengths():
     assert metrics.constant_score(np.array([1.0, 0]), other) == pytest.approx((np.sqrt(0.5) + 0) / 2)
 
 
-def test_skill_is_0_for_the_constant_and_1_for_the_ceiling():
-    assert metrics.skill(0.4, 0.4, 0.8) == 0 and metrics.skill(0.8, 0.4, 0.8) == pytest.approx(1)
-    assert metrics.skill(0.5, 0.4, 0.8) == pytest.approx(0.25)
-
-
 @pytest.mark.parametrize("k", [1, 2, 5, 40])
 def test_neighbours_are_the_nearest_by_cosine_and_their_targets_are_averaged(k):
     train, asked, targets = some(30), 7 * some(4, seed=1), some(30, 9, seed=2)
@@ -233,15 +228,3 @@ def test_half_precision_is_used_where_it_is_asked_for(monkeypatch):
         metrics.extract(forward, Rows([1.0]), 1, torch.device("cpu"), mixed=mixed)
     metrics.extract(forward, Rows([1.0]), 1, torch.device("cpu"))
     assert used == [True, False, True]
-
-
-def test_the_ceiling_knows_what_is_drawn():
-    from image_to_prompts.embedded import grammar
-    from image_to_prompts.models import text_encoder
-
-    prompts = [grammar.prompt(0, index) for index in range(12)]
-    targets = text_encoder.encode(prompts)
-    ceiling = metrics.ceiling_score(prompts, targets)
-    assert metrics.constant_score(targets.mean(0), targets) + 0.2 < ceiling < 1
-    assert ceiling == metrics.ceiling_score(prompts, targets)
-    assert metrics.ceiling_score(prompts[::-1], targets) < ceiling - 0.2

@@ -13,10 +13,11 @@ from tiny_models import save_diffusion
 
 from image_to_prompts import render
 from image_to_prompts.data import metadata
+from image_to_prompts.data.metadata import NSFW
 from image_to_prompts.models import weights
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
-from image_to_prompts.render.store import NSFW, Row
+from image_to_prompts.render.store import Row
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 
