@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 
 ON_CPU = 8 * 224**2  # pixels at once on a CPU; twice as many are 4 % faster (docs/log.md)
-INTERROGATOR = ("blip-large", "open_clip:ViT-H-14")  # its models for captions and for ranking
 
 
 class Encoder(Protocol):

@@ -25,7 +25,6 @@ from ..models import backbones, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
-from .encoders import INTERROGATOR
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MODES = ("fast", "classic", "best")
+CAPTION, RANKER = "blip-large", "open_clip:ViT-H-14"  # its models
 CAPTION_TOKENS, TERMS, FLAVOURS = 32, 32, 3  # clip-interrogator's limits: a caption, fast, classic
 CANDIDATES, LEAST_STEPS, MOST_STEPS = 2048, 8, 32  # and of best
 TEXTS = 512  # texts that CLIP embeds at once, and of a file of kept terms
@@ -225,8 +225,8 @@ def _keep(vectors: np.ndarray, name: str, places: list[Path]) -> None:
 
 
 def load(
-    caption: str = INTERROGATOR[0],
-    ranker: str = INTERROGATOR[1],
+    caption: str = CAPTION,
+    ranker: str = RANKER,
     mode: str = "fast",
     terms: str = "",
     artists: bool = True,

@@ -20,6 +20,7 @@ import pandas as pd
 from .. import ensemble
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
+from ..encode.interrogator import CAPTION, RANKER
 from ..models import checkpoints, metrics, text_encoder, weights
 from ..run.engine import over_blocks
 from ..run.errors import UserError
@@ -171,7 +172,7 @@ def ladder(run: Run) -> list[Rung]:
         names = [*embeddings.arrays(folder), embeddings.PROMPTS]
         inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
         rungs.append(Rung(f"kNN over {folder}", {str(folder): lambda folder=folder: neighbours(folder)}, [1.0], inputs))
-    models_ = [weights.attached(name) for name in encoders.INTERROGATOR]
+    models_ = [weights.attached(name) for name in (CAPTION, RANKER)]
     if all(models_):
         files = [file for found in models_ for file in found if file.is_file()]
         rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))

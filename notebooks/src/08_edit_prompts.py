@@ -24,7 +24,7 @@ from image_to_prompts import describe, notebook, profiles
 from image_to_prompts.data import metadata, pictures
 from image_to_prompts.describe import scores
 from image_to_prompts.describe.page import painter
-from image_to_prompts.encode import encoders
+from image_to_prompts.encode import interrogator
 from image_to_prompts.models import text_encoder, weights
 from image_to_prompts.run import folders
 
@@ -62,7 +62,7 @@ if known:
     rendered = metadata.read(folder / folders.MANIFEST).set_index("file")["prompt"]
     files = [one.path for one in found[:scored]]
     truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
-    at_hand = all(weights.attached(name) for name in encoders.INTERROGATOR)
+    at_hand = all(weights.attached(name) for name in (interrogator.CAPTION, interrogator.RANKER))
     speaks = "classes" if profile == "embedded" else "interrogator" if at_hand else ""
     table = scores.compare(describe.Describer(config), files, truth, speaks)
     display(table.round(3))
