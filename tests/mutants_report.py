@@ -41,14 +41,16 @@ def change_of(functions: dict[str, ast.AST], name: str) -> list[str]:
 
 def main() -> None:
     """Writes the table."""
-    lines, total = ["| module | mutants | caught | |", "| --- | --- | --- | --- |"], [0, 0]
+    lines, total = ["| module | mutants run | caught | |", "| --- | --- | --- | --- |"], [0, 0]
     reasons, open_ = Counter(), []
     for meta in sorted(Path("mutants").rglob("*.meta")):
-        codes = {
-            name: code for name, code in json.loads(meta.read_text())["exit_code_by_key"].items() if code is not None
-        }
+        every = json.loads(meta.read_text())["exit_code_by_key"]
+        codes = {name: code for name, code in every.items() if code is not None}
         if not codes:
             continue
+        begun = {name.partition("__mutmut_")[0] for name in codes}  # of some modules only a function is asked for
+        some = 2 * len(codes) < len(every)
+        asked = sum(name.partition("__mutmut_")[0] in begun for name in every) if some else len(every)
         tree = ast.parse(meta.with_suffix("").read_text(encoding="utf-8"))
         functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
         survivors = [name for name, code in codes.items() if code not in CAUGHT]
@@ -60,7 +62,8 @@ def main() -> None:
                 open_.append(f"- `{name.removeprefix('image_to_prompts.')}`: `{' '.join(change)}`")
         caught = len(codes) - len(survivors)
         module = meta.relative_to("mutants").with_suffix("").as_posix()
-        lines.append(f"| `{module}` | {len(codes)} | {caught} | {caught / len(codes):.1%} |")
+        run = f"{len(codes)}" if len(codes) == asked else f"{len(codes)} of {asked}"
+        lines.append(f"| `{module}` | {run} | {caught} | {caught / len(codes):.1%} |")
         total = [total[0] + len(codes), total[1] + caught]
     lines.append(f"| all | {total[0]} | {total[1]} | {total[1] / max(total[0], 1):.1%} |")
     lines += ["", "Why the others may live (tests/mutants_argued.json):", ""]
