@@ -25,7 +25,7 @@ test: install ## all tests that this machine can run (python -m pytest alone: th
 test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, everything else as in .venv
 	$(PYTHON) -m venv .venv-kaggle
 	.venv-kaggle/bin/python -m pip install --quiet 'pandas==2.2.3' 'numpy==2.0.*'
-	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'), '$(CURDIR)', sep='\n')" \
 		> $$(.venv-kaggle/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-shared.pth
 	.venv-kaggle/bin/python -m pytest -n 2
 
