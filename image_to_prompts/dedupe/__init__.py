@@ -6,8 +6,6 @@ The law: going through the rows in order of preference, a row is kept exactly if
 least the threshold with it. The kept rows get a `group` (their leader at cosine 0.7) and a `fold` (a hash of the
 group), so that near-identical prompts never stand on both sides of a split.
 
-exact.py       the engine: all near pairs, or the greedy pass, exact
-with_faiss.py  an inverted index for millions of rows
 result.py      what is kept and removed, and why, at any threshold
 pictures.py    pictures and tables to judge a threshold by, and the fate of one prompt
 """

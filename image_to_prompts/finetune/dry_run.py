@@ -143,10 +143,8 @@ def make(config: finetune.Config) -> Plan:
     images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
     trained = faster(model)
     if config.cache_features:
-        trained, images = (
-            frozen_features.over_cache(model),
-            frozen_features.activations(model, images.to(accelerator.device)).float(),
-        )
+        trained = frozen_features.over_cache(model)
+        images = frozen_features.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
     trainer = loop.Trainer(accelerator, model, trained, None, _random_rows(len(images)), config, Path())
     backbones.set_training(trained, True)

@@ -33,7 +33,8 @@ def mean_cosine(predicted: np.ndarray, targets: np.ndarray) -> float:
 def in_fixed_rows(work: Callable[[list[np.ndarray]], np.ndarray], arrays: list[np.ndarray]) -> np.ndarray:
     """Applies `work`, which maps rows of arrays to rows, to always as many rows: so no row depends on its company.
 
-    A product of matrices rounds otherwise with other numbers of rows.
+    A product of matrices rounds otherwise with other numbers of rows. By NumPy it may also round otherwise at another
+    place among them (docs/log.md), so the products in `work` are best PyTorch's.
     """
     count = len(arrays[0])
     padded = [np.concatenate([array, np.zeros((-count % ROWS, array.shape[1]), array.dtype)]) for array in arrays]

@@ -20,7 +20,6 @@ import pandas as pd
 from .. import ensemble
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
-from ..encode.interrogator import CAPTION, RANKER
 from ..models import checkpoints, metrics, text_encoder, weights
 from ..run.engine import over_blocks
 from ..run.errors import UserError
@@ -165,6 +164,8 @@ def ladder(run: Run) -> list[Rung]:
 
     Looked for among the attached Kaggle inputs and in the run.
     """
+    from ..encode.interrogator import CAPTION, RANKER
+
     rungs = []
     stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
     stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
