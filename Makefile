@@ -37,7 +37,8 @@ MODULES := training.dataset models.metrics data.metadata search.nearest search.g
 FUNCTIONS := data.images.x_join infer.x_blend_weights predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
 mutants: install ## one-line faults where they cost most, and which of them no test notices (two hours)
 	rm -rf mutants
-	PRELOADED="$(PRELOADED)" HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \
+	PYTEST_ADDOPTS="-p no:unraisableexception -p no:threadexception -p no:xdist" \
+		PRELOADED="$(PRELOADED)" HYPOTHESIS_EXAMPLES=10 OMP_NUM_THREADS=1 $(VENV)/bin/mutmut run --max-children 2 \
 		$(MODULES:%='image_to_prompts.%.*') $(FUNCTIONS:%='image_to_prompts.%__mutmut_*')
 	$(VENV)/bin/python tests/mutants_report.py && tail -n 16 docs/reliability.md
 

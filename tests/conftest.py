@@ -1,5 +1,6 @@
 """Shared fixtures: a small embedded run, and tiny random models of the reference's classes, saved to disk."""
 
+import gc
 import importlib
 import json
 import logging
@@ -23,6 +24,10 @@ from image_to_prompts.run import folders
 
 for name in os.environ.get("PRELOADED", "").split():  # make mutants forks a process for each fault
     importlib.import_module(name)
+if "PRELOADED" in os.environ:  # the forks share what is loaded as long as nothing walks over it
+    gc.collect()
+    gc.freeze()
+    gc.disable()
 # Shared machines are slow at times; how long an example takes says nothing about the code.
 quick = "HYPOTHESIS_EXAMPLES" in os.environ  # make mutants needs fewer examples, and not the smallest that fails
 settings.register_profile(
