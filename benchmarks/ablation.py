@@ -70,9 +70,9 @@ def train(run: Run, seed: int, overrides: dict[str, Any], features: Path, out: P
     which = overrides.pop("rendered", "own")
     original = frozen_features.features
 
-    def shared(model, images, only, device, config, work):
-        name = f"{which}-{config.image_size}-{config.cache_features}-{config.init is None}"
-        return original(model, images, only, device, config, make_folder(features / name))
+    def shared(model, images, only, device, work, cache, mixed, workers):
+        name = f"{which}-{images.size}-{cache}-{'init' not in overrides}"
+        return original(model, images, only, device, make_folder(features / name), cache, mixed, workers)
 
     frozen_features.features = shared
     try:
@@ -95,13 +95,13 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
         checkpoint = checkpoints.load(folder / "c")
     model, device = checkpoint.model, torch.device("cpu")
     backbones.unfreeze_last_quarter(model.backbone)
-    config = finetune.Config(image_size=checkpoint.spec.image_size)
+    size = checkpoint.spec.image_size
     for name in ("test", "test-openmoji"):
         manifest = metadata.read_table(run.test_images.with_name(name) / "manifest.csv", ("file", "prompt"))
-        images = ImageRows([run.test_images.with_name(name) / file for file in manifest["file"]], config.image_size)
-        work = make_folder(features / f"{name}-{config.image_size}")
+        images = ImageRows([run.test_images.with_name(name) / file for file in manifest["file"]], size)
+        work = make_folder(features / f"{name}-{size}")
         every = np.arange(len(images))
-        _, cached = frozen_features.features(model, images, every, device, config, work)
+        _, cached = frozen_features.features(model, images, every, device, work, True)
         predicted = metrics.extract(frozen_features.over_cache(model), cached, 32, device)
         found[name] = metrics.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
     return found

@@ -9,9 +9,11 @@ numbers as well.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +25,9 @@ from image_to_prompts.models import metrics
 from image_to_prompts.run import progress
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import dataset
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+from first_seed import PRESETS, SeedFusion
 
 log = logging.getLogger(__name__)
 Predict = Callable[[list[np.ndarray]], np.ndarray]
@@ -39,8 +44,8 @@ class Config:
     """Arrays to compare and to fuse; left out: all in the folder."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each."""
-    preset: str = "10k"
-    """Batch size and learning rate of both attentions: 10k, 43k or 93k."""
+    preset: Literal["10k", "43k", "93k"] = "10k"
+    """The first seed's batch size and learning rate, for both attentions."""
     epochs: int = 8
     """Passes over the training rows, of both attentions."""
 
@@ -54,8 +59,6 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad input or settings, or if a fold is empty.
     """
-    if config.preset not in ensemble.PRESETS:
-        raise UserError(f"--preset {config.preset}: must be one of {', '.join(ensemble.PRESETS)}")
     table = embeddings.load(config.embeddings, config.arrays)
     arrays = list(table.arrays.values())
     if any(np.isnan(array).any() for array in arrays):
@@ -94,13 +97,13 @@ def _ways(
     yield "mean of these", lambda some: metrics.blend(each(some), [1.0] * len(some))
     scale, ridge = _fitted(train, targets)
     yield "ridge on all", _linear(scale, ridge)
-    preset = ensemble.PRESETS[config.preset]
+    preset = PRESETS[config.preset]
     settings = loop.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
-    for attention, way in {"seed": "attention across images", "modalities": "attention across embeddings"}.items():
-        make = lambda attention=attention: networks.build(attention, [a.shape[1] for a in arrays], scale, ridge)  # noqa: E731
-        network, _ = loop.fit(make, arrays, rows, settings)
-        at_once = preset.batch_size if attention == "seed" else loop.AT_ONCE
-        yield way, lambda some, network=network, at_once=at_once: loop.predict(network, some, at_once)
+    widths = [array.shape[1] for array in arrays]
+    network, _ = loop.fit(lambda: SeedFusion(widths), arrays, rows, settings)
+    yield "attention across images", lambda some: loop.predict(network, some, preset.batch_size)
+    ours, _ = loop.fit(lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, settings)
+    yield "attention across embeddings", lambda some: loop.predict(ours, some)
 
 
 def _fitted(arrays: list[np.ndarray], targets: np.ndarray) -> tuple[Pair, Pair]:

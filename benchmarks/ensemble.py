@@ -10,6 +10,7 @@ to benchmarks/ensemble.json.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 from turns import Prepared, in_turns, lines, ratio, record
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))  # for the seed's network
 ROWS, WIDTHS = 10_000, (512, 768, 384)
 
 
@@ -30,12 +32,10 @@ def data() -> tuple[list[np.ndarray], np.ndarray]:
 
 def seeds_loop() -> Prepared:
     import torch
+    from first_seed import PRESETS, SeedFusion
     from torch import nn
 
-    from image_to_prompts import ensemble
-    from image_to_prompts.models import networks
-
-    preset = ensemble.PRESETS["10k"]
+    preset = PRESETS["10k"]
     arrays, targets = data()
 
     class Data(torch.utils.data.Dataset):
@@ -45,7 +45,7 @@ def seeds_loop() -> Prepared:
         def __getitem__(self, row: int) -> list[torch.Tensor]:
             return [torch.tensor(array[row]) for array in (*arrays, targets)]
 
-    network = networks.SeedFusion(WIDTHS)
+    network = SeedFusion(WIDTHS)
     loader = torch.utils.data.DataLoader(Data(), preset.batch_size)
     optimizer = torch.optim.Adam(network.parameters(), preset.learning_rate)
     loss_of, same = nn.CosineEmbeddingLoss(), torch.tensor([1])
@@ -63,31 +63,32 @@ def seeds_loop() -> Prepared:
 def ours() -> Prepared:
     import torch
 
-    from image_to_prompts import ensemble
-    from image_to_prompts.ensemble import loop
+    from image_to_prompts.ensemble import Config, loop
     from image_to_prompts.models import networks
     from image_to_prompts.run.devices import process_state
     from image_to_prompts.training.loop import batches
 
     process_state()  # which keeps freed memory, as `loop.fit` does
-    preset = ensemble.PRESETS["10k"]
+    config = Config()  # the first seed's 10k preset
     arrays, targets = data()
-    trainer = loop.Trainer(networks.Fusion(WIDTHS), preset.learning_rate)
+    trainer = loop.Trainer(networks.Fusion(WIDTHS), config.learning_rate)
     tensors, truth = [torch.from_numpy(array) for array in arrays], torch.from_numpy(targets)
 
     def run() -> None:
-        order = batches(np.arange(ROWS), 0, 1, preset.batch_size)
-        trainer.epoch(tensors, truth, order, [preset.learning_rate] * len(order))
+        order = batches(np.arange(ROWS), 0, 1, config.batch_size)
+        trainer.epoch(tensors, truth, order, [config.learning_rate] * len(order))
 
     return run
 
 
 def epoch(options: argparse.Namespace) -> dict[str, object]:
+    from first_seed import SeedFusion
+
     from image_to_prompts.models import networks
 
     sizes = {
         name: sum(parameter.numel() for parameter in network(WIDTHS).parameters()) / 1e6
-        for name, network in {"the seed's loop": networks.SeedFusion, "ours": networks.Fusion}.items()
+        for name, network in {"the seed's loop": SeedFusion, "ours": networks.Fusion}.items()
     }
     print("parameters, millions:", {name: round(size, 1) for name, size in sizes.items()})
     seconds, memory = in_turns({"the seed's loop": (seeds_loop, (), {}), "ours": (ours, (), {})}, options.rounds)

@@ -84,6 +84,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
     from image_to_prompts.training import dataset, frozen_features, loop
+    from image_to_prompts.training import model as models
 
     progress.set_quiet(True)
     count = batch * accumulated
@@ -95,8 +96,8 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
         learning_rate=LEARNING_RATE,
         epochs=1000,
     )
-    accelerator = finetune.accelerator_for(config)
-    model, _ = finetune.build_model(backbones.describe(backbone, size), config, accelerator, pretrained=False)
+    accelerator = models.accelerator_for(True)
+    model, _ = models.build(backbones.describe(backbone, size), accelerator, pretrained=False)
     images, targets = data(count, size)
     trained = faster(model)
     if cached:
@@ -105,7 +106,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     every = np.arange(count)
     rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))
-    found = loop.Trainer(accelerator, model, trained, None, rows, config, Path())
+    found = loop.Trainer(accelerator, model, trained, None, rows, finetune.schedule(config), Path())
     backbones.set_training(trained, True)
     return found, images, torch.arange(count)
 
@@ -199,6 +200,7 @@ def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
     from image_to_prompts.training import dataset, frozen_features, loop
+    from image_to_prompts.training import model as models
 
     progress.set_quiet(True)
     with tempfile.TemporaryDirectory() as name:
@@ -212,15 +214,17 @@ def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
         epochs = {}
         for way in ("from files", "from memory", "cached features"):
             config = finetune.Config(epochs=1000, cache_features=way == "cached features")
-            accelerator = finetune.accelerator_for(config)
-            model, _ = finetune.build_model(backbones.describe(config.backbone, 224), config, accelerator)
+            accelerator = models.accelerator_for(True)
+            model, _ = models.build(backbones.describe(config.backbone, 224), accelerator)
             trained, source = faster(model), rows_images
             if way == "cached features":
-                _, source = frozen_features.features(model, rows_images, every, accelerator.device, config, folder)
+                _, source = frozen_features.features(model, rows_images, every, accelerator.device, folder, True)
                 trained = frozen_features.over_cache(model)
             elif way == "from memory":
                 source = InMemory(rows_images)
-            epochs[way] = loop.Trainer(accelerator, model, trained, source, rows, config, folder / way)
+            epochs[way] = loop.Trainer(
+                accelerator, model, trained, source, rows, finetune.schedule(config), folder / way
+            )
         seconds: dict[str, list[float]] = {way: [] for way in epochs}
         for number in range(options.rounds + 1):
             for way, ours in epochs.items():

@@ -67,7 +67,6 @@ def reference(backbone: str, size: int, batch: int, files: list[Path], as_jpeg: 
 
 
 def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
-    from image_to_prompts import infer
     from image_to_prompts.encode.backbone import BackboneEncoder
     from image_to_prompts.predict import predictors
     from image_to_prompts.run import progress
@@ -75,8 +74,8 @@ def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
     progress.set_quiet(True)
     loaded = checkpoint(backbone, size)
     predictor = predictors.Predictor(loaded.mean, [BackboneEncoder(loaded.model, loaded.spec)])
-    config = infer.Config(batch_size=batch, views=("whole",))
-    return lambda: predictors.predict(predictor, files, config)[0]
+    viewing = predictors.Viewing(batch, 0, ("whole",))
+    return lambda: predictors.predict(predictor, files, viewing)
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def main() -> None:
         checkpoints.save(
             folder / "checkpoint",
             model,
-            {"backbone": spec.to_dict(), "profile": "kaggle"},
+            {"backbone": spec.to_dict(), "profile": "full"},
             np.eye(384, dtype=np.float32)[0],
         )
         config = infer.Config(images=folder / "images", checkpoint=(folder / "checkpoint",), views=("whole",))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .pipeline import stage as stage_called
+from . import pipeline
 from .run.errors import UserError
-from .run.folders import Run, on_kaggle
+from .run.folders import Run, on_kaggle, profile_called
 
 
 @dataclass
@@ -19,7 +18,7 @@ class StageConfig:
     run: Path = Path("runs/default")
     """Folder in which every other path has its default."""
     profile: str = "embedded"
-    """`embedded` (stand-ins, any machine) or `kaggle` (the reference; GPU and weights)."""
+    """`embedded` (stand-ins, any machine) or `full` (the real models; weights, and a GPU or patience)."""
     quiet: bool = False
     """No progress bars."""
 
@@ -38,7 +37,7 @@ class StageConfig:
 # Only what differs from the dataclasses' own defaults, which are the embedded profile's.
 PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "embedded": {"dedupe": {"folds": 16}},
-    "kaggle": {
+    "full": {
         "generate": {"source": "magicprompt", "count": 100_000},
         "render": {"backend": "sd2", "per_tar": 1000},
         "finetune": {
@@ -91,7 +90,7 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
 
 def config_class(stage: str) -> type[StageConfig]:
     """The `Config` dataclass of a stage's module."""
-    return importlib.import_module(stage_called(stage).module).Config
+    return pipeline.load(f"{stage}:Config")
 
 
 def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
@@ -100,12 +99,13 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
     Args:
         stage: Name of the stage.
         run: The run's folder.
-        profile: `embedded` or `kaggle`.
+        profile: `embedded` or `full`.
         **overrides: Fields to set otherwise.
 
     Returns:
         The stage's `Config`.
     """
+    profile = profile_called(profile)
     values = {"run": run.folder, "profile": profile}
     values |= PROFILE_DEFAULTS[profile].get(stage, {}) | place_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

@@ -14,6 +14,8 @@ import pytest
 from before_house import make
 from safetensors.torch import load_file
 
+from image_to_prompts import cli
+
 THERE = Path(__file__).with_name("before_house")
 EXACT = ("base", "collect", "render-tar")  # what is an integer, a text, or drawn from a row's own seed
 
@@ -87,10 +89,19 @@ def test_finished_work_stays(name, place, packed):
     assert_taken_over(case, packed / "finished" / name / "run", name in EXACT)
 
 
-@pytest.mark.parametrize("path", sorted(THERE.glob("help/*.txt")), ids=lambda path: path.stem)
+HELP = [path for path in sorted(THERE.glob("help/*.txt")) if path.stem != "all" and (path.stem,) not in cli.REPLACED]
+REPLACED = {flag for _, *flags in cli.REPLACED for flag in (*flags, *(f"--no{flag[1:]}" for flag in flags))}
+
+
+@pytest.mark.parametrize("path", HELP, ids=lambda path: path.stem)
 def test_every_flag_is_still_there(path, command):
-    words = [] if path.stem == "all" else path.stem.replace("kaggle-", "kaggle ").split()
+    words = path.stem.replace("kaggle-", "kaggle ").split()
     code, out, _ = command(*words, "--help")
     assert code == 0
-    flags = set(re.findall(r"--[a-z][a-z-]+", path.read_text(encoding="utf-8")))
+    flags = set(re.findall(r"--[a-z][a-z-]+", path.read_text(encoding="utf-8"))) - REPLACED
     assert flags - set(re.findall(r"--[a-z][a-z-]+", out)) == set()
+
+
+@pytest.mark.parametrize("words", cli.REPLACED, ids=" ".join)
+def test_what_is_no_more_says_what_replaces_it(words, refused):
+    refused([*words, "10k"], f"{' '.join(words)}: was removed;", cli.REPLACED[words])

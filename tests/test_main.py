@@ -28,7 +28,7 @@ def test_help_imports_nothing_heavy(words):
 
 def test_help_shows_docstrings_and_the_profiles_defaults(command, tmp_path):
     _, embedded, _ = command("finetune", "--run", tmp_path / "r", "--help")
-    _, kaggle, _ = command("finetune", "--run", tmp_path / "r", "--profile", "kaggle", "--help")
+    _, kaggle, _ = command("finetune", "--run", tmp_path / "r", "--profile", "full", "--help")
     assert "tf_efficientnet_lite2" in embedded and "convnext_xxlarge" in kaggle
     assert "Fold that validates" in " ".join(embedded.split())
     assert not (tmp_path / "r").exists()
@@ -39,7 +39,7 @@ def test_unknown_words_are_refused_in_one_line(refused, tmp_path):
     refused(["generate", "--count", "many", "--run", tmp_path], "--count")
     refused(["generate", "--source", "oracle", "--run", tmp_path], "oracle", "grammar")
     refused(["generate", "--colour", "red", "--run", tmp_path], "--colour")
-    refused(["generate", "--profile", "cloud", "--run", tmp_path], "unknown profile 'cloud'", "embedded, kaggle")
+    refused(["generate", "--profile", "cloud", "--run", tmp_path], "unknown profile 'cloud'", "embedded, full")
     refused(["dedupe", "--prompts", tmp_path / "none.csv", "--run", tmp_path / "r"], "none.csv", "no such file")
 
 
@@ -56,8 +56,10 @@ def test_profile_is_stored_and_an_explicit_one_wins(command, tmp_path, monkeypat
     assert json.loads((folder / "run.json").read_text()) == {"profile": "embedded"}
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert folders.profile_of(folder) == "embedded"
-    assert folders.profile_of(folder, "kaggle") == "kaggle"
-    assert folders.profile_of(tmp_path / "new") == "kaggle"
+    assert folders.profile_of(folder, "full") == "full"
+    assert folders.profile_of(tmp_path / "new") == "full"
+    (folder / "run.json").write_text('{"profile": "kaggle"}')  # as version 0.1 named it
+    assert folders.profile_of(folder) == folders.profile_of(folder, "kaggle") == "full"
     (folder / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="not a run file"):
         folders.profile_of(folder)
@@ -141,5 +143,5 @@ def test_a_stage_has_a_heading(command, tmp_path):
 
 
 def test_all_missing_weights_are_told_at_once(refused, small_run, tmp_path):
-    words = ["embed", "--run", tmp_path, "--images", small_run.images, "--profile", "kaggle"]
+    words = ["embed", "--run", tmp_path, "--images", small_run.images, "--profile", "full"]
     refused(words, "ViT-B-32-quickgelu", "convnext-tiny-224", "blip-large", "ViT-H-14")

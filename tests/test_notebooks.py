@@ -86,7 +86,7 @@ def test_generate_and_render_run_on_the_kaggle_profile(tiny_gpt2, tiny_sd2, tmp_
     shutil.copytree(tiny_sd2, mounted / "models" / "stabilityai" / "stable-diffusion-v2" / "pytorch" / "1" / "1")
     monkeypatch.setenv("IMAGE_TO_PROMPTS_KAGGLE_INPUT", str(mounted))
     run = folders.Run(tmp_path / "working")
-    values = {"run_folder": str(run.folder), "profile": "kaggle"}
+    values = {"run_folder": str(run.folder), "profile": "full"}
 
     written = build.execute("01_generate_prompts", tmp_path / "01.ipynb", {**values, "count": 300}, tmp_path)
     prompts = metadata.read(run.prompts)

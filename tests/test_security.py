@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +24,9 @@ from image_to_prompts.models import backbones, checkpoints, weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import loop
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import first_seed
 
 
 class Evil:
@@ -69,8 +73,9 @@ def test_weights_are_not_unpickled(suffix, tmp_path, marker):
 
 def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small_embeddings, refused):
     file = evil_weights(tmp_path / "published.ckpt", marker)
-    for words in ((), ("--ensemble",)):
-        refused(["import-checkpoint", file, "--out", tmp_path / "out", *words], "published.ckpt")
+    refused(["import-checkpoint", file, "--out", tmp_path / "out"], "published.ckpt")
+    with pytest.raises(UserError, match=r"published\.ckpt"):
+        first_seed.import_checkpoint(file, tmp_path / "out")
     assert loop.read_state(evil_weights(tmp_path / "state.pt", marker), "cpu") is None
     folder = tmp_path / "e"
     shutil.copytree(small_embeddings, folder)
@@ -80,7 +85,7 @@ def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small
         embeddings.load(folder)
     (tmp_path / "names.txt").write_text("a.png\n")
     with pytest.raises(UserError, match=r"prompt\.npy"):
-        embeddings.import_bare({"prompt": folder / "prompt.npy"}, tmp_path / "names.txt", tmp_path / "out")
+        first_seed.import_embeddings((folder / "prompt.npy",), tmp_path / "names.txt", tmp_path / "out")
     spec = backbones.describe("timm:tf_efficientnet_lite2", 64)
     with pytest.raises(UserError):
         checkpoints.import_reference(file, spec, tmp_path / "out")

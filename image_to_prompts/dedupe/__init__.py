@@ -25,7 +25,7 @@ from ..models import text_encoder
 from ..profiles import StageConfig
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
-from ..run.files import Stamp, alone, writing
+from ..run.resume import Stamp, alone, writing
 from ..search.groups import with_groups
 from . import pictures
 from .result import BLOCK, Result, dedupe

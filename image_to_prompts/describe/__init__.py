@@ -13,22 +13,17 @@ image a line. In Python:
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import logging
-import os
 import sys
 import tempfile
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import quote_from_bytes
+from typing import Annotated, Literal
 
 import numpy as np
-import pandas as pd
 import tyro
 from PIL import Image
 
@@ -42,8 +37,10 @@ from ..profiles import StageConfig
 from ..run import archives
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
-from ..run.files import alone, append_line, make_folder, read_journal, sha256, shown, write_text
+from ..run.files import make_folder, shown
 from ..run.folders import Run, default_run, profile_of
+from ..run.resume import alone, fingerprint
+from .outputs import Description, Outputs, check_places, table
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
@@ -81,27 +78,6 @@ class Config(StageConfig):
     """Images at once."""
     loader_workers: int = 0
     """Threads that decode images; 0: one a core."""
-
-
-@dataclass(frozen=True)
-class Description:
-    """What was found out about an image.
-
-    Attributes:
-        path: The image.
-        prompt: Its prompt; "" if it cannot be read.
-        cosine: Of the prompt's embedding with the predicted one; None without a checkpoint.
-        nearest: The nearest known prompts with their cosines, best first.
-        error: Why it cannot be read; "" if it can.
-        vector: float32 (384,), the predicted embedding; None in what `run` returns, which keeps texts alone.
-    """
-
-    path: Path
-    prompt: str
-    cosine: float | None = None
-    nearest: tuple[tuple[str, float], ...] = ()
-    error: str = ""
-    vector: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 class Describer:
@@ -157,8 +133,8 @@ class Describer:
             if seen.vectors.shape[1] == 1:  # none can be read
                 return np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32), [""] * len(files)
             return seen.vectors, seen.texts
-        options = infer.Config(batch_size=config.batch_size, views=config.views, loader_workers=config.loader_workers)
-        seen = [predictors.predict(predictor, files, options)[0] for predictor in self.predictors]
+        viewing = predictors.Viewing(config.batch_size, config.loader_workers, config.views)
+        seen = [predictors.predict(predictor, files, viewing) for predictor in self.predictors]
         return metrics.blend(seen, self.weights), []
 
 
@@ -206,7 +182,7 @@ def describe(image: str | Path | Image.Image, run: str | Path | None = None, pro
     Args:
         image: A file, or an image in memory.
         run: Folder of the run whose checkpoints to use; left out: the default one.
-        profile: `embedded` or `kaggle`; left out: the run's own.
+        profile: `embedded` or `full`; left out: the run's own.
 
     Raises:
         UserError: If the image is not there or cannot be read, or see `Describer`.
@@ -249,28 +225,29 @@ def run(config: Config) -> list[Description]:
     config.at_least(0, "loader_workers")
     files = _files(config.paths)
     if config.txt:
-        _check_places(files)
+        check_places(files)
     with alone(config.run / "described"):
         return _run(config, files)
 
 
+def printed(found: list[Description]) -> str:
+    """What the command line prints: an image and its prompt a line."""
+    return "\n".join(f"{shown(one.path)}\t{one.prompt}" for one in found)
+
+
 def _run(config: Config, files: list[Path]) -> list[Description]:
-    outputs = _Outputs(make_folder(config.run / "described"), config.overwrite)
+    outputs = Outputs(make_folder(config.run / "described"), _fingerprint(config), config.overwrite)
     if config.out:
         if any(path.exists() and config.out.exists() and path.samefile(config.out) for path in sources(config)[1]):
             raise UserError(f"{config.out}: is read here; choose another --out")
         outputs.check(config.out)
-    fingerprint = _fingerprint(config)
-    done = _done(outputs.folder, fingerprint)
-    keys = [_key(file) for file in files]
     rank, processes = rank_and_processes()
-    journal = outputs.folder / f".{fingerprint}.{rank}.jsonl"
-    _work(config, files[rank::processes], keys[rank::processes], done, journal, outputs)
-    share = [_cut(file, done[key], config.top) for file, key in list(zip(files, keys, strict=True))[rank::processes]]
-    found = gather(share, len(files))
+    mine = files[rank::processes]
+    _work(config, mine, outputs)
+    found = gather([outputs.of(file, config.top) for file in mine], len(files))
     if config.out and rank == 0:
         outputs.check(config.out)  # hours may have passed
-        outputs.write(config.out, _table(found, config))
+        outputs.write(config.out, table(found, config.out, config.top))
     broken = [one for one in found if one.error]
     for one in broken:
         log.warning("%s", one.error)
@@ -278,48 +255,24 @@ def _run(config: Config, files: list[Path]) -> list[Description]:
     return found
 
 
-def _cut(file: Path, record: dict[str, Any], top: int) -> Description:
-    return Description(file, **{**record, "nearest": record["nearest"][:top]})
-
-
-def _work(
-    config: Config, files: list[Path], keys: list[str], done: dict[str, Any], journal: Path, outputs: _Outputs
-) -> None:
+def _work(config: Config, files: list[Path], outputs: Outputs) -> None:
     """Describes what is not done, block by block; writes the text files of all."""
     from ..run.progress import progress_to
     from . import compose
 
-    todo = [row for row, key in enumerate(keys) if key not in done]
+    known = [outputs.of(file, config.top) for file in files]
+    todo = [file for file, one in zip(files, known, strict=True) if not one]
     describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None
     gc.freeze()  # accelerate collects garbage before each block: .3 s, were it to look at all that was loaded
-    stay = []
-    if config.txt:
-        stay += filter(None, [outputs.beside(f, done[key]) for f, key in zip(files, keys, strict=True) if key in done])
+    stay = [outputs.beside(one) for one in known if one and config.txt]
     with progress_to(len(files), "describe", len(files) - len(todo)) as advance:
         for start in range(0, len(todo), BLOCK):
-            block = todo[start : start + BLOCK]
-            records = []
-            for row, one in zip(block, describer.describe([files[row] for row in block]), strict=True):
-                found = {"prompt": one.prompt, "cosine": one.cosine, "nearest": one.nearest, "error": one.error}
-                records.append({"key": keys[row], **found})
-                done[keys[row]] = found
-            append_line(journal, *records)  # all at once, so that a resumed run cuts the rest into the same blocks
-            if config.txt:
-                stay += filter(None, [outputs.beside(files[row], done[keys[row]]) for row in block])
-            advance(len(block))
-    for path in stay:
+            found = describer.describe(todo[start : start + BLOCK])
+            outputs.keep(found)
+            stay += [outputs.beside(one) for one in found if config.txt]
+            advance(len(found))
+    for path in filter(None, stay):
         log.warning("%s: not from here, or edited: it stays; --overwrite replaces it", shown(path))
-
-
-def _check_places(files: list[Path]) -> None:
-    """Refuses images beside which no .txt of their own can lie; raises UserError."""
-    places: dict[Path, Path] = {}
-    for file in files:
-        if archives.is_member(file):
-            raise UserError(f"{shown(file)}: --txt has no place beside an image in an archive; use --out")
-        other = places.setdefault(file.with_suffix(".txt"), file)
-        if other != file:
-            raise UserError(f"{shown(file)}: --txt would write the same file as for {other.name}; use --out")
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:
@@ -340,98 +293,17 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _key(file: Path) -> str:
-    return json.dumps([str(file.absolute()), *archives.stat(file)])
-
-
 def _fingerprint(config: Config) -> str:
     """Tells descriptions from those of other settings, checkpoints, known prompts, vocabularies and code."""
     from . import compose
 
     folders, csvs = sources(config)
     names = ("model.safetensors", "config.json", "validation.safetensors")  # the last one decides the blend's weights
-    inputs = [folder / name for folder in folders for name in names] + csvs
-    kept = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
-    kept |= {"method": METHOD, "top": max(config.top, compose.NEIGHBOURS)}
-    kept |= {
-        "phrases": compose.phrases_in(config.vocabulary),
-        "encoder": weights.digest(weights.locate(text_encoder.NAME)),
-    }
-    text = json.dumps([kept, [sha256(path) if path.is_file() else "" for path in inputs]])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _done(folder: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    records = [record for path in sorted(folder.glob(f".{fingerprint}.*.jsonl")) for record in read_journal(path)]
-    for record in records:
-        record["nearest"] = tuple((prompt, cosine) for prompt, cosine in record["nearest"])
-    return {record.pop("key"): record for record in records if not record["error"]}  # others may have been mended
-
-
-def _table(found: list[Description], config: Config) -> str:
-    """The text of the table."""
-    if config.out.suffix.lower() == ".jsonl":
-        rows = [{"image": shown(one.path), **asdict(one)} for one in found]
-        for row in rows:
-            del row["path"], row["vector"]
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    frame = pd.DataFrame({"image": [shown(one.path) for one in found], "prompt": [one.prompt for one in found]})
-    frame["cosine"] = [one.cosine for one in found]
-    for number in range(config.top):
-        some = [one.nearest[number] if number < len(one.nearest) else ("", None) for one in found]
-        frame[f"nearest_{number + 1}"] = [prompt for prompt, _ in some]
-        frame[f"cosine_{number + 1}"] = [cosine for _, cosine in some]
-    frame["error"] = [one.error for one in found]
-    return frame.to_csv(index=False, lineterminator="\n")
-
-
-class _Outputs:
-    """Files that were written from here, by their hash, so that those of others and edited ones are not replaced."""
-
-    def __init__(self, folder: Path, overwrite: bool) -> None:
-        self.folder, self.overwrite = folder, overwrite
-        self.journal = folder / ".written.jsonl"
-        self.written = {(record["path"], record["sha256"]) for record in read_journal(self.journal)}
-
-    def _name(self, path: Path) -> str:
-        """A path as seen from the run, which may be moved with what is in it; any bytes may be in it."""
-        return quote_from_bytes(os.fsencode(os.path.relpath(path.absolute(), self.folder.absolute())))
-
-    def is_ours(self, path: Path) -> bool:
-        """Whether nothing is there, or what was written from here."""
-        return not path.exists() or (path.is_file() and (self._name(path), sha256(path)) in self.written)
-
-    def check(self, path: Path) -> None:
-        """Raises UserError where a file cannot or must not be written."""
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give a file")
-        if not self.overwrite and not self.is_ours(path):
-            raise UserError(f"{path}: is not from here or was edited; give another --out, or --overwrite to replace it")
-        make_folder(path.parent)
-        try:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written here ({error.strerror}); give another path") from error
-
-    def write(self, path: Path, text: str) -> None:
-        """Writes a text atomically, after its hash."""
-        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        name = self._name(path)
-        if (name, digest) not in self.written:
-            append_line(self.journal, {"path": name, "sha256": digest})
-            self.written.add((name, digest))
-        write_text(path, text)
-
-    def beside(self, file: Path, record: dict[str, Any]) -> Path | None:
-        """Writes the prompt of an image beside it; returns the file that is in the way, if one is."""
-        path, text = file.with_suffix(".txt"), record["prompt"] + "\n"
-        if record["error"] or (path.is_file() and path.read_bytes() == text.encode("utf-8")):
-            return None
-        if path.is_dir() or (not self.overwrite and not self.is_ours(path)):
-            return path
-        self.write(path, text)
-        return None
+    settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
+    settings |= {"method": METHOD, "top": max(config.top, compose.NEIGHBOURS)}
+    settings["phrases"] = compose.phrases_in(config.vocabulary)
+    settings["encoder"] = weights.digest(weights.locate(text_encoder.NAME))
+    return fingerprint(settings, [*(folder / name for folder in folders for name in names), *csvs])[:16]
 
 
 # `from image_to_prompts import describe` gives this module; called, it describes one image.

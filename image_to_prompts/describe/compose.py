@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from .. import pipeline
 from ..data import terms
 from ..generate.rules import artists as without_artists
 from ..models import text_encoder
@@ -78,9 +79,7 @@ def vocabulary(folder: Path | None = None, artists: bool = True) -> Vocabulary:
 
 def phrases_in(folder: Path | None, artists: bool = True) -> list[str]:
     """The phrases of `vocabulary`, none twice; arguments and errors as there."""
-    from ..embedded import grammar
-
-    own = terms.read(folder, artists, {"subjects": list(grammar.vocabulary())})
+    own = terms.read(folder, artists, {"subjects": list(pipeline.embedded("subjects")())})
     own["flavors"] = own["flavors"][:MODIFIERS]
     kinds = ("subjects", "mediums", "movements", "flavors", "artists")
     return list(dict.fromkeys(phrase for kind in kinds for phrase in own[kind]))

@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from .. import profiles
+from .. import pipeline, profiles
 from ..data import metadata
-from ..embedded import scenes
 from ..models import text_encoder
 from ..render.store import Row
 from ..run import folders
@@ -49,7 +48,7 @@ class Config:
     run: Path = Path("runs/default")
     """Run whose checkpoints and known prompts to use."""
     profile: str = "embedded"
-    """`embedded` or `kaggle`; left out: the run's own."""
+    """`embedded` or `full`; left out: the run's own."""
     host: str = "127.0.0.1"
     """Address to answer on; 0.0.0.0 lets others in, without any password."""
     port: int = 7860
@@ -78,8 +77,8 @@ def check_upload(path: Path) -> None:
 
 
 def painter(profile: str) -> Callable[[str], Image.Image]:
-    """What draws a prompt: in the profile `kaggle` Stable Diffusion 2 if its weights are at hand, else scenes."""
-    if profile == "kaggle":
+    """What draws a prompt: in the profile `full` Stable Diffusion 2 if its weights are at hand, else scenes."""
+    if profile == "full":
         from ..render.stable_diffusion import StableDiffusionBackend
 
         try:
@@ -89,7 +88,8 @@ def painter(profile: str) -> Callable[[str], Image.Image]:
             log.warning("embedded scenes instead of Stable Diffusion 2: %s", error)
         else:
             return lambda prompt: backend.render([Row(0, "", prompt, _seed(prompt), "")])[0][0]
-    return lambda prompt: scenes.picture(prompt, _seed(prompt))[0]
+    picture = pipeline.embedded("picture")
+    return lambda prompt: picture(prompt, _seed(prompt))[0]
 
 
 def _seed(prompt: str) -> int:
@@ -217,6 +217,12 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too
         blocks.block_thread()
     return blocks
+
+
+def run(config: Config) -> str:
+    """Runs the command: see `launch`."""
+    launch(config)
+    return ""
 
 
 def _check_address(host: str, port: int) -> None:

@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file
 
 from ..data import images
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoded
 from ..models import text_encoder, weights
 from ..profiles import StageConfig
-from ..run.devices import process_state, rank_and_processes, wait_for_files
+from ..run import resume
+from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
-from ..run.files import Stamp, alone, is_sealed, seal, write_array, write_json
+from ..run.resume import Stamp, alone
 from ..training import dataset
 
 log = logging.getLogger(__name__)
@@ -103,9 +105,9 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
     stamp.claim(outputs)
     work = stamp.work_folder()
     built = _build(config)
-    _encode_blocks(built, files, config, work)
+    blocks = _blocks(built, files, config, work)
     if process_state().is_main_process:
-        encoded = _joined_blocks(len(built), len(files), work)
+        encoded = _joined(blocks, len(files), len(built))
         if np.isnan(encoded[0].vectors).all():
             raise UserError("no image can be read; check --images")
         _write(rows, slugs, built, encoded, config.out)
@@ -147,53 +149,27 @@ def _start(config: Config, built: list[encoders.Encoder] | None = None) -> Calla
     return lambda files: show(files, "whole")
 
 
-def _encode_blocks(built: list[encoders.Encoder], files: list[Path], config: Config, work: Path) -> None:
-    """Writes what each encoder makes of the files in blocks of 512, which a resumed run finds there.
-
-    Processes share the blocks.
-    """
-    rank, processes = rank_and_processes()
-    every = range(0, len(files), BLOCK)
-    starts = [first for first in every[rank::processes] if not _is_done(work, first, len(built))]
+def _blocks(built: list[encoders.Encoder], files: list[Path], config: Config, work: Path) -> list[Path]:
+    """Files of what each encoder makes of 512 images each, which a later run finds in `work`; processes share them."""
     start = partial(_start, config, built if config.engine == "local" else None)
-    found = over_blocks(config, start, (files[first : first + BLOCK] for first in starts))
-    for first, block in zip(starts, found, strict=True):
-        texts, arrays = _block_files(work, first, len(built))
-        for array, one in zip(arrays, block, strict=True):
-            write_array(array, one.vectors)
-        write_json(texts, [one.texts for one in block])
-        seal(texts, *arrays)
-    wait_for_files([_block_files(work, first, len(built))[0] for first in every])
+
+    def make(blocks: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
+        for found in over_blocks(config, start, (files[rows.start : rows.stop] for rows in blocks)):
+            texts = json.dumps([one.texts for one in found]).encode()
+            yield {"texts": np.frombuffer(texts, np.uint8), **{str(i): one.vectors for i, one in enumerate(found)}}
+
+    return resume.blocks(work, len(files), BLOCK, make)
 
 
-def _joined_blocks(encoders: int, count: int, work: Path) -> list[Encoded]:
-    """What `_encode_blocks` wrote, for each encoder."""
-    parts: list[list[Encoded]] = [[] for _ in range(encoders)]
-    for start in range(0, count, BLOCK):
-        texts, arrays = _block_files(work, start, encoders)
-        said = json.loads(texts.read_text(encoding="utf-8"))
-        for part, array, one in zip(parts, arrays, said, strict=True):
-            part.append(Encoded(np.load(array, mmap_mode="r"), one))
-    return [_joined(part) for part in parts]
-
-
-def _is_done(work: Path, start: int, encoders: int) -> bool:
-    texts, arrays = _block_files(work, start, encoders)
-    return is_sealed(texts, *arrays)
-
-
-def _block_files(work: Path, start: int, encoders: int) -> tuple[Path, list[Path]]:
-    arrays = [work / f"vectors-{number}-{start:09d}.npy" for number in range(encoders)]
-    return work / f"texts-{start:09d}.json", arrays
-
-
-def _joined(blocks: list[Encoded]) -> Encoded:
-    width = max(block.vectors.shape[1] for block in blocks)  # 1 where no image of a block can be read
-    count = sum(len(block.vectors) for block in blocks)
-    vectors, texts, start = np.full((count, width), np.nan, np.float32), [""] * count, 0
-    for block in blocks:
-        end = start + len(block.vectors)
-        vectors[start:end] = block.vectors
-        texts[start:end] = block.texts or [""] * len(block.vectors)
-        start = end
-    return Encoded(vectors, texts if any(block.texts for block in blocks) else None)
+def _joined(blocks: list[Path], count: int, encoders: int) -> list[Encoded]:
+    """What `_blocks` wrote of `count` images, for each encoder."""
+    found = [Encoded(np.full((count, 1), np.nan, np.float32), []) for _ in range(encoders)]
+    for start, file in zip(range(0, count, BLOCK), blocks, strict=True):
+        block = load_file(file)
+        for number, texts in enumerate(json.loads(block["texts"].tobytes())):
+            one, vectors = found[number], block[str(number)]
+            if vectors.shape[1] > one.vectors.shape[1]:  # 1 where no image of a block can be read
+                one.vectors = np.full((count, vectors.shape[1]), np.nan, np.float32)
+            one.vectors[start : start + len(vectors)] = vectors
+            one.texts += texts or [""] * len(vectors)
+    return [replace(one, texts=one.texts if any(one.texts) else None) for one in found]

@@ -24,8 +24,9 @@ from ..data import metadata, pictures
 from ..models import checkpoints, metrics, text_encoder
 from ..pipeline import announce
 from ..run.errors import UserError
-from ..run.files import Stamp, write_json
+from ..run.files import write_json
 from ..run.folders import Run, open_run, profile_of
+from ..run.resume import Stamp
 from ..training import frozen_features
 from .ceiling import ceiling_score, skill
 

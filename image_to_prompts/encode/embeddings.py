@@ -1,7 +1,6 @@
 """Arrays of embeddings on disk: `<name>.npy` float32 (n, d), its rows named in `<name>.names.csv`.
 
-How an array was made stands in `<name>.json`. Arrays are joined by name, never by order. `import_bare` and
-`export_bare` know the first seed's layout: bare arrays, their rows sorted by image file name.
+How an array was made stands in `<name>.json`. Arrays are joined by name, never by order.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from ..data import metadata
-from ..models.text_encoder import DIMENSION
 from ..run.errors import UserError
-from ..run.files import check_whole, write_array, write_json, write_text, writing
+from ..run.files import write_array, write_json
+from ..run.resume import check_whole
 
 PROMPTS = "prompt"  # name of the prompts' own embeddings
 ENDS = (".npy", ".names.csv", ".json")
@@ -123,75 +122,3 @@ def load(folder: Path, names: Sequence[str] = ()) -> Table:
         kept = kept.assign(fold=pd.to_numeric(kept["fold"], errors="coerce"))
     kept = kept[some].reset_index(drop=True)
     return Table(kept, {name: vectors[some] for name, vectors in found.items()}, targets[some], about)
-
-
-def import_bare(files: dict[str, Path], listing: Path, out: Path) -> dict[str, tuple[int, ...]]:
-    """Takes over bare arrays, whose rows are in the order of a list of images.
-
-    Args:
-        files: By name, `.npy` files; the one called `prompt` holds the prompts' embeddings.
-        listing: Text file with the image name of each row, or a metadata CSV.
-        out: Folder to write.
-
-    Returns:
-        Rows and width of each array.
-
-    Raises:
-        UserError: If a file is no array of so many finite rows, or a name stands twice.
-    """
-    if listing.suffix == ".csv":
-        names = metadata.read_table(listing, ("image_name",))
-    else:
-        try:
-            names = pd.DataFrame({"image_name": listing.read_text(encoding="utf-8").splitlines()})
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{listing}: cannot be read: {error}; give the list of the arrays' images") from error
-    names = names[[column for column in KEPT if column in names]]
-    metadata.check_names(names, listing)
-    arrays = {}
-    for name, path in files.items():
-        try:
-            arrays[name] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path}: not a .npy array: {error}; give the seed's own file") from error
-        shape = arrays[name].shape
-        if len(shape) != 2 or shape[0] != len(names):
-            raise UserError(f"{path}: shape {shape} for a list of {len(names)} images; correct --list")
-        if name == PROMPTS and shape[1] != DIMENSION:
-            raise UserError(f"{path}: {shape[1]} numbers a row; all-MiniLM-L6-v2's embeddings have {DIMENSION}")
-        bad = np.flatnonzero(~np.isfinite(arrays[name]).all(1))
-        if len(bad):
-            image = names["image_name"].iloc[bad[0]]
-            raise UserError(f"{path}: row {bad[0] + 1} ({image}) is not finite; embed this image again")
-    outputs = [out / f"{name}{end}" for name in files for end in ENDS]
-    with writing(out / ".import.done", "import-embeddings", outputs, [*files.values(), listing]):
-        for name, vectors in arrays.items():
-            write(
-                out, name, vectors, names if name == PROMPTS else names[["image_name"]], {"imported": files[name].name}
-            )
-    return {name: vectors.shape for name, vectors in arrays.items()}
-
-
-def export_bare(folder: Path, out: Path) -> dict[str, tuple[int, ...]]:
-    """Writes the arrays of a folder as bare ones, rows sorted by image name, with the list as `images.txt`.
-
-    Returns:
-        Rows and width of each array.
-
-    Raises:
-        UserError: As `load`, or if an array lacks an image that another one has.
-    """
-    table = load(folder)
-    for name, vectors in table.arrays.items():
-        missing = np.flatnonzero(np.isnan(vectors[:, 0]))
-        if len(missing):
-            raise UserError(f"{folder / name}.npy: no row for {table.frame['image_name'][missing[0]]}; embed it again")
-    order = np.argsort(table.frame["image_name"].to_numpy(str), kind="stable")
-    every = {**table.arrays, PROMPTS: table.targets}
-    reads = [folder / f"{name}.npy" for name in every]
-    outputs = [*(out / f"{name}.npy" for name in every), out / "images.txt"]
-    with writing(out / ".export.done", "export-embeddings", outputs, reads):
-        for name, vectors in every.items():
-            write_array(out / f"{name}.npy", vectors[order])
-        write_text(out / "images.txt", "\n".join(table.frame["image_name"].to_numpy(str)[order]) + "\n")
-    return {name: vectors.shape for name, vectors in every.items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .. import pipeline
 from ..data.images import Fit, FittedRows, load
 from ..models import text_encoder
 from ..run.devices import local_device
@@ -67,7 +68,6 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     Raises:
         UserError: If the name is unknown, or the weights are nowhere or damaged.
     """
-    from ..embedded import classes
     from ..models import backbones
     from . import interrogator
     from .backbone import BackboneEncoder
@@ -75,7 +75,7 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     if name == "interrogator":  # its models look at images of their own sizes
         return interrogator.load(**settings)
     if name == "classes":
-        return classes.ClassInterrogator(image_size)
+        return pipeline.embedded("classes")(image_size)
     return BackboneEncoder.pretrained(backbones.describe(name, image_size))
 
 

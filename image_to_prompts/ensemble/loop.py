@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,16 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models import metrics
+from ..models.ensemble import half_precision, predict
 from ..run.devices import mixed_precision, process_state
 from ..run.progress import progress_to
 from ..training.dataset import Rows
 from ..training.loop import batches, has_stalled, learning_rate_factor, read_state, save_state
 
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
-WEIGHT_DECAY, AT_ONCE = 1e-4, 1024
+WEIGHT_DECAY = 1e-4
 WARM_UP = 50  # steps
 
 
@@ -37,14 +36,6 @@ class Settings:
     patience: int
     seed: int
     save_minutes: float = 10.0
-
-
-@contextlib.contextmanager
-def _precision(device: torch.device) -> Iterator[None]:
-    """bf16 where the hardware has it, else float32; attention among a few embeddings needs no flash kernel."""
-    half = torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision(device) == "bf16")
-    with half, sdpa_kernel(SDPBackend.MATH):
-        yield
 
 
 class Trainer:
@@ -93,7 +84,7 @@ class Trainer:
                 with torch.no_grad():
                     torch._foreach_copy_(within, own)
             index = torch.from_numpy(batch).to(self._device)
-            with _precision(self._device):
+            with half_precision(self._device):
                 predicted = self._within([tensor[index] for tensor in tensors])
             loss = 1 - nn.functional.cosine_similarity(predicted.float(), targets[index]).mean()
             loss.backward()
@@ -104,23 +95,6 @@ class Trainer:
             self.optimizer.zero_grad()
             losses.append(loss.detach())
         return torch.stack(losses).mean().item()
-
-
-def predict(network: nn.Module, arrays: list[np.ndarray], batch_size: int = AT_ONCE) -> np.ndarray:
-    """Predictions for embeddings, float32 (n, 384).
-
-    Args:
-        network: From `networks.build`, in eval mode.
-        arrays: float32 (n, d), one an embedding.
-        batch_size: Rows at once; the published network's answers depend on it.
-    """
-    device = next(network.parameters()).device
-    found = []
-    with torch.inference_mode(), _precision(device):
-        for start in range(0, len(arrays[0]), batch_size):
-            part = [torch.from_numpy(array[start : start + batch_size]).to(device) for array in arrays]
-            found.append(network(part).float().cpu().numpy())
-    return np.concatenate(found)
 
 
 def fit(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,16 +22,19 @@ from ..data import metadata
 from ..data.images import ImageRows, contents, tell_broken
 from ..models import backbones, checkpoints, metrics, text_encoder
 from ..profiles import StageConfig
-from ..run.devices import gather, mixed_precision, only_cpus, process_state, rank_and_processes, type_of
+from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
-from ..run.files import Stamp, alone, atomic_path, sha256
+from ..run.files import atomic_path, sha256
 from ..run.folders import LAST, MANIFEST, kaggle_inputs
+from ..run.resume import Stamp, alone
 from ..training import by_source, dataset, frozen_features, loop
+from ..training import model as models
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import nn
+
+    from . import dry_run
 
 log = logging.getLogger(__name__)
 LOOSE = ("out", "metadata", "images", "loader_workers", "dry_run", "micro_batch", "max_hours", "save_minutes")
@@ -166,6 +169,28 @@ def parse_weights(words: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
+def schedule(config: Config) -> loop.Schedule:
+    """What the training loop takes of the settings."""
+    return loop.Schedule(**{field.name: getattr(config, field.name) for field in fields(loop.Schedule)})
+
+
+def plan(config: Config) -> dry_run.Plan:
+    """What training would need and take; images need not be there, the metadata must.
+
+    Raises:
+        UserError: On an unknown backbone or bad metadata.
+    """
+    from . import dry_run
+
+    frames = map(metadata.read, dataset.tables(config.metadata, config.images))
+    # A table without folds gets eight from `dataset.split`.
+    rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
+    return dry_run.make(
+        *(backbones.describe(config.backbone, config.image_size), rows, schedule(config)),
+        *(config.precision == "auto", config.cache_features, config.grad_checkpointing),
+    )
+
+
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage; also under `accelerate launch`.
 
@@ -178,9 +203,7 @@ def run(config: Config) -> pd.DataFrame:
     """
     _check(config)
     if config.dry_run:
-        from . import dry_run
-
-        planned = dry_run.make(config)
+        planned = plan(config)
         log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
         return pd.DataFrame(columns=COLUMNS)
     with alone(config.out):
@@ -214,13 +237,18 @@ def _train(config: Config) -> pd.DataFrame:
     rows = dataset.split(loaded, targets, config.fold, config.leave_out, parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
-    accelerator = accelerator_for(config)
-    device, mixed = accelerator.device, config.precision == "auto"
-    model, trained_names = build_model(spec, config, accelerator)
+    mixed = config.precision == "auto"
+    accelerator = models.accelerator_for(mixed)
+    device = accelerator.device
+    model, trained_names = models.build(
+        spec, accelerator, config.seed, config.init, config.weights, grad_checkpointing=config.grad_checkpointing
+    )
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     wanted = np.concatenate([sample, rows.valid])
-    features, cached = frozen_features.features(model, images, wanted, device, config, work)
+    features, cached = frozen_features.features(
+        model, images, wanted, device, work, config.cache_features, mixed, config.loader_workers
+    )
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
     if accelerator.is_main_process:
         tell_broken(told, "left out")
@@ -240,7 +268,7 @@ def _train(config: Config) -> pd.DataFrame:
     if accelerator.is_main_process:
         adopt(state)
     accelerator.wait_for_everyone()
-    trainer = loop.Trainer(accelerator, model, trained, training_images, rows, config, state)
+    trainer = loop.Trainer(accelerator, model, trained, training_images, rows, schedule(config), state)
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,
@@ -319,45 +347,3 @@ def adopt(state: Path) -> None:
         for file in sorted(files, key=lambda file: file == earlier):  # the state last: it says that the rest is there
             with atomic_path(state.with_name(file.name)) as part:
                 shutil.copyfile(file, part)
-
-
-def accelerator_for(config: Config) -> Accelerator:
-    """The device or devices, in the precision asked for."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # a notebook may train twice in one process, in different precisions
-    precision = mixed_precision(process_state().device) if config.precision == "auto" else "no"
-    return Accelerator(cpu=only_cpus(), mixed_precision=precision)
-
-
-def build_model(
-    spec: backbones.Spec, config: Config, accelerator: Accelerator, pretrained: bool = True
-) -> tuple[nn.Module, list[str]]:
-    """The model on the device, its last quarter unfrozen, frozen matrices in the type of mixed precision.
-
-    Args:
-        spec: Its backbone.
-        config: Weights or checkpoint to start from, gradient checkpointing.
-        accelerator: Device and precision.
-        pretrained: Whether to load weights.
-
-    Returns:
-        The model, and the names of the backbone's parameters that train.
-
-    Raises:
-        UserError: If the weights are nowhere or of another shape.
-    """
-    import torch
-
-    torch.manual_seed(config.seed)
-    model = checkpoints.build(spec)
-    if pretrained and config.init is None:
-        backbones.load_pretrained(model.backbone, spec, config.weights)
-    elif pretrained:
-        checkpoints.initialise(model, spec, config.init)
-    names = backbones.unfreeze_last_quarter(model.backbone)
-    backbones.half_frozen(model, type_of(accelerator.mixed_precision))
-    if config.grad_checkpointing:
-        model.backbone.set_grad_checkpointing(True)
-    return model.to(accelerator.device), names

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .. import finetune
-from ..data import metadata
 from ..models import backbones, metrics
 from ..models.text_encoder import DIMENSION
 from ..run.devices import rank_and_processes
 from ..run.progress import short
 from ..training import dataset, frozen_features, loop
+from ..training import model as models
 
 if TYPE_CHECKING:
     import torch
@@ -110,43 +109,37 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def train_rows(config: finetune.Config) -> int:
-    """Rows that would train; where a table has no folds, seven of eight, as `dataset.split` makes eight."""
-    count = 0
-    for csv in dataset.tables(config.metadata, config.images):
-        frame = metadata.read(csv)
-        count += int((frame["fold"] != config.fold).sum()) if "fold" in frame else len(frame) * 7 // 8
-    return count
-
-
-def make(config: finetune.Config) -> Plan:
+def make(
+    spec: backbones.Spec, rows: int, schedule: loop.Schedule, mixed: bool, cache: bool, grad_checkpointing: bool
+) -> Plan:
     """Builds the model with random weights, counts, and measures a step at the batch size if it fits.
 
     Args:
-        config: Settings of `finetune`; images need not be there, the metadata must.
-
-    Raises:
-        UserError: On an unknown backbone or bad metadata.
+        spec: Its backbone.
+        rows: Rows that would train.
+        schedule: How it would train.
+        mixed: In the hardware's half precision.
+        cache: With cached features.
+        grad_checkpointing: Computing activations twice.
     """
     import torch
 
     from ..models.fast_layers import faster
 
-    rows = train_rows(config)
     _, processes = rank_and_processes()
-    size = config.image_size
-    micro = config.micro_batch or -(-config.batch_size // processes)
-    accelerator = finetune.accelerator_for(config)
+    size = spec.image_size
+    micro = schedule.micro_batch or -(-schedule.batch_size // processes)
+    accelerator = models.accelerator_for(mixed)
     free = free_memory(accelerator.device)
-    model, trained_names = finetune.build_model(backbones.describe(config.backbone, size), config, accelerator, False)
+    model, trained_names = models.build(spec, accelerator, pretrained=False, grad_checkpointing=grad_checkpointing)
     groups = backbones.layer_groups(model.backbone)
     images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
     trained = faster(model)
-    if config.cache_features:
+    if cache:
         trained = frozen_features.over_cache(model)
         images = frozen_features.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
-    trainer = loop.Trainer(accelerator, model, trained, None, _random_rows(len(images)), config, Path())
+    trainer = loop.Trainer(accelerator, model, trained, None, _random_rows(len(images)), schedule, Path())
     backbones.set_training(trained, True)
 
     def step(count: int) -> None:
@@ -167,7 +160,7 @@ def make(config: finetune.Config) -> Plan:
         activations=round(few + (micro - PROBE) * an_image),
         micro=micro,
         free=free,
-        steps=config.epochs * math.ceil(rows / config.batch_size),
+        steps=schedule.epochs * math.ceil(rows / schedule.batch_size),
         seconds=None,
     )
     if not plan.fits:
@@ -179,7 +172,7 @@ def make(config: finetune.Config) -> Plan:
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)
         times.append(time.perf_counter() - start)
-    return replace(plan, seconds=min(times) * config.batch_size / (micro * processes))
+    return replace(plan, seconds=min(times) * schedule.batch_size / (micro * processes))
 
 
 def _random_rows(count: int) -> dataset.Rows:

@@ -20,12 +20,13 @@ from typing import Literal, get_args
 
 import pandas as pd
 
+from .. import pipeline
 from ..data import metadata
 from ..profiles import StageConfig
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
-from ..run.files import Stamp, alone, append_line, read_journal
 from ..run.progress import Estimate, progress_to
+from ..run.resume import Stamp, alone, append_line, read_journal
 
 log = logging.getLogger(__name__)
 # A source runs dry when fewer than LEAST_NEW of a window of candidates are new.
@@ -102,10 +103,9 @@ def candidates(config: Config, start: int = 0) -> Iterator[list[str]]:
 
 def _writer(config: Config) -> Callable[[list[int]], list[str]]:
     """What writes the candidates of given indices."""
-    from ..embedded import grammar
-
     if config.source == "grammar":
-        return lambda indices: [grammar.prompt(config.seed, index) for index in indices]
+        prompt = pipeline.embedded("prompt")
+        return lambda indices: [prompt(config.seed, index) for index in indices]
     from . import magicprompt
 
     starts = read_starts(config.starts) if config.starts else ()

@@ -22,8 +22,9 @@ import pandas as pd
 from ..data import metadata
 from ..models import weights
 from ..run.errors import UserError
-from ..run.files import Stamp, atomic_path, is_sealed, seal, write_array, write_json
+from ..run.files import atomic_path, write_array, write_json
 from ..run.progress import progress
+from ..run.resume import Stamp, is_sealed, seal
 from . import readers, rules
 from .readers import SOURCES, Reading, Source
 

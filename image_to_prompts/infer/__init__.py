@@ -26,8 +26,9 @@ from ..predict.predictors import Rung
 from ..profiles import StageConfig
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
-from ..run.files import Stamp, alone, make_folder, write_json
+from ..run.files import make_folder, write_json
 from ..run.folders import Run
+from ..run.resume import Stamp, alone
 from ..training import by_source
 from . import submission
 
@@ -213,7 +214,10 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
     stamp.claim(outputs)
     work = stamp.work_folder()
-    rung, found, mean, reached = predictors.climb(rungs, files, config, work)
+    viewing = predictors.Viewing(config.batch_size, config.loader_workers, config.views)
+    rung, found, mean, reached = predictors.climb(
+        rungs, files, viewing, config, work, config.max_hours, strict=not config.fallback
+    )
     vectors = metrics.blend([np.nan_to_num(one) for one in found], rung.weights)
     unreadable = ~vectors.any(1)  # no predictor had them
     vectors[unreadable] = mean

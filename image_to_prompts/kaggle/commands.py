@@ -9,9 +9,9 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Union
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, arg, subcommand
 
 from ..pipeline import COMPETITION, STAGES
 from ..run.errors import UserError
@@ -240,6 +240,12 @@ ACTIONS: dict[str, type[Command]] = {
     **{"push": Push, "status": Status, "output": Output, "submit": Submit},
     **{"wheels": Wheels, "weights": Weights, "metadata": Metadata, "embeddings": Embeddings},
 }
+Action = Union[tuple(Annotated[action, subcommand(name)] for name, action in ACTIONS.items())]  # noqa: UP007, of a tuple
+
+
+def run(action: Command) -> str:
+    """Does what a command says; returns what to print."""
+    return action.run()
 
 
 def _chosen(folder: Path, stage: str, every: bool) -> list[kernels.Kernel]:

@@ -20,7 +20,8 @@ from packaging.utils import canonicalize_name
 
 from ..models import weights as located
 from ..run.errors import UserError
-from ..run.files import atomic_path, sha256, write_json, write_text, writing
+from ..run.files import atomic_path, sha256, write_json, write_text
+from ..run.resume import writing
 from .kernels import PLACEHOLDER
 
 NAME = "image-to-prompts"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..run.errors import UserError
-from ..run.files import atomic_path, write_text, writing
+from ..run.files import atomic_path, write_text
+from ..run.resume import writing
 from .folders import DESCRIPTION
 from .kernels import PLACEHOLDER, Kernel
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..run.errors import UserError
-from ..run.files import check_whole, write_json, write_tensors, write_text, writing
+from ..run.files import write_json, write_tensors, write_text
+from ..run.resume import check_whole, writing
 from . import backbones, metrics
 from .text_encoder import DIMENSION
 
@@ -222,7 +223,7 @@ def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
         grey = torch.full((1, 3, spec.image_size, spec.image_size), 128, dtype=torch.uint8)
         mean = metrics.unit(model(grey).numpy())[0]
     with writing(out / ".import.done", "import-checkpoint", [out / name for name in FILES], [file]):
-        save(out, model, {"backbone": spec.to_dict(), "imported": file.name, "profile": "kaggle"}, mean)
+        save(out, model, {"backbone": spec.to_dict(), "imported": file.name, "profile": "full"}, mean)
     return load(out)
 
 

@@ -8,27 +8,24 @@ from __future__ import annotations
 import csv
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file
 
-from .. import ensemble
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
 from ..models import checkpoints, metrics, text_encoder, weights
-from ..run.engine import over_blocks
+from ..run import resume
+from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
-from ..run.files import is_sealed, make_folder, seal, write_array
+from ..run.files import make_folder
 from ..run.folders import Run, is_ensemble, kaggle_inputs
 from ..run.progress import Deadline
-
-if TYPE_CHECKING:
-    from .. import infer
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
@@ -69,32 +66,45 @@ class Rung:
     inputs: list[Path]
 
 
+@dataclass(frozen=True)
+class Viewing:
+    """How images are looked at.
+
+    Attributes:
+        batch_size: Images at once.
+        loader_workers: Threads that decode images; 0: one a core.
+        views: What is shown of each image, names of `images.VIEWS`; their predictions are averaged.
+    """
+
+    batch_size: int
+    loader_workers: int
+    views: tuple[str, ...]
+
+
 def checkpoint(folder: Path) -> Predictor:
     """A checkpoint of `finetune` or `ensemble`; see their `load` for what it raises."""
     from ..encode.backbone import BackboneEncoder
 
     if is_ensemble(folder):
+        from ..models import ensemble
+
         found = ensemble.load(folder)
-        seen = found.config["ensemble"]["encoders"]
-        alone = found.config["ensemble"]["attention"] != "seed"  # that network looks at a whole batch
-        finish = partial(metrics.in_fixed_rows, found) if alone else found
-        return Predictor(found.mean, [encoders.rebuild(about) for about in seen.values()], finish)
+        seen = found.config["ensemble"]["encoders"].values()
+        return Predictor(found.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, found))
     found = checkpoints.load(folder)
     return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
 
 
 def trained_on(folders: list[Path], targets: np.ndarray) -> int:
     """How many of float32 (n, 384) embeddings of prompts are among those that checkpoints say they were trained on."""
+    from ..models import ensemble
     from ..search.near_pairs import near
 
     found = np.zeros(len(targets), bool)
     for folder in folders:
         if is_ensemble(folder):
-            known = ensemble.load(folder).known
-            found |= near(targets, known[1], SAME) if known else False
+            found |= near(targets, ensemble.load(folder).known[1], SAME)
         elif (folder / "baselines.safetensors").is_file():
-            from safetensors.numpy import load_file
-
             found |= near(targets, load_file(folder / "baselines.safetensors")["targets"], SAME)
     return int(found.sum())
 
@@ -192,55 +202,22 @@ def _has_prompts(path: Path) -> bool:
         return False
 
 
-def predict(
-    predictor: Predictor,
-    files: list[Path],
-    config: infer.Config,
-    work: Path | None = None,
-    deadline: Deadline | None = None,
-    load: Callable[[], Predictor] | None = None,
-) -> tuple[np.ndarray, int]:
-    """Predicts for image files with one predictor, in the hardware's half precision.
-
-    Args:
-        predictor: What predicts.
-        files: Image files.
-        config: Batch size, loader threads, views.
-        work: Folder in which finished blocks of 512 images are kept for a resumed run.
-        deadline: When to stop.
-        load: What loads the predictor again, in each of Ray's actors.
+def predict(predictor: Predictor, files: list[Path], viewing: Viewing) -> np.ndarray:
+    """Predicts for image files, in the hardware's half precision.
 
     Returns:
-        float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read or were not reached; and how
-        many were reached.
+        float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read.
     """
-    vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
-    if not predictor.encoders:
-        vectors[:] = predictor.mean
-        return vectors, len(files)
-    places = {start: work / f"vectors-{start:09d}.npy" if work else None for start in range(0, len(files), BLOCK)}
-    done = {start for start, place in places.items() if place and is_sealed(place)}
-    todo = (files[start : start + BLOCK] for start in places if start not in done)
-    made = over_blocks(config, partial(_start, load if config.engine == "ray" else lambda: predictor, config), todo)
-    for start, place in places.items():
-        if start in done:
-            part = np.load(place)
-        elif deadline and deadline.passed():
-            return vectors, start
-        else:
-            part = next(made)
-            if place:
-                write_array(place, part)
-                seal(place)
-        vectors[start : start + BLOCK] = part
-    return vectors, len(files)
+    return _start(lambda: predictor, viewing)(files)
 
 
-def _start(load: Callable[[], Predictor], config: infer.Config) -> Callable[[list[Path]], np.ndarray]:
-    """What predicts for a block of images."""
+def _start(load: Callable[[], Predictor], viewing: Viewing) -> Callable[[list[Path]], np.ndarray]:
+    """What predicts for some images; a GPU's memory that did not suffice is remembered between them."""
     predictor = load()
-    show = encoders.viewer(predictor.encoders, config.batch_size, config.loader_workers)
-    return lambda files: _predict_block(predictor, show, files, config.views)
+    if not predictor.encoders:
+        return lambda files: np.tile(predictor.mean, (len(files), 1))
+    show = encoders.viewer(predictor.encoders, viewing.batch_size, viewing.loader_workers)
+    return lambda files: _predict_block(predictor, show, files, viewing.views)
 
 
 def _predict_block(
@@ -261,35 +238,63 @@ def _predict_block(
     return metrics.blend(seen, [1 / len(seen)] * len(seen))
 
 
+def predict_resumed(
+    start: Callable[[], Callable[[list[Path]], np.ndarray]],
+    files: list[Path],
+    engine: EngineConfig,
+    work: Path,
+    deadline: Deadline,
+) -> tuple[np.ndarray, int]:
+    """Predicts as `predict`, in blocks of 512 images that a later run finds in `work`.
+
+    Returns:
+        As `predict`, NaN also in the rows of images that were not reached in time; and how many were reached.
+    """
+
+    def make(blocks: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
+        for vectors in over_blocks(engine, start, (files[rows.start : rows.stop] for rows in blocks)):
+            yield {"vectors": vectors}
+
+    found = [load_file(file)["vectors"] for file in resume.blocks(work, len(files), BLOCK, make, deadline.passed)]
+    vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
+    reached = sum(map(len, found))
+    vectors[:reached] = np.concatenate([vectors[:0], *found])
+    return vectors, reached
+
+
 def climb(
-    rungs: list[Rung], files: list[Path], config: infer.Config, work: Path
+    rungs: list[Rung], files: list[Path], viewing: Viewing, engine: EngineConfig, work: Path, hours: float, strict: bool
 ) -> tuple[Rung, list[np.ndarray], np.ndarray, list[int]]:
     """Predicts with the first rung that works.
 
     Args:
         rungs: Ways to predict, best first.
         files: Image files.
-        config: As `predict`; with `fallback` a failure leads to the next rung.
+        viewing: How to look at them.
+        engine: Who does the work.
         work: Folder for finished blocks.
+        hours: After so many hours of this process what is left is not predicted; 0: never.
+        strict: Whether a failure ends it, instead of leading to the next rung.
 
     Returns:
         The rung; float32 (n, 384) of each of its predictors, NaN in the rows of images that cannot be read or were not
         reached; the mean prediction (384,); how many images each predictor reached.
     """
-    deadline = Deadline(config.max_hours)
+    deadline = Deadline(hours)
     for place, rung in enumerate(rungs):
         found, means, reached = [], [], []
         try:
             for name, load in rung.load.items():
                 predictor = load()
-                block_folder = make_folder(work / hashlib.sha256(name.encode()).hexdigest()[:16])
-                vectors, count = predict(predictor, files, config, block_folder, deadline, load)
+                start = partial(_start, load if engine.engine == "ray" else lambda one=predictor: one, viewing)
+                blocks = make_folder(work / hashlib.sha256(name.encode()).hexdigest()[:16])
+                vectors, count = predict_resumed(start, files, engine, blocks, deadline)
                 found.append(vectors)
                 means.append(predictor.mean[None])
                 reached.append(count)
                 del predictor  # before the next one is loaded
         except Exception as error:
-            if not config.fallback or rung is rungs[-1]:
+            if strict or rung is rungs[-1]:
                 raise
             said = " ".join(str(error).split()) or type(error).__name__
             log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[place + 1].what)

@@ -19,15 +19,17 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from .. import pipeline
 from ..data import metadata
 from ..data.metadata import FAILED
 from ..profiles import StageConfig
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
-from ..run.files import alone, make_folder, sweep
+from ..run.files import make_folder
 from ..run.folders import MANIFEST, Run, attached_images
 from ..run.progress import Estimate, progress_to
+from ..run.resume import alone, sweep
 from . import store as stores
 from .encode import Finished, run_ahead
 from .limits import Limits
@@ -185,9 +187,7 @@ def _check(config: Config) -> None:
 
 def _backend(config: Config) -> Any:
     if config.backend == "scenes":
-        from ..embedded.scenes import SceneBackend
-
-        return SceneBackend(config.family, config.format, config.workers)
+        return pipeline.embedded("scenes")(config.family, config.format, config.workers)
     from .stable_diffusion import StableDiffusionBackend
 
     return StableDiffusionBackend(

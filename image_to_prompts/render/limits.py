@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from ..run.files import append_line
 from ..run.progress import Deadline, Estimate
+from ..run.resume import append_line
 
 T = TypeVar("T")
 FIRST_GUESS = 500_000  # bytes an image before any is written; a 512-px PNG of a photo has about that

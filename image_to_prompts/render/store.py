@@ -20,9 +20,10 @@ from ..data import metadata
 from ..data.metadata import FAILED, FLAGS
 from ..run import archives
 from ..run.errors import UserError
-from ..run.files import append_line, atomic_path, read_journal, sweep, write_text
+from ..run.files import atomic_path, write_text
 from ..run.folders import MANIFEST
 from ..run.progress import progress
+from ..run.resume import append_line, read_journal, sweep
 
 if TYPE_CHECKING:
     import pandas as pd

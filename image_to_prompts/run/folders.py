@@ -17,7 +17,8 @@ KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/inp
 KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
 MANIFEST = "manifest.csv"  # what a folder of rendered images contains
 LAST = "last"  # folder of the last epoch's weights, in that of the best epoch's
-PROFILES = ("embedded", "kaggle")
+PROFILES = ("embedded", "full")
+OLD_NAMES = {"kaggle": "full"}  # until version 0.3
 
 
 def on_kaggle() -> bool:
@@ -164,10 +165,14 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
     stored = _stored_profile(file)
     if file.is_file() and stored is None:
         raise UserError(f"{file}: not a run file; delete it or choose another --run folder")
-    profile = explicit or stored or ("kaggle" if on_kaggle() else "embedded")
-    if profile not in PROFILES:
-        raise UserError(f"unknown profile {profile!r}; choose one of {', '.join(PROFILES)}")
-    return profile
+    return profile_called(explicit or stored or ("full" if on_kaggle() else "embedded"))
+
+
+def profile_called(name: str) -> str:
+    """A profile by its name or an old one; raises UserError if there is none."""
+    if name not in (*PROFILES, *OLD_NAMES):
+        raise UserError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
+    return OLD_NAMES.get(name, name)
 
 
 def _stored_profile(path: Path) -> str | None:
@@ -176,7 +181,7 @@ def _stored_profile(path: Path) -> str | None:
         profile = json.loads(path.read_text(encoding="utf-8"))["profile"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return profile if profile in PROFILES else None
+    return profile if profile in (*PROFILES, *OLD_NAMES) else None
 
 
 def _competitions() -> list[Path]:

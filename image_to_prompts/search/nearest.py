@@ -21,7 +21,8 @@ from ..data import metadata
 from ..models import text_cache, text_encoder
 from ..models.metrics import unit
 from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
-from ..run.files import Stamp, atomic_path, write_blocks
+from ..run.files import atomic_path, write_blocks
+from ..run.resume import Stamp
 from .near_pairs import ROUNDING, places, reaches, whole_sums
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ import pandas as pd
 from ..data import images, metadata, pictures
 from ..models import checkpoints, metrics
 from ..run.errors import UserError
-from ..run.files import check_whole, write_tensors
+from ..run.files import write_tensors
+from ..run.resume import check_whole
 from .dataset import Rows
 from .frozen_features import Baselines, pretrained_features
 

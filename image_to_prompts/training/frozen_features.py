@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,16 +14,15 @@ import numpy as np
 
 from ..data.images import ImageRows
 from ..models import backbones, metrics
-from ..run.devices import autocast, mixed_precision, process_state, rank_and_processes, type_of, wait_for_files
+from ..run import resume
+from ..run.devices import autocast, mixed_precision, process_state, type_of
 from ..run.errors import UserError
-from ..run.files import is_sealed, seal, write_tensors
+from ..run.files import write_tensors
 from .dataset import Rows
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from ..finetune import Config
 
 log = logging.getLogger(__name__)
 BLOCK, BATCH = 512, 32  # images a file, images at once
@@ -82,7 +81,14 @@ class CachedRows:
 
 
 def features(
-    model: nn.Module, images: ImageRows, only: np.ndarray, device: torch.device, config: Config, work: Path
+    model: nn.Module,
+    images: ImageRows,
+    only: np.ndarray,
+    device: torch.device,
+    work: Path,
+    cache: bool,
+    mixed: bool = True,
+    workers: int = 0,
 ) -> tuple[np.ndarray, CachedRows | None]:
     """Runs the pretrained backbone over images once; finished blocks of 512 images are kept for a resumed run.
 
@@ -91,8 +97,10 @@ def features(
         images: The images.
         only: Row numbers to run.
         device: Where to compute.
-        config: Whether to keep what enters the trained part too, and the loader's workers.
         work: Folder for the results. Processes share the work.
+        cache: Whether to keep what enters the trained part too.
+        mixed: In the hardware's half precision.
+        workers: Threads that decode images; 0: one a core.
 
     Returns:
         float32 (len(images), width), NaN in rows that are broken or not asked for; and the cached activations of the
@@ -105,20 +113,20 @@ def features(
     from safetensors.torch import load_file
 
     model.eval()
-    if config.cache_features:
-        _announce(model, len(only), device, config, work)
-    files = [work / f"features-{start:09d}.safetensors" for start in range(0, len(only), BLOCK)]
-    rank, processes = rank_and_processes()
-    for i in range(rank, len(files), processes):
-        if not is_sealed(files[i]):
-            _run_block(model, images, only[i * BLOCK : (i + 1) * BLOCK], device, config, files[i])
-    wait_for_files(files)
+    if cache:
+        _announce(model, len(only), images.size, device, mixed, work)
+
+    def make(blocks: Iterable[range]) -> Iterator[dict[str, torch.Tensor]]:
+        for rows in blocks:
+            yield _run_block(model, images, only[rows.start : rows.stop], device, cache, mixed, workers)
+
+    files = resume.blocks(work, len(only), BLOCK, make)
     found = np.full((len(images), model.width), np.nan, np.float32)
     found[only] = np.concatenate([load_file(file)["features"].numpy() for file in files])
     readable = only[np.isfinite(found[only, 0])]
     if not len(readable):
         raise UserError("no image can be read; check --images")
-    if not config.cache_features:
+    if not cache:
         return found, None
     position = np.full(len(images), -1)
     position[readable] = np.arange(len(readable))
@@ -126,31 +134,35 @@ def features(
 
 
 def _run_block(
-    model: nn.Module, images: ImageRows, block: np.ndarray, device: torch.device, config: Config, file: Path
-) -> None:
-    """Writes features and, if asked for, activations of some rows."""
+    model: nn.Module,
+    images: ImageRows,
+    block: np.ndarray,
+    device: torch.device,
+    cache: bool,
+    mixed: bool,
+    workers: int,
+) -> dict[str, torch.Tensor]:
+    """Features and, if asked for, activations of some rows."""
     import torch
 
-    tail, first = backbones.trained_tail(model.backbone) if config.cache_features else (None, None)
-    mixed = config.precision == "auto"
+    tail, first = backbones.trained_tail(model.backbone) if cache else (None, None)
     with entering(first) if first is not None else contextlib.nullcontext([]) as taken:
-        found = metrics.extract(model.features, images, BATCH, device, config.loader_workers, block, mixed)[block]
+        found = metrics.extract(model.features, images, BATCH, device, workers, block, mixed)[block]
     stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
-    if config.cache_features:
-        type_ = _stored_type(config, device)
+    if cache:
+        type_ = _stored_type(mixed, device)
         stored["activations"] = torch.cat([part.to(type_) for part in taken]) if taken else torch.empty(0)
         if taken:
             _compare(tail, stored["activations"], found, device)
-    write_tensors(file, {name: tensor.contiguous() for name, tensor in stored.items()})
-    seal(file)
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
-def _stored_type(config: Config, device: torch.device) -> torch.dtype:
+def _stored_type(mixed: bool, device: torch.device) -> torch.dtype:
     """The type in which cached activations are kept: that of mixed precision, half the size of float32."""
-    return type_of(mixed_precision(device) if config.precision == "auto" else "no")
+    return type_of(mixed_precision(device) if mixed else "no")
 
 
-def _announce(model: nn.Module, count: int, device: torch.device, config: Config, work: Path) -> None:
+def _announce(model: nn.Module, count: int, side: int, device: torch.device, mixed: bool, work: Path) -> None:
     """Says how large the cache will be, found out with one image.
 
     Raises:
@@ -158,10 +170,9 @@ def _announce(model: nn.Module, count: int, device: torch.device, config: Config
     """
     import torch
 
-    side = config.image_size
     one = activations(model, torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
-    size = one.numel() * _stored_type(config, device).itemsize * count
-    there = sum(file.stat().st_size for file in work.glob("features-*.safetensors"))
+    size = one.numel() * _stored_type(mixed, device).itemsize * count
+    there = sum(file.stat().st_size for file in work.glob("block-*.safetensors"))
     free = shutil.disk_usage(work).free + there
     log.info("cached features of %d images: %.2f GB in %s (%.0f GB free)", count, size / 1e9, work, free / 1e9)
     if size > free:

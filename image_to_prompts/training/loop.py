@@ -31,13 +31,28 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.images import ImageRows
-    from ..finetune import Config
     from .dataset import Rows
     from .frozen_features import CachedRows
 
 log = logging.getLogger(__name__)
 WEIGHT_DECAY, CLIP_NORM = 1e-4, 1.0  # the reference's
 NAMED = 5  # images of a bad batch that an error names
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train; `finetune.Config` says what each of these is."""
+
+    epochs: int
+    cycles: int
+    batch_size: int
+    micro_batch: int
+    learning_rate: float
+    seed: int
+    image_size: int
+    loader_workers: int
+    max_hours: float
+    save_minutes: float
 
 
 @dataclass
@@ -117,7 +132,7 @@ class Trainer:
         trained: nn.Module,
         source: ImageRows | CachedRows,
         rows: Rows,
-        config: Config,
+        schedule: Schedule,
         state: Path,
     ) -> None:
         """Takes what `finetune.run` has made ready.
@@ -128,26 +143,26 @@ class Trainer:
             trained: What maps items of `source` to predictions; shares its parameters with `model`.
             source: Images or cached features, by row number.
             rows: Rows, targets and weights.
-            config: Settings.
+            schedule: How to train.
             state: File to go on from, and to save to.
         """
         import torch
 
         self.accelerator, self.model, self.trained = accelerator, model, trained
-        self.source, self.rows, self.config, self.state = source, rows, config, state
+        self.source, self.rows, self.schedule, self.state = source, rows, schedule, state
         self.rank, self.processes = rank_and_processes()
         self.targets, self.weights = torch.from_numpy(rows.targets), torch.from_numpy(rows.weights)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
-            config.learning_rate,
+            schedule.learning_rate,
             weight_decay=WEIGHT_DECAY,
             fused=accelerator.device.type in ("cpu", "cuda"),  # a quarter of the time (docs/log.md)
         )
         self.wrapped, self.optimizer = accelerator.prepare(trained, optimizer)
         self.standing = Standing()
-        self.micro = config.micro_batch or config.batch_size
-        self.deadline = Deadline(config.max_hours)
+        self.micro = schedule.micro_batch or schedule.batch_size
+        self.deadline = Deadline(schedule.max_hours)
         self._load()
         self.saved = time.monotonic()
 
@@ -161,13 +176,13 @@ class Trainer:
             UserError: If the loss or the gradients are not finite, no image can be read, or memory does not suffice.
         """
         standing = self.standing
-        planned = batches(self.rows.train, self.config.seed, standing.epoch, self.config.batch_size)
+        planned = batches(self.rows.train, self.schedule.seed, standing.epoch, self.schedule.batch_size)
         backbones.set_training(self.trained, True)
         if hasattr(self.source, "epoch"):
             self.source.epoch = standing.epoch
         shares = [batch[self.rank :: self.processes].tolist() for batch in planned[standing.step :]]
-        loader = load(self.source, shares, self.config.loader_workers)
-        with progress_to(len(planned), f"epoch {standing.epoch}/{self.config.epochs}", standing.step) as advance:
+        loader = load(self.source, shares, self.schedule.loader_workers)
+        with progress_to(len(planned), f"epoch {standing.epoch}/{self.schedule.epochs}", standing.step) as advance:
             for (images, rows), batch in zip(loader, planned[standing.step :], strict=True):
                 loss = self.step(images, rows, len(batch), standing.step / len(planned))
                 loss, seen, over = self._summed(loss, len(rows), self.deadline.passed())
@@ -175,7 +190,7 @@ class Trainer:
                 standing.loss += loss
                 standing.rows += seen
                 advance(1)
-                if over or time.monotonic() - self.saved > self.config.save_minutes * 60:
+                if over or time.monotonic() - self.saved > self.schedule.save_minutes * 60:
                     self.save()
                 if over:
                     return None
@@ -214,7 +229,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.standing, self.micro = Standing(**state["standing"]), self.config.micro_batch or state["micro"]
+        self.standing, self.micro = Standing(**state["standing"]), self.schedule.micro_batch or state["micro"]
         log.info("going on at epoch %d, step %d", self.standing.epoch, self.standing.step)
 
     def step(self, images: torch.Tensor, rows: torch.Tensor, planned: int, done: float) -> float:
@@ -231,11 +246,11 @@ class Trainer:
         """
         import torch
 
-        standing, config = self.standing, self.config
-        factor = learning_rate_factor((standing.epoch - 1 + done) / config.epochs, config.cycles)
+        standing, schedule = self.standing, self.schedule
+        factor = learning_rate_factor((standing.epoch - 1 + done) / schedule.epochs, schedule.cycles)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        seed = np.random.SeedSequence((config.seed, standing.epoch, standing.step, self.rank))
+            group["lr"] = schedule.learning_rate * factor
+        seed = np.random.SeedSequence((schedule.seed, standing.epoch, standing.step, self.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
         loss = self._within_memory(images, rows, planned) if len(rows) else self._nothing()
         norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
@@ -272,7 +287,7 @@ class Trainer:
         """A gradient of 0 for a share none of whose images can be read: other processes wait for one."""
         import torch
 
-        side = self.config.image_size
+        side = self.schedule.image_size
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.accelerator.device)
         self.accelerator.backward(0 * self.wrapped(blank).float().sum())
         return 0.0
@@ -298,7 +313,7 @@ class Trainer:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise UserError(
             f"epoch {self.standing.epoch}, step {self.standing.step + 1}: {what} (images {', '.join(names[:NAMED])}"
-            f"{more}); lower --learning-rate; the best checkpoint so far is kept in {self.config.out}"
+            f"{more}); lower --learning-rate; the best checkpoint so far is kept in {self.state.parent}"
         )
 
     def _summed(self, loss: float, rows: int, over: bool) -> tuple[float, int, bool]:

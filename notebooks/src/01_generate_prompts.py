@@ -6,7 +6,7 @@
 # writes them with [MagicPrompt](https://huggingface.co/Gustavosta/MagicPrompt-Stable-Diffusion), a GPT-2 trained on
 # prompts that people typed.
 #
-# This run uses the profile that is printed below. `kaggle` is the reference; `embedded` needs no GPU and no download:
+# This run uses the profile that is printed below. `full` is the reference; `embedded` needs no GPU and no download:
 # a grammar takes MagicPrompt's place and writes scenes that a small renderer can draw.
 #
 # Reads: a language model (or nothing). Writes: `prompts/generated.csv`.

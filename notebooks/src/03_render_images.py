@@ -2,14 +2,14 @@
 # # 03 · Render images
 #
 # The competition's images came from Stable Diffusion 2.0 (`768-v-ema`): 50 steps at 768 px, downsized to 512. The
-# `kaggle` profile does just that, with a random generator **per row**, so that a picture depends on its prompt and
+# `full` profile does just that, with a random generator **per row**, so that a picture depends on its prompt and
 # seed and not on its place in the list. It refuses a model that is not the 768-px v-prediction one.
 #
 # The `embedded` profile composes each scene from emoji pictures (Twemoji, CC-BY 4.0), also at 768 px downsized to 512.
 # It sees the prompt and the seed and nothing else.
 #
 # Reads: `data_meta/train.csv`, `test.csv`. Writes: `images/train`, `images/test` with a `manifest.csv` each; with the
-# `kaggle` profile as tar shards of 1,000 images, because a kernel may leave 500 files.
+# `full` profile as tar shards of 1,000 images, because a kernel may leave 500 files.
 
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
@@ -39,7 +39,7 @@ configs = [
 # ## How long will it take, how much room does it need?
 #
 # The first block of each folder is rendered and timed; the run below keeps it. `docs/scale.md` has the sums for other
-# GPUs. A kernel has 12 hours and 20 GB: the `kaggle` profile stops before 11 hours or 19 GB a folder. Attach this
+# GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB a folder. Attach this
 # kernel's output to the next one, run it again, and it goes on.
 
 # %%

@@ -21,7 +21,6 @@ from IPython.display import Image
 
 from image_to_prompts import finetune, notebook, profiles
 from image_to_prompts.data import images
-from image_to_prompts.finetune import dry_run
 from image_to_prompts.models import backbones
 from image_to_prompts.training import by_source
 
@@ -51,7 +50,7 @@ print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} o
 overrides = {"backbone": backbone, "image_size": image_size, "epochs": epochs}
 overrides = {name: value for name, value in overrides.items() if value}
 config = profiles.default_config("finetune", run, profile, images=run.rendered(run.train_images), **overrides)
-print(dry_run.make(config))
+print(finetune.plan(config))
 
 # %% [markdown]
 # ## Train

@@ -11,7 +11,7 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-preset = None  # 10k, 43k or 93k: the first seed's settings for so many rows
+batch_size = None
 epochs = None
 demo_folder = None  # has images/ and prompts.csv; None: pictures of the validating fold
 
@@ -19,19 +19,17 @@ demo_folder = None  # has images/ and prompts.csv; None: pictures of the validat
 from pathlib import Path
 
 import pandas as pd
-import torch
 from IPython.display import Image
 
 from image_to_prompts import ensemble, infer, notebook, profiles
 from image_to_prompts.data import images
 from image_to_prompts.encode import embeddings, encoders
-from image_to_prompts.models import networks, text_encoder
+from image_to_prompts.models import text_encoder
 from image_to_prompts.training import by_source
 
 run, profile = notebook.start(run_folder, profile)
-overrides = {name: value for name, value in {"preset": preset, "epochs": epochs}.items() if value}
+overrides = {name: value for name, value in {"batch_size": batch_size, "epochs": epochs}.items() if value}
 config = profiles.default_config("ensemble", run, profile, **overrides)
-pd.DataFrame.from_dict(ensemble.PRESETS, orient="index", columns=ensemble.Preset._fields)
 
 # %% [markdown]
 # ## Train
@@ -77,21 +75,8 @@ shown.style.set_caption(f"mean cosine {cosines.mean():.3f}").format(precision=3)
 # ## What was wrong with the published network
 #
 # Its layers expected (sequence, batch, width) and got (batch, 3, width), so attention ran across the pictures of a
-# batch. The same picture with other batch mates then gets another answer. Here both, untrained, so that only the wiring
-# differs: the largest change of the first picture's 384 numbers against those in a batch of all eight.
-
-# %%
-torch.manual_seed(0)
-widths = [vectors.shape[1] for vectors in seen]
-changes = {}
-for attention in ("seed", "modalities"):
-    network = networks.build(attention, widths).eval()
-    with torch.no_grad():
-        answers = {n: network([torch.from_numpy(vectors[:n]) for vectors in seen])[0] for n in (len(seen[0]), 3, 2, 1)}
-    changes[attention] = {f"{n - 1} mates": (one - answers[len(seen[0])]).abs().max() for n, one in answers.items()}
-pd.DataFrame(changes).astype(float).round(6)
-
-# %% [markdown]
+# batch: the same picture with other batch mates got another answer. `tools/first_seed.py` reads the published
+# checkpoints and trains that network.
 # `benchmarks/compare.py` trains both on the same rows. Of 13,005 scenes and three seeds it found, on the test fold:
 #
 # | | cosine |

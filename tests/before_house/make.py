@@ -111,7 +111,7 @@ def age() -> None:
 
 def helps(out: Path) -> None:
     """The --help of every command."""
-    from image_to_prompts.__main__ import EXTRA, main
+    from image_to_prompts.__main__ import EXTRA, main  # as of that commit
     from image_to_prompts.kaggle.commands import ACTIONS
     from image_to_prompts.pipeline import STAGES
 

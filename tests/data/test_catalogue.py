@@ -7,10 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from image_to_prompts import generate, profiles
-from image_to_prompts.__main__ import _parse
+from image_to_prompts import cli, profiles
 from image_to_prompts.data import catalogue, metadata
-from image_to_prompts.dedupe import Config as DedupeConfig
 from image_to_prompts.generate import rules
 from image_to_prompts.generate.collect import SOURCES
 from image_to_prompts.training import dataset
@@ -40,15 +38,15 @@ def test_the_commands_are_ours_and_lead_to_the_file(listed):
     for row in listed.to_dict("records"):
         written = set()
         for command in row["generate"].split(" && "):
-            program, stage, *words = shlex.split(command)
-            assert (program, stage) == ("image-to-prompts", "generate")
-            config = _parse(generate.Config, words, "generate")
+            program, *words = shlex.split(command)
+            assert (program, words[0]) == ("image-to-prompts", "generate")
+            config = cli.parse(words)
             assert set(config.rules) <= set(rules.RULES)
             assert bool(config.input) == (config.source in SOURCES)
             written.add(config.out)
         last = config.out
         if row["dedupe"]:
-            config = _parse(DedupeConfig, shlex.split(row["dedupe"])[2:], "dedupe")
+            config = cli.parse(shlex.split(row["dedupe"])[1:])
             assert set(config.prompts) == written and config.threshold == 0.8
             assert {path.name for path in config.against} <= set(listed["file"])
             last = config.out

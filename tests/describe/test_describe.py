@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from image_to_prompts import describe, ensemble, infer, profiles
+from image_to_prompts import describe, ensemble, profiles
 from image_to_prompts.encode import encoders
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
@@ -142,7 +142,7 @@ def test_without_a_checkpoint_the_interrogator_speaks(trained, tmp_path, caplog)
     found = [one for one in describe.run(config(bare, pictures)) if not one.error]
     assert len(found) == 6 and all(one.prompt.count(",") >= 7 and one.cosine is None for one in found)
     assert "image-to-prompts run" in caplog.text
-    reference = profiles.default_config("describe", bare, "kaggle", paths=(pictures,))
+    reference = profiles.default_config("describe", bare, "full", paths=(pictures,))
     with pytest.raises(UserError, match=r"finetune makes one.*blip"):
         describe.run(reference)
 
@@ -221,10 +221,10 @@ def test_what_an_image_gets_does_not_depend_on_its_company(kind, small_checkpoin
         "neighbours": lambda: predictors.neighbours(small_embeddings),
         "classes": lambda: predictors.Predictor(np.zeros(384), [encoders.build("classes", 224)]),
     }[kind]()
-    options = infer.Config(views=("whole", "mirror"))
+    viewing = predictors.Viewing(32, 0, ("whole", "mirror"))
 
     def seen(files):
-        return predictors.predict(predictor, files, options)[0]
+        return predictors.predict(predictor, files, viewing)
 
     together = seen(crowd)
     assert len(crowd) == 64 and len(np.unique(together, axis=0)) > 10

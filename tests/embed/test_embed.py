@@ -138,40 +138,6 @@ def test_bad_arrays_are_refused_with_one_line(tmp_path):
         embeddings.load(tmp_path / "empty")
 
 
-@pytest.fixture
-def bare(tmp_path):
-    """The first seed's layout: bare arrays and a list of images."""
-    rng = np.random.default_rng(1)
-    for name, width in {"clip": 512, "prompt": 384}.items():
-        np.save(tmp_path / f"{name}.npy", rng.normal(size=(4, width)).astype(np.float32))
-    (tmp_path / "images.txt").write_text("a.png\nb.png\nc.png\nd.png\n")
-    return tmp_path
-
-
-def test_bare_arrays_are_taken_over_and_written_again(bare, command):
-    words = ["import-embeddings", bare / "clip.npy", bare / "prompt.npy", "--list", bare / "images.txt"]
-    code, said, err = command(*words, "--out", bare / "e")
-    assert code == 0 and "clip" in said, err
-    table = embeddings.load(bare / "e")
-    np.testing.assert_array_equal(table.arrays["clip"], np.load(bare / "clip.npy"))
-    assert command("export-embeddings", bare / "e", "--out", bare / "again")[0] == 0
-    for name in ("clip.npy", "prompt.npy"):
-        np.testing.assert_array_equal(np.load(bare / name), np.load(bare / "again" / name))
-    assert (bare / "again" / "images.txt").read_text() == (bare / "images.txt").read_text()
-
-
-def test_wrong_bare_arrays_are_refused(bare, refused):
-    words = ["import-embeddings", "--out", bare / "e", "--list", bare / "images.txt"]
-    np.save(bare / "short.npy", np.ones((3, 8)))
-    refused([*words, bare / "short.npy"], "shape (3, 8) for a list of 4 images")
-    np.save(bare / "nan.npy", np.array([[1.0], [2.0], [np.nan], [3.0]]))
-    refused([*words, bare / "nan.npy"], "row 3 (c.png) is not finite")
-    (bare / "text.npy").write_text("no")
-    refused([*words, bare / "text.npy"], "not a .npy array")
-    (bare / "images.txt").write_text("a.png\nb.png\na.png\nd.png\n")
-    refused([*words, bare / "clip.npy"], "a.png")
-
-
 @pytest.mark.parametrize("name", ["prompt.npy", "prompt.names.csv", "classes.npy", "classes.names.csv", "classes.json"])
 def test_a_missing_file_is_told_beside_a_stamp_that_lists_it(name, small_embeddings, tmp_path):
     shutil.copytree(small_embeddings, tmp_path / "e")

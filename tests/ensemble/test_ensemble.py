@@ -1,6 +1,5 @@
 """The ensemble stage: its members, its blend, its checkpoint; resumed; bad input; the comparison of all ways."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -97,20 +96,11 @@ def test_a_second_run_does_nothing_and_a_killed_one_goes_on(trained, made, tmp_p
         assert (torn.out / name).read_bytes() == (out / name).read_bytes(), name
 
 
-def test_the_seeds_attention_trains_too(made, tmp_path):
-    whole = {"arrays": ("two", "three"), "attention": "seed", "preset": "43k"}
-    ensemble.run(config(made, tmp_path / "s", epochs=4, **whole))
-    losses = pd.read_csv(tmp_path / "s" / "history.csv")["loss"]
-    assert losses.iloc[4] < losses.iloc[1]
-    assert json.loads((tmp_path / "s" / "config.json").read_text())["settings"]["batch_size"] == 256
-
-
 def test_what_cannot_be_used_is_refused(made, tmp_path, refused):
     words = ["ensemble", "--run", tmp_path / "r", "--out", tmp_path / "o", "--embeddings"]
     refused([*words, tmp_path / "none"], "no arrays of embeddings")
     refused([*words, made, "--arrays", "four"], "four.names.csv")
     refused([*words, made, "--epochs", 0], "--epochs 0: must be at least 1")
-    refused([*words, made, "--attention", "seed"], "an array lacks images")
     refused([*words, made, "--fold", 9], "fold 9 holds 0 of 240 rows")
     torn = tmp_path / "torn"
     shutil.copytree(made, torn)
@@ -120,18 +110,6 @@ def test_what_cannot_be_used_is_refused(made, tmp_path, refused):
     refused([*words, torn], "row 6", "is not finite")
     np.save(torn / "two.npy", vectors[:7])
     refused([*words, torn], "for 240 names")
-
-
-def test_bare_arrays_without_prompts_train_too(made, tmp_path):
-    two = tmp_path / "two"
-    shutil.copytree(made, two)
-    for path in two.glob("one.*"):  # the array that lacks images
-        path.unlink()
-    embeddings.export_bare(two, tmp_path / "bare")
-    files = {name: tmp_path / "bare" / f"{name}.npy" for name in ("two", "three", "prompt")}
-    embeddings.import_bare(files, tmp_path / "bare" / "images.txt", tmp_path / "e")
-    members = ensemble.run(ensemble.Config(embeddings=tmp_path / "e", out=tmp_path / "o", epochs=1))
-    assert members["validation"].iloc[-1] > members["validation"].iloc[0]
 
 
 def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
@@ -157,8 +135,8 @@ def test_infer_blends_it_with_a_backbone(small_run, small_checkpoint, small_embe
     assert set(found.alone) == {str(one) for one in folders} and found.score > found.constant
 
     table = embeddings.load(small_embeddings)
-    ours = ensemble.load(tmp_path / "ensemble")
-    vectors, _ = predictors.predict(predictors.checkpoint(tmp_path / "ensemble"), found.files, infer.Config(**values))
+    ours, viewing = ensemble.load(tmp_path / "ensemble"), predictors.Viewing(32, 0, ("whole",))
+    vectors = predictors.predict(predictors.checkpoint(tmp_path / "ensemble"), found.files, viewing)
     order = pd.Index(table.frame["image_name"]).get_indexer([file.name for file in found.files])
     cosines = (vectors * ours([array[order] for array in table.arrays.values()])).sum(1)
     assert cosines.min() > 0.999

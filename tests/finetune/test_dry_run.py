@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from image_to_prompts import finetune, profiles
+from image_to_prompts.data import metadata
 from image_to_prompts.finetune import dry_run
 from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run.devices import mixed_precision
@@ -12,7 +13,7 @@ from image_to_prompts.run.errors import UserError
 
 def planned(run, **values):
     settings = {"image_size": 64, "batch_size": 8, "epochs": 3, "dry_run": True, **values}
-    return dry_run.make(profiles.default_config("finetune", run, "embedded", **settings))
+    return finetune.plan(profiles.default_config("finetune", run, "embedded", **settings))
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -44,7 +45,7 @@ def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small
 
 def test_steps_and_seconds(small_run):
     found = planned(small_run)
-    rows = dry_run.train_rows(profiles.default_config("finetune", small_run, "embedded"))
+    rows = (metadata.read(small_run.images / "manifest.csv")["fold"] != 0).sum()
     assert found.steps == 3 * -(-rows // 8) and found.seconds > 0
     assert "hours" in str(found) and "GB free" in str(found)
 

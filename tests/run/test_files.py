@@ -1,10 +1,6 @@
-"""Atomic writes, journals and stamps."""
-
-import os
+"""Atomic writes."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from image_to_prompts.run import files
 from image_to_prompts.run.errors import UserError
@@ -19,123 +15,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.txt"]
 
 
-@given(st.lists(st.dictionaries(st.text(), st.text(), max_size=3), max_size=6), st.integers(0, 40))
-def test_a_torn_journal_keeps_its_whole_lines(tmp_path_factory, records, cut):
-    path = tmp_path_factory.mktemp("journal") / "j.jsonl"
-    for record in records:
-        files.append_line(path, record)
-    assert files.read_journal(path) == records
-    if records:
-        whole = path.read_bytes()
-        path.write_bytes(whole[: max(0, len(whole) - cut)])
-        kept = files.read_journal(path)
-        assert kept == records[: len(kept)]
-        files.append_line(path, {"after": "cut"})
-        assert files.read_journal(path) == [*kept, {"after": "cut"}]
-
-
-def test_stamps_know_settings_inputs_and_outputs(tmp_path):
-    source, out = tmp_path / "in.txt", tmp_path / "out.txt"
-    source.write_text("a")
-    out.write_text("result")
-    stamp = files.Stamp(tmp_path / ".done", "x", {"count": 1}, [source])
-    assert not stamp.is_current()
-    stamp.write([out])
-    assert files.Stamp(tmp_path / ".done", "x", {"count": 1}, [source]).is_current()
-    assert not files.Stamp(tmp_path / ".done", "x", {"count": 2}, [source]).is_current()
-    out.write_text("damaged result")
-    assert not stamp.is_current()
-    out.write_text("result")
-    source.write_text("b")
-    assert not files.Stamp(tmp_path / ".done", "x", {"count": 1}, [source]).is_current()
-
-
-def test_work_killed_between_its_stamp_and_the_clearing_up_is_cleared_by_the_next_run(tmp_path, monkeypatch):
-    out, stamp = tmp_path / "out.txt", files.Stamp(tmp_path / ".out.done", "x", {})
-    out.write_text("result")
-    files.write_text(stamp.work_folder() / "half.txt", "half")
-    with monkeypatch.context() as killed:
-        killed.setattr(files.shutil, "rmtree", lambda *_, **__: None)
-        stamp.write([out])
-    assert (stamp.work_folder() / "half.txt").is_file()
-    assert stamp.is_current()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.done", "out.txt"]
-
-
 def test_a_file_in_the_way_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="regular file"):
         files.write_text(tmp_path / "file" / "below" / "x.txt", "text")
-
-
-def stamp_of(folder, by="x", settings="", inputs=()):
-    return files.Stamp(folder / ".out.done", by, {"settings": settings}, inputs)
-
-
-def test_only_what_was_written_before_is_claimed(tmp_path):
-    out, other = tmp_path / "out.txt", tmp_path / "other.txt"
-    stamp = stamp_of(tmp_path)
-    stamp.claim([out])
-    out.write_text("half-done")
-    stamp_of(tmp_path, settings="changed").claim([out])  # killed before it had finished: still its own
-    stamp.write([out])
-    stamp_of(tmp_path, settings="changed").claim([out])
-    with pytest.raises(UserError, match=r"out\.txt: not written by y") as error:
-        stamp_of(tmp_path, by="y").claim([out])
-    assert "\n" not in str(error.value)
-    other.write_text("mine")
-    with pytest.raises(UserError, match=r"other\.txt: not written by x"):
-        stamp.claim([out, other])
-    assert out.read_text() == "half-done" and other.read_text() == "mine"
-
-
-def test_an_input_is_never_claimed_by_whatever_path(tmp_path):
-    (tmp_path / "in.txt").write_text("mine")
-    (tmp_path / "link.txt").symlink_to(tmp_path / "in.txt")
-    os.link(tmp_path / "in.txt", tmp_path / "hard.txt")
-    for name in ("in.txt", "link.txt", "hard.txt"):
-        with pytest.raises(UserError, match=r"is read here"):
-            stamp_of(tmp_path, inputs=[tmp_path / "in.txt"]).claim([tmp_path / name])
-
-
-def test_a_damaged_stamp_still_tells_whose_outputs_they_are(tmp_path):
-    out, stamp = tmp_path / "out.txt", stamp_of(tmp_path)
-    stamp.claim([out])
-    out.write_text("result")
-    stamp.write([out])
-    (tmp_path / ".out.done").write_bytes(b"{")
-    stamp_of(tmp_path).claim([out])
-
-
-def test_what_is_no_output_any_more_goes_with_what_other_settings_left(tmp_path):
-    one, two, foreign = (tmp_path / name for name in ("one.txt", "two.txt", ".out-notes"))
-    foreign.mkdir()
-    first = stamp_of(tmp_path)
-    first.claim([one, two])
-    one.write_text("1")
-    two.write_text("2")
-    first.write([one, two])
-    half = stamp_of(tmp_path, settings="never finished").work_folder()
-    (tmp_path / ".one.txt.4194399.part").write_text("half-written by a killed process")
-    second = stamp_of(tmp_path, settings="changed")
-    second.claim([one])
-    assert two.exists() and half.exists()
-    second.write([one])
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-notes", ".out.done", "one.txt"]
-
-
-def test_what_a_killed_process_left_of_tensors_goes(tmp_path):
-    """The library's own temporary file too, whose name nobody can foretell."""
-    import numpy as np
-    import torch
-    from safetensors.numpy import load_file
-
-    for tensors in ({"a": np.arange(3, dtype=np.float32)}, {"a": torch.arange(3.0)}):
-        files.write_tensors(tmp_path / "out.safetensors", tensors)
-        assert load_file(tmp_path / "out.safetensors")["a"].tolist() == [0, 1, 2]
-    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
-    left = tmp_path / ".out.safetensors.4194399.part"
-    left.mkdir()
-    (left / ".tmpAbC123").write_bytes(b"half")
-    files.sweep([tmp_path / "out.safetensors"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]

@@ -63,8 +63,8 @@ def test_log_lines_stand_above_the_bar():
 def test_models_load_without_reports(tiny_encoders):
     """transformers tells of each weight that it does not use, and shows bars of its own."""
     code = (
-        "from image_to_prompts.__main__ import _set_up\n"
-        "_set_up(quiet=False)\n"
+        "from image_to_prompts.cli import set_up\n"
+        "set_up(quiet=False)\n"
         "from image_to_prompts.encode import encoders\n"
         f"encoders.build('interrogator', 0, caption={str(tiny_encoders['blip'])!r}, "
         f"ranker='open_clip:{tiny_encoders['clip']}', terms={str(tiny_encoders['terms'])!r})\n"

@@ -28,6 +28,7 @@ from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import loop
+from image_to_prompts.training import model as models
 
 
 def config(run, out, tower, **overrides):
@@ -191,13 +192,12 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
 
     def gradients(which, weights, planned):
         settings = config(small_run, tmp_path / "x", tiny_open_clip)
-        accelerator = finetune.accelerator_for(settings)
-        model_, _ = finetune.build_model(
-            backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False
-        )
+        accelerator = models.accelerator_for(True)
+        model_, _ = models.build(backbones.describe(settings.backbone, 64), accelerator, pretrained=False)
         source = images.ImageRows(rows.paths, 64)
         trainer = loop.Trainer(
-            accelerator, model_, model_, source, replace(rows, weights=weights), settings, tmp_path / "no-state"
+            *(accelerator, model_, model_, source, replace(rows, weights=weights)),
+            *(finetune.schedule(settings), tmp_path / "no-state"),
         )
         batch, numbers = source.collate([source[row] for row in which])
         trainer._gradients(batch, numbers, planned, True)
@@ -477,10 +477,10 @@ def trainer(small_run, tiny_open_clip, tmp_path):
     """A trainer of the tiny tower, with its images."""
     settings = config(small_run, tmp_path / "x", tiny_open_clip, epochs=5, cycles=2, learning_rate=1e-3)
     rows = loaded_rows(small_run.metadata, small_run.images)
-    accelerator = finetune.accelerator_for(settings)
-    model_, _ = finetune.build_model(backbones.describe(settings.backbone, 64), settings, accelerator, pretrained=False)
+    accelerator = models.accelerator_for(True)
+    model_, _ = models.build(backbones.describe(settings.backbone, 64), accelerator, pretrained=False)
     source = images.ImageRows(rows.paths, 64)
-    return loop.Trainer(accelerator, model_, model_, source, rows, settings, tmp_path / "state.pt")
+    return loop.Trainer(accelerator, model_, model_, source, rows, finetune.schedule(settings), tmp_path / "state.pt")
 
 
 def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
@@ -544,7 +544,8 @@ def test_an_epoch_trains_what_trains_and_adds_up_its_steps(trainer, monkeypatch)
 def test_a_state_is_saved_when_the_last_one_is_old(trainer, monkeypatch, minutes, ago, saved):
     saves = []
     monkeypatch.setattr(trainer, "save", lambda: saves.append(1))
-    trainer.config.save_minutes, trainer.saved = minutes, time.monotonic() - ago
+    trainer.schedule = replace(trainer.schedule, save_minutes=minutes)
+    trainer.saved = time.monotonic() - ago
     trainer.epoch()
     assert bool(saves) == saved
 

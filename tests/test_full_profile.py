@@ -11,7 +11,7 @@ def test_all_five_stages(command, tiny_gpt2, tiny_sd2, tiny_open_clip, tmp_path)
     run = tmp_path / "run"
 
     def stage(name, *flags):
-        code, _, err = command(name, "--run", run, "--profile", "kaggle", *flags)
+        code, _, err = command(name, "--run", run, "--profile", "full", *flags)
         assert code == 0, err
 
     stage("generate", "--count", 24, "--weights", tiny_gpt2, "--batch-size", 8)

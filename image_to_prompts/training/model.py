@@ -1,0 +1,64 @@
+"""The model that `finetune` trains: on its device, in its precision, the last quarter of its layers unfrozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..models import backbones, checkpoints
+from ..run.devices import mixed_precision, only_cpus, process_state, type_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+
+def accelerator_for(mixed: bool) -> Accelerator:
+    """The device or devices, with mixed precision where the hardware has it and `mixed` is set."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # a notebook may train twice in one process, in different precisions
+    precision = mixed_precision(process_state().device) if mixed else "no"
+    return Accelerator(cpu=only_cpus(), mixed_precision=precision)
+
+
+def build(
+    spec: backbones.Spec,
+    accelerator: Accelerator,
+    seed: int = 0,
+    init: Path | None = None,
+    weights: Path | None = None,
+    pretrained: bool = True,
+    grad_checkpointing: bool = False,
+) -> tuple[nn.Module, list[str]]:
+    """The model on the device, its last quarter unfrozen, frozen matrices in the type of mixed precision.
+
+    Args:
+        spec: Its backbone.
+        accelerator: Device and precision.
+        seed: Of the head's weights, and of the backbone's where none are loaded.
+        init: Checkpoint folder to start from.
+        weights: File of backbone weights; None: wherever they are found.
+        pretrained: Whether to load weights at all.
+        grad_checkpointing: Compute activations twice to keep fewer of them.
+
+    Returns:
+        The model, and the names of the backbone's parameters that train.
+
+    Raises:
+        UserError: If the weights are nowhere or of another shape.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    model = checkpoints.build(spec)
+    if pretrained and init is None:
+        backbones.load_pretrained(model.backbone, spec, weights)
+    elif pretrained:
+        checkpoints.initialise(model, spec, init)
+    names = backbones.unfreeze_last_quarter(model.backbone)
+    backbones.half_frozen(model, type_of(accelerator.mixed_precision))
+    if grad_checkpointing:
+        model.backbone.set_grad_checkpointing(True)
+    return model.to(accelerator.device), names
