@@ -32,47 +32,26 @@ class Plan:
     """The plan of a training.
 
     Attributes:
-        groups: Layer groups of the backbone.
-        trained_groups: How many of them train, counted from the output.
-        tensors: Tensors of the model.
-        trained_tensors: How many of them train.
-        parameters: Numbers in them.
-        trained_parameters: How many of them train.
-        weights: Bytes of the parameters, frozen ones in half precision.
-        activations: Bytes that a step keeps for the way back, with `micro` images at once.
+        counts: Of `groups` of layers, `tensors` and `parameters`: how many train, and how many there are.
+        memory: Bytes at the peak of a step: `weights`, `gradients`, `optimizer`, and the `activations` kept for
+            the way back.
         micro: Images at once.
         free: Bytes free on the device before the model was there.
         steps: Steps of the whole training.
         seconds: Seconds a step, measured; None where it would not fit.
     """
 
-    groups: int
-    trained_groups: int
-    tensors: int
-    trained_tensors: int
-    parameters: int
-    trained_parameters: int
-    weights: int
-    activations: int
+    counts: dict[str, tuple[int, int]]
+    memory: dict[str, int]
     micro: int
     free: int
     steps: int
     seconds: float | None
 
     @property
-    def gradients(self) -> int:
-        """Bytes of the gradients."""
-        return BYTES * self.trained_parameters
-
-    @property
-    def optimizer(self) -> int:
-        """Bytes of the optimizer's state."""
-        return OPTIMIZER_COPIES * self.gradients
-
-    @property
     def needed(self) -> int:
         """Bytes at the peak of a step."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
@@ -81,12 +60,9 @@ class Plan:
 
     def __str__(self) -> str:
         took = "not measured" if self.seconds is None else f"{self.seconds:.2f} s each"
-        parts = ("weights", "gradients", "optimizer", "activations")
-        memory = ", ".join(f"{part} {getattr(self, part) / 1e9:.2f}" for part in parts)
-        lines = [
-            f"groups      {self.trained_groups} of {self.groups} train",
-            f"tensors     {self.trained_tensors} of {self.tensors} train",
-            f"parameters  {self.trained_parameters / 1e6:,.1f}M of {self.parameters / 1e6:,.1f}M train",
+        memory = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in self.memory.items())
+        lines = [f"{what:11} {some:,} of {every:,} train" for what, (some, every) in self.counts.items()]
+        lines += [
             f"memory      {self.needed / 1e9:.2f} GB of {self.free / 1e9:.2f} GB free: {memory} ({self.micro} at once)",
             f"steps       {self.steps:,}, {took}",
         ]
@@ -149,15 +125,20 @@ def make(
     an_image = (more - few) / PROBE
     tensors = list(model.parameters())
     own = [p for p in tensors if p.requires_grad]
+    trained_groups = sum(not set(trained_names).isdisjoint(group) for group in groups)
+    numbers = sum(p.numel() for p in own)
     plan = Plan(
-        groups=len(groups),
-        trained_groups=sum(not set(trained_names).isdisjoint(group) for group in groups),
-        tensors=len(tensors),
-        trained_tensors=len(own),
-        parameters=sum(p.numel() for p in tensors),
-        trained_parameters=sum(p.numel() for p in own),
-        weights=sum(p.nbytes for p in tensors),
-        activations=round(few + (micro - PROBE) * an_image),
+        counts={
+            "groups": (trained_groups, len(groups)),
+            "tensors": (len(own), len(tensors)),
+            "parameters": (numbers, sum(p.numel() for p in tensors)),
+        },
+        memory={
+            "weights": sum(p.nbytes for p in tensors),
+            "gradients": BYTES * numbers,
+            "optimizer": OPTIMIZER_COPIES * BYTES * numbers,
+            "activations": round(few + (micro - PROBE) * an_image),
+        },
         micro=micro,
         free=free,
         steps=schedule.epochs * math.ceil(rows / schedule.batch_size),

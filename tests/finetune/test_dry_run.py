@@ -22,25 +22,27 @@ def test_counts_are_those_of_the_model(small_run, cache):
     net = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
     trained = backbones.unfreeze_last_quarter(net.backbone)
     own = [p for p in net.parameters() if p.requires_grad]
-    assert found.trained_tensors == len(own) == len(trained) + 2
-    assert found.trained_parameters == sum(p.numel() for p in own)
+    assert found.counts["tensors"] == (len(own), len(list(net.parameters()))) and len(own) == len(trained) + 2
+    numbers = sum(p.numel() for p in own)
+    assert found.counts["parameters"] == (numbers, sum(p.numel() for p in net.parameters()))
     if mixed_precision(torch.device("cpu")) == "bf16":
         backbones.half_frozen(net, torch.bfloat16)
-    assert found.weights == sum(p.nbytes for p in net.parameters())
-    assert found.optimizer == 2 * found.gradients == 8 * found.trained_parameters
-    assert (found.groups, found.trained_groups) == (len(backbones.layer_groups(net.backbone)), found.groups // 4)
+    assert found.memory["weights"] == sum(p.nbytes for p in net.parameters())
+    assert found.memory["optimizer"] == 2 * found.memory["gradients"] == 8 * numbers
+    groups = len(backbones.layer_groups(net.backbone))
+    assert found.counts["groups"] == (groups // 4, groups)
     history = finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
     assert history.empty and not small_run.checkpoints.exists()
 
 
 def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small_run):
-    sizes = [planned(small_run, batch_size=size, cache_features=False).activations for size in (8, 16, 24)]
+    sizes = [planned(small_run, batch_size=size, cache_features=False).memory["activations"] for size in (8, 16, 24)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     everything = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64)).train()
     assert sizes[0] < dry_run._kept_by(everything, lambda: everything(images))
-    measured = planned(small_run, batch_size=4, cache_features=False, micro_batch=4)
-    assert measured.activations == planned(small_run, batch_size=64, cache_features=False, micro_batch=4).activations
+    few, many = (planned(small_run, batch_size=size, cache_features=False, micro_batch=4) for size in (4, 64))
+    assert few.memory == many.memory
 
 
 def test_steps_and_seconds(small_run):
