@@ -167,12 +167,3 @@ def announce(name: str) -> None:
 def stage(name: str) -> Stage:
     """Returns the stage called `name`; raises KeyError if there is none."""
     return {s.name: s for s in STAGES}[name]
-
-
-def markdown_table() -> str:
-    """The stages as the Markdown table that the README shows."""
-    head = "| # | stage | notebook | does | reads | writes |\n| --- | --- | --- | --- | --- | --- |\n"
-    return head + "\n".join(
-        f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | {quote}{s.reads}{quote} | `{s.writes}` |"
-        for s, quote in ((s, "`" if "/" in s.reads else "") for s in STAGES)
-    )

@@ -12,7 +12,7 @@ from conftest import SHARED
 from image_to_prompts.data import metadata
 from image_to_prompts.infer import submission
 from image_to_prompts.models import checkpoints
-from image_to_prompts.pipeline import STAGES, markdown_table
+from image_to_prompts.pipeline import STAGES
 from image_to_prompts.run import folders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +75,14 @@ def test_kernels_are_built_from_the_sources():
 
 
 def test_readme_shows_the_stage_table():
-    assert markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = (
+        f"| {s.number} | `{s.name}` | `{s.notebook}` | {s.does} | {quote}{s.reads}{quote} | `{s.writes}` |"
+        for s, quote in ((s, "`" if "/" in s.reads else "") for s in STAGES)
+    )
+    table = "| # | stage | notebook | does | reads | writes |\n| --- | --- | --- | --- | --- | --- |\n" + "\n".join(
+        rows
+    )
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

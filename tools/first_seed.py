@@ -12,7 +12,6 @@ width). So what it says of an image depends on the others in the batch. The stag
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import elu
 
@@ -31,11 +29,11 @@ from image_to_prompts.data import metadata
 from image_to_prompts.encode import embeddings as stored
 from image_to_prompts.ensemble import load_rows, loop
 from image_to_prompts.infer import submission
-from image_to_prompts.models import backbones, ensemble, metrics, networks, text_encoder
+from image_to_prompts.models import backbones, checkpoints, ensemble, metrics, networks, text_encoder
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.run.files import write_array, write_json, write_tensors, write_text
 from image_to_prompts.run.progress import show_log
-from image_to_prompts.run.resume import check_whole, writing
+from image_to_prompts.run.resume import writing
 
 log = logging.getLogger(__name__)
 PUBLISHED = (512, 768, 384)  # widths of CLIP ViT-B/32, ConvNeXt-Tiny and the interrogator's text
@@ -170,12 +168,11 @@ def load(checkpoint: Path) -> tuple[SeedFusion, dict]:
     Raises:
         UserError: If a file is missing or damaged.
     """
-    check_whole(checkpoint, *FILES)
+    about, state = checkpoints.read(checkpoint)
     try:
-        about = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         network = SeedFusion(about["widths"]).eval()
-        network.load_state_dict(load_file(checkpoint / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        network.load_state_dict(state)
+    except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{checkpoint}: not what this tool wrote: {str(error).splitlines()[0]}") from error
     return network, about
 

@@ -227,30 +227,39 @@ def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
     return load(out)
 
 
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What config.json and model.safetensors of a checkpoint folder hold.
+
+    Raises:
+        UserError: If one is missing, damaged, or no such file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_whole(folder, "config.json", "model.safetensors")
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")), load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or folder}: no such file; give a checkpoint's folder") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a checkpoint of this project: {error}; train it again") from error
+
+
 def load(folder: Path) -> Checkpoint:
     """Loads a checkpoint folder.
 
     Raises:
         UserError: If a file is missing or damaged, or the weights have another shape than config.json says.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file; --checkpoint takes a folder that finetune wrote")
-    check_whole(folder, "config.json", "model.safetensors")
+    config, state = read(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         spec = backbones.Spec(**config["backbone"])
-        state = load_file(folder / "model.safetensors")
         mean = state.pop("mean_target").numpy()
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a checkpoint of this project: {error!r}; run finetune again") from error
-    model = build(spec)
-    try:
+        model = build(spec)
         model.load_state_dict(state)
     except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()
-        raise UserError(f"{folder}: weights of another shape than config.json says: {detail}") from error
+        said = " ".join(str(error).splitlines()[:2])
+        raise UserError(f"{folder}: weights of another shape than config.json says: {said}") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: not a checkpoint of an image tower: {error!r}; run finetune again") from error
     return Checkpoint(model.eval(), spec, config, mean)

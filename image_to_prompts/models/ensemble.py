@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 from ..run.devices import mixed_precision
 from ..run.errors import UserError
 from ..run.files import write_json, write_tensors, write_text
-from ..run.resume import check_whole
 from . import checkpoints, metrics
 
 if TYPE_CHECKING:
@@ -133,21 +131,15 @@ def load(folder: Path) -> Ensemble:
     Raises:
         UserError: If a file is missing or damaged, or the weights have another shape than config.json says.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     from .networks import Fusion
 
-    check_whole(folder, "model.safetensors", "config.json")
+    config, state = checkpoints.read(folder)
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "model.safetensors")
         network = Fusion(config["ensemble"]["widths"]).eval()
         own = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-        network.load_state_dict({name: torch.from_numpy(value) for name, value in own.items()})
-        pairs = {name: tuple(state[f"{name}.{number}"].astype(np.float32) for number in range(2)) for name in PAIRS}
-        return Ensemble(network, config, state["mean_target"], **pairs)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        said = str(error).splitlines()[0]
+        network.load_state_dict(own)
+        pairs = {name: tuple(state[f"{name}.{number}"].float().numpy() for number in range(2)) for name in PAIRS}
+        return Ensemble(network, config, state["mean_target"].numpy(), **pairs)
+    except (KeyError, TypeError, RuntimeError) as error:
+        said = " ".join(str(error).splitlines()[:2])
         raise UserError(f"{folder}: not an ensemble checkpoint: {said}; run ensemble again") from error

@@ -1,4 +1,4 @@
-"""Layers that compute faster on CPUs than PyTorch's and timm's own: same parameters, same sums in another order."""
+"""A layer that trains faster on CPUs than PyTorch's own: same parameters, same sums in another order."""
 
 from __future__ import annotations
 
@@ -7,23 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, linear
-
-
-class Patches(nn.Module):
-    """A convolution of patches that do not overlap, 1x1 ones included, as a matrix product."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.convolution = convolution
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        high, wide = self.convolution.kernel_size
-        rows, columns = x.shape[2] // high, x.shape[3] // wide
-        x = x[:, :, : rows * high, : columns * wide].permute(0, 2, 3, 1)
-        x = x.unflatten(2, (columns, wide)).unflatten(1, (rows, high)).transpose(2, 3).flatten(3)
-        weight = self.convolution.weight.permute(0, 2, 3, 1).flatten(1)
-        return linear(x, weight, self.convolution.bias).permute(0, 3, 1, 2)
+from torch.nn.functional import conv2d
 
 
 class DepthwiseFunction(torch.autograd.Function):
@@ -106,17 +90,15 @@ def faster(module: nn.Module) -> nn.Module:
     Returns:
         A shallow copy, or the module itself where nothing in it can be faster.
     """
-    new = _replacement(module)
-    return rebuilt(module, _replacement) if new is None else new
+    new = _depthwise(module)
+    return rebuilt(module, _depthwise) if new is None else new
 
 
-def _replacement(layer: nn.Module) -> nn.Module | None:
-    """The faster way to compute a layer, None if there is none."""
-    trains = any(parameter.requires_grad for parameter in layer.parameters())
+def _depthwise(layer: nn.Module) -> nn.Module | None:
+    """The faster way to compute a layer that trains, None if there is none."""
     # A subclass, such as timm's Conv2dSame, computes something else.
-    if type(layer) is not nn.Conv2d or not trains or layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+    if type(layer) is not nn.Conv2d or not layer.weight.requires_grad or layer.padding_mode != "zeros":
         return None
-    if layer.kernel_size == layer.stride and layer.groups == 1 and layer.padding == (0, 0):
-        return Patches(layer)
-    same = layer.stride == (1, 1) and layer.padding == tuple((side - 1) / 2 for side in layer.kernel_size)
-    return Depthwise(layer) if same and layer.groups == layer.in_channels == layer.out_channels else None
+    same = layer.padding == tuple((side - 1) / 2 for side in layer.kernel_size)
+    plain = same and layer.stride == layer.dilation == (1, 1)
+    return Depthwise(layer) if plain and layer.groups == layer.in_channels == layer.out_channels else None

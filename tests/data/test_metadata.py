@@ -44,6 +44,13 @@ def test_bad_tables_are_refused_with_file_and_row(tmp_path, text, fragments):
     assert "\n" not in str(error.value)
 
 
+def test_a_name_that_stands_twice_is_refused_unless_it_may(tmp_path):
+    frame = pd.DataFrame({"image_name": ["a.png", "b.png", "a.png"]})
+    with pytest.raises(UserError, match=r"a\.png"):
+        metadata.check_names(frame, tmp_path / "x.csv")
+    metadata.check_names(frame, tmp_path / "x.csv", unique=False)
+
+
 def test_missing_file_and_foreign_bytes(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         metadata.read(tmp_path / "none.csv")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from image_to_prompts import dedupe
 from image_to_prompts.data import metadata
 from image_to_prompts.dedupe import pictures, result
-from image_to_prompts.models import text_encoder
+from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.search import groups, near_pairs, with_faiss
 
@@ -97,6 +97,16 @@ def test_what_is_near_others(count, others, seed, threshold):
     sure = np.abs(highest - threshold) > 1e-6
     assert found.shape == (count,) and found.dtype == bool
     np.testing.assert_array_equal(found[sure], (highest >= threshold)[sure])
+
+
+def test_a_pair_that_just_reaches_the_threshold_counts():
+    vectors = metrics.unit(np.array([[1, 0], [0.8, 0.6], [0.6, 0.8]]))
+    found = near_pairs.pairs(vectors, 0.5)
+    kept = found.at(float(found.cosine.min()))
+    assert len(kept.later) == len(found.later) == 3 and len(found.at(float(found.cosine.max())).later) == 1
+    for threshold in (0.0, 1.1):
+        with pytest.raises(ValueError, match="threshold"):
+            near_pairs.pairs(vectors, threshold)
 
 
 def test_threads_and_precision_change_nothing(monkeypatch):

@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_refused(trained, tmp_path):
         with pytest.raises(UserError, match=f"{name}: damaged"):
             ensemble.load(torn)
         (torn / ".ensemble.done").unlink()
-        with pytest.raises(UserError, match="not an ensemble checkpoint"):
+        with pytest.raises(UserError, match="not a checkpoint of this project"):
             ensemble.load(torn)
 
 

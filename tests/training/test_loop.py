@@ -483,6 +483,26 @@ def trainer(small_run, tiny_open_clip, tmp_path):
     return loop.Trainer(accelerator, model_, model_, source, rows, finetune.schedule(settings), tmp_path / "state.pt")
 
 
+def test_gradients_that_are_not_finite_are_told_with_their_images(trainer, monkeypatch):
+    batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:2]])
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    names = ", ".join(trainer.rows.frame["image_name"].iloc[rows.tolist()])
+    with pytest.raises(UserError, match=rf"step 1: the gradients' norm is inf \(images {names}\)"):
+        trainer.step(batch, rows, 2, 0.0)
+
+
+def test_a_steps_random_numbers_are_those_of_its_place(trainer):
+    batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:2]])
+
+    def seed(epoch, step):
+        trainer.standing.epoch, trainer.standing.step = epoch, step
+        trainer.step(batch, rows, 2, 0.0)
+        return torch.initial_seed()
+
+    first = seed(1, 0)
+    assert len({first, seed(1, 1), seed(2, 0)}) == 3 and seed(1, 0) == first
+
+
 def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
     batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:6]])
     before = [parameter.detach().clone() for parameter in trainer.parameters]
