@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models import clip_tokenizer
 from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import polars as pl
-    from tokenizers import Tokenizer
 
     Rule = Callable[[pl.DataFrame], pl.Series]
 
@@ -208,41 +208,15 @@ def _detector() -> Callable[[str], list[dict[str, Any]]]:
     return LangDetector(LangDetectConfig(model="lite")).detect
 
 
-@cache
-def _clip_tokenizer() -> Tokenizer:
-    """CLIP's tokenizer (Radford et al. 2021) in Rust, from the vocabulary in open_clip's wheel."""
-    import gzip
-
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-
-    from ..run.folders import package_folder
-
-    with gzip.open(package_folder("open_clip") / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
-        merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 49152 - 256 - 2 + 1]]
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    bytes_ = [chr(one) for one in letters] + [chr(256 + number) for number in range(256 - len(letters))]
-    tokens = [*bytes_, *(one + "</w>" for one in bytes_), *("".join(merge) for merge in merges)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    pieces = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pieces, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    return tokenizer
-
-
 def _long(frame: pl.DataFrame) -> tuple[pl.Series, dict[int, tuple[str, Any]]]:
     """The prompts; and by row those of more than CLIP's tokens, with their encoding."""
     prompts = frame["prompt"]
     rows = (prompts.str.len_bytes() > CLIP_TOKENS).arg_true().to_list()  # a token has a byte at least
     texts = prompts.gather(rows).to_list()
-    counts = [len(encoding) for encoding in _clip_tokenizer().encode_batch_fast(texts)]
+    tokenizer = clip_tokenizer.load().backend_tokenizer
+    counts = [len(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     long = [(row, text) for row, text, count in zip(rows, texts, counts, strict=True) if count > CLIP_TOKENS]
-    encodings = _clip_tokenizer().encode_batch([text for _, text in long])
+    encodings = tokenizer.encode_batch([text for _, text in long], add_special_tokens=False)
     return prompts, {row: (text, encoding) for (row, text), encoding in zip(long, encodings, strict=True)}
 
 

@@ -1,23 +1,22 @@
 """Stable Diffusion 2 from a single-file checkpoint (768-v-ema.safetensors or .ckpt), without the hub.
 
 diffusers converts such a file but wants the model's settings and tokenizer from a repository, and the one that it
-knows has left the hub. The settings are few, so they are here; the tokenizer's vocabulary comes with open_clip.
+knows has left the hub. The settings are few, so they are here; so is the tokenizer, in `models/clip_tokenizer.py`.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models import clip_tokenizer
 from ..run.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionPipeline
-    from transformers import CLIPTokenizer
 
 # The sizes of stable-diffusion-2: Stability-AI/stablediffusion, configs/stable-diffusion/v2-inference-v.yaml, in
 # diffusers' terms. Whatever stays out has the class's default.
@@ -59,30 +58,6 @@ SCHEDULER = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
-MERGES = 49152 - 256 - 2  # merges of CLIP's vocabulary: openai/CLIP, simple_tokenizer.py
-
-
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer as Stable Diffusion 2 uses it (padded with "!"), from the vocabulary that open_clip ships.
-
-    Args:
-        folder: Where to put its two files.
-    """
-    import open_clip
-    from open_clip.tokenizer import bytes_to_unicode
-    from transformers import CLIPTokenizer
-
-    with gzip.open(Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-        merges = file.read().split("\n")[1 : MERGES + 1]
-    letters = list(bytes_to_unicode().values())
-    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="!", unk_token="<|endoftext|>",
-        model_max_length=77,
-    )  # fmt: skip
 
 
 def load(path: Path, dtype: torch.dtype, any_model: bool = False) -> StableDiffusionPipeline:
@@ -121,7 +96,7 @@ def load(path: Path, dtype: torch.dtype, any_model: bool = False) -> StableDiffu
         return StableDiffusionPipeline.from_single_file(
             str(path),
             config=str(folder),
-            tokenizer=tokenizer(folder),
+            tokenizer=clip_tokenizer.load(),
             scheduler=DDIMScheduler(**SCHEDULER),
             safety_checker=None,
             feature_extractor=None,
