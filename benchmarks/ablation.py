@@ -25,7 +25,7 @@ import torch
 from image_to_prompts import finetune, profiles, render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.images import ImageRows
-from image_to_prompts.models import backbones, checkpoints, metrics, text_encoder
+from image_to_prompts.models import checkpoints, freezing, metrics, text_encoder
 from image_to_prompts.run import progress
 from image_to_prompts.run.files import make_folder, write_json
 from image_to_prompts.run.folders import Run
@@ -94,7 +94,7 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
         found["seconds"] = time.perf_counter() - start
         checkpoint = checkpoints.load(folder / "c")
     model, device = checkpoint.model, torch.device("cpu")
-    backbones.unfreeze_last_quarter(model.backbone)
+    freezing.unfreeze_last_quarter(model.backbone)
     size = checkpoint.spec.image_size
     for name in ("test", "test-openmoji"):
         manifest = metadata.read_table(run.test_images.with_name(name) / "manifest.csv", ("file", "prompt"))

@@ -67,11 +67,11 @@ def build(backbone: str, size: int, seed: int = 0) -> Any:
     """The model with random weights, its last quarter unfrozen."""
     import torch
 
-    from image_to_prompts.models import backbones, checkpoints
+    from image_to_prompts.models import backbones, checkpoints, freezing
 
     torch.manual_seed(seed)
     model = checkpoints.build(backbones.describe(backbone, size))
-    backbones.unfreeze_last_quarter(model.backbone)
+    freezing.unfreeze_last_quarter(model.backbone)
     return model
 
 
@@ -80,7 +80,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     import torch
 
     from image_to_prompts import finetune
-    from image_to_prompts.models import backbones
+    from image_to_prompts.models import backbones, freezing
     from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
     from image_to_prompts.training import dataset, frozen_features, loop
@@ -107,7 +107,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     every = np.arange(count)
     rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))
     found = loop.Trainer(accelerator, model, trained, None, rows, finetune.schedule(config), Path())
-    backbones.set_training(trained, True)
+    freezing.set_training(trained, True)
     return found, images, torch.arange(count)
 
 

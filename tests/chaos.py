@@ -100,13 +100,13 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     from image_to_prompts import describe, embed
     from image_to_prompts.__main__ import main
     from image_to_prompts.embedded.scenes import SceneBackend
-    from image_to_prompts.generate import readers
+    from image_to_prompts.generate import formats
     from image_to_prompts.models import networks, text_encoder
     from image_to_prompts.predict import predictors
     from image_to_prompts.training import frozen_features
 
     torch.set_num_threads(1)
-    text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, readers.BLOCK = 16, 8, 8, 4, 8
+    text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, formats.BLOCK = 16, 8, 8, 4, 8
     describe.BLOCK, frozen_features.BLOCK = 8, 16
     networks.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import pkgutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,19 @@ def audit(*options: object, pins: Path = Path("constraints.txt")) -> tuple[int, 
         pytest.fail(f"no audit: {done.stderr.strip().splitlines()[-1]}")
     known = [one for one in json.loads(done.stdout)["dependencies"] if "skip_reason" not in one]
     return len(known), {one["name"]: [found["id"] for found in one["vulns"]] for one in known if one["vulns"]}
+
+
+PRIVATE = [  # names of libraries that begin with _; what the package does where one is gone stands beside its use
+    ("torch.cpu", "_is_avx512_bf16_supported"),
+    ("torch.ops.mkldnn", "_linear_pointwise"),
+    ("accelerate.state.AcceleratorState", "_reset_state"),
+    ("kaggle.api.kaggle_api_extended.KaggleApi", "_upload_file"),
+]
+
+
+@pytest.mark.parametrize(("place", "name"), PRIVATE)
+def test_a_private_name_is_still_there(place, name):
+    assert hasattr(pkgutil.resolve_name(place), name)
 
 
 @pytest.mark.network

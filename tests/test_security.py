@@ -20,10 +20,10 @@ from image_to_prompts.data import images
 from image_to_prompts.data.metadata import read_prompts
 from image_to_prompts.encode import embeddings, interrogator
 from image_to_prompts.generate import magicprompt
-from image_to_prompts.models import backbones, checkpoints, weights
+from image_to_prompts.models import backbones, checkpoints, hub, weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.training import loop
+from image_to_prompts.training import state
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
 import first_seed
@@ -76,7 +76,7 @@ def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small
     refused(["import-checkpoint", file, "--out", tmp_path / "out"], "published.ckpt")
     with pytest.raises(UserError, match=r"published\.ckpt"):
         first_seed.import_checkpoint(file, tmp_path / "out")
-    assert loop.read_state(evil_weights(tmp_path / "state.pt", marker), "cpu") is None
+    assert state.read(evil_weights(tmp_path / "state.pt", marker), "cpu") is None
     folder = tmp_path / "e"
     shutil.copytree(small_embeddings, folder)
     (folder / ".embed.done").unlink()
@@ -250,12 +250,12 @@ def test_downloads_are_checked_against_the_hubs_hashes(tmp_path, monkeypatch):
         huggingface_hub, "hf_hub_download", lambda *_, **__: str(snapshot / "open_clip_model.safetensors")
     )
     assert weights.locate("open_clip:ViT-H-14") == snapshot / "open_clip_model.safetensors"
-    assert weights.dataset_files("hf://datasets/a/b/c.parquet")
+    assert hub.dataset_files("hf://datasets/a/b/c.parquet")
     blob.write_bytes(b"x" + content[1:])
     with pytest.raises(UserError, match="SHA-256"):
         weights.locate("open_clip:ViT-H-14")
     with pytest.raises(UserError, match="SHA-256"):
-        weights.dataset_files("hf://datasets/a/b/c.parquet")
+        hub.dataset_files("hf://datasets/a/b/c.parquet")
 
 
 def test_secrets_are_in_no_file_and_no_log(tmp_path, monkeypatch, command):

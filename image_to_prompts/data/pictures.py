@@ -86,3 +86,20 @@ def histogram(cosines: np.ndarray, constant: np.ndarray, path: Path) -> None:
     axes.legend()
     with atomic_path(path) as part:
         figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
+
+
+def learning_curve(history: pd.DataFrame, scores: dict[str, float], path: Path) -> None:
+    """Draws the learning curve beside the baselines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(history["epoch"], 1 - history["loss"], "o-", label="training (train mode)")
+    axes.plot(history["epoch"], history["cosine"], "o-", label="validation (eval mode)")
+    for name, style in (("constant", ":"), ("knn", "--")):
+        axes.axhline(scores[name], linestyle=style, color="grey")
+        axes.annotate(f"{name} {scores[name]:.3f}", (history["epoch"].iloc[-1], scores[name]), va="bottom", ha="right")
+    axes.set(xlabel="epoch", ylabel="mean cosine", xticks=history["epoch"])
+    axes.legend()
+    with atomic_path(path) as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})

@@ -29,18 +29,16 @@ from PIL import Image
 
 from .. import infer, profiles
 from ..data import images
-from ..data.metadata import IMAGE_SUFFIXES
 from ..encode import encoders
-from ..models import metrics, text_encoder, weights
+from ..models import hub, metrics, text_encoder, weights
 from ..predict import predictors
 from ..profiles import StageConfig
-from ..run import archives
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
 from ..run.files import make_folder, shown
 from ..run.folders import Run, default_run, profile_of
 from ..run.resume import alone, fingerprint
-from .outputs import Description, Outputs, check_places, table
+from .files import Description, Outputs, check_places, image_files, table
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
@@ -198,7 +196,7 @@ def describe(image: str | Path | Image.Image, run: str | Path | None = None, pro
         raise UserError(f"describe({image!r}): give a path or a PIL image") from None
     if path.is_dir():
         raise UserError(f"{path}: is a folder; describe takes one image, `image-to-prompts describe` whole folders")
-    (file,) = _files([path])
+    (file,) = image_files([path])
     folder = (Path(run) if run else default_run()).resolve()
     (found,) = _loaded(folder, profile_of(folder, profile)).describe([file])
     if found.error:
@@ -223,7 +221,7 @@ def run(config: Config) -> list[Description]:
         raise UserError("--views: give at least one")
     config.at_least(1, "top", "most_words", "batch_size")
     config.at_least(0, "loader_workers")
-    files = _files(config.paths)
+    files = image_files(config.paths)
     if config.txt:
         check_places(files)
     with alone(config.run / "described"):
@@ -275,24 +273,6 @@ def _work(config: Config, files: list[Path], outputs: Outputs) -> None:
         log.warning("%s: not from here, or edited: it stays; --overwrite replaces it", shown(path))
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """Image files of paths, none twice; raises UserError."""
-    found: list[Path] = []
-    for path in paths:
-        try:
-            if path.is_dir():
-                found += images.find(path)
-                continue
-            archives.stat(path)
-        except OSError as error:
-            why = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror or error})"
-            raise UserError(f"{shown(path)}: no such file or folder{why}; correct it") from error
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(f"{shown(path)}: not an image ({', '.join(IMAGE_SUFFIXES)}); give image files or folders")
-        found.append(path)
-    return list(dict.fromkeys(found))
-
-
 def _fingerprint(config: Config) -> str:
     """Tells descriptions from those of other settings, checkpoints, known prompts, vocabularies and code."""
     from . import compose
@@ -302,7 +282,7 @@ def _fingerprint(config: Config) -> str:
     settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
     settings |= {"method": METHOD, "top": max(config.top, compose.NEIGHBOURS)}
     settings["phrases"] = compose.phrases_in(config.vocabulary)
-    settings["encoder"] = weights.digest(weights.locate(text_encoder.NAME))
+    settings["encoder"] = hub.digest(weights.locate(text_encoder.NAME))
     return fingerprint(settings, [*(folder / name for folder in folders for name in names), *csvs])[:16]
 
 

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from ..data import images
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoded
-from ..models import text_encoder, weights
+from ..models import hub, text_encoder, weights
 from ..profiles import StageConfig
 from ..run import resume
 from ..run.devices import process_state
@@ -94,7 +94,7 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
     settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size")
     settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
     places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
-    settings["weights"] = [weights.digest(place) for place in places if place.is_dir()]
+    settings["weights"] = [hub.digest(place) for place in places if place.is_dir()]
     terms = sorted(Path(config.terms).glob("*.txt")) if config.terms else []
     stamp = Stamp(config.out / ".embed.done", "embed", settings, [*tables, *terms])
     slugs = [slug(name) for name in config.encoders]

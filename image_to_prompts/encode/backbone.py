@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from ..data.images import Fit
-from ..models import backbones, checkpoints
+from ..models import backbones, checkpoints, freezing
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class BackboneEncoder:
         """Takes a model from `checkpoints.build`; its matrices are kept in half precision from here on."""
         self.device = process_state().device
         self.model = model.requires_grad_(False).to(self.device).eval()
-        backbones.half_frozen(self.model, type_of(mixed_precision(self.device)))
+        freezing.half_frozen(self.model, type_of(mixed_precision(self.device)))
         self.fits = (Fit(spec.image_size, spec.crop),)
         self.about: dict[str, Any] = {"backbone": spec.to_dict()}
         self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.empty(0))

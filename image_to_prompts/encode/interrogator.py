@@ -21,7 +21,7 @@ import numpy as np
 
 from ..data import terms as term_lists
 from ..data.images import Fit
-from ..models import backbones, text_cache, weights
+from ..models import backbones, hub, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
@@ -273,7 +273,7 @@ def load(
         backbones.describe(ranker),
         lists,
         mode,
-        weights.digest(file),
+        hub.digest(file),
         file.parent,
         {"encoder": "interrogator", "image_size": 0, "settings": settings},
     )

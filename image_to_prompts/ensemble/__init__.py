@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .. import finetune
-from ..data import metadata
+from ..data import metadata, pictures
 from ..encode import embeddings
 from ..models import checkpoints, metrics
 from ..models.ensemble import Ensemble, save, scale_of, stacked
@@ -150,7 +149,7 @@ def _run(config: Config) -> pd.DataFrame:
     metadata.write_table(config.out / "members.csv", members.round(4))
     metadata.write_table(config.out / "history.csv", history.round(6))
     scores = members.set_index("member")["validation"]
-    finetune.plot_history(history, scores[["constant", "ridge", "knn"]].to_dict(), config.out / "history.png")
+    pictures.learning_curve(history, scores[["constant", "ridge", "knn"]].to_dict(), config.out / "history.png")
     save(config.out, ensemble)
     stamp.write([config.out / name for name in OUTPUTS])
     log.info("ensemble:\n%s", members.round(4).to_string(index=False))

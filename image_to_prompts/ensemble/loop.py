@@ -18,8 +18,9 @@ from ..models import metrics
 from ..models.ensemble import half_precision, predict
 from ..run.devices import mixed_precision, process_state
 from ..run.progress import progress_to
+from ..training import state as state_file
 from ..training.dataset import Rows
-from ..training.loop import batches, has_stalled, learning_rate_factor, read_state, save_state
+from ..training.loop import batches, has_stalled, learning_rate_factor
 
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
 WEIGHT_DECAY = 1e-4
@@ -82,7 +83,8 @@ class Trainer:
                 group["lr"] = rate
             if within[0] is not own[0]:
                 with torch.no_grad():
-                    torch._foreach_copy_(within, own)
+                    for one, other in zip(own, within, strict=True):
+                        other.copy_(one)
             index = torch.from_numpy(batch).to(self._device)
             with half_precision(self._device):
                 predicted = self._within([tensor[index] for tensor in tensors])
@@ -134,7 +136,7 @@ def fit(
         if cosine >= max(entry["cosine"] for entry in history):
             best = {name: value.clone() for name, value in network.state_dict().items()}
 
-    stored = read_state(state, device) if state else None
+    stored = state_file.read(state, device) if state else None
     if stored:
         network.load_state_dict(stored["network"])
         trainer.optimizer.load_state_dict(stored["optimizer"])
@@ -156,7 +158,7 @@ def fit(
             if state and time.monotonic() - saved > settings.save_minutes * 60:
                 saved = time.monotonic()
                 content = {"network": network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-                save_state(state, {**content, "history": history, "best": best})
+                state_file.save(state, {**content, "history": history, "best": best})
             advance(1)
     network.load_state_dict(best)
     return network.eval(), pd.DataFrame(history)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,17 +17,18 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..data import metadata
+from ..data import metadata, pictures
 from ..data.images import ImageRows, contents, tell_broken
-from ..models import backbones, checkpoints, metrics, text_encoder
+from ..models import backbones, checkpoints, freezing, metrics, text_encoder
 from ..profiles import StageConfig
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
-from ..run.files import atomic_path, sha256
-from ..run.folders import LAST, MANIFEST, kaggle_inputs
+from ..run.files import sha256
+from ..run.folders import LAST, MANIFEST
 from ..run.resume import Stamp, alone
 from ..training import by_source, dataset, frozen_features, loop
 from ..training import model as models
+from ..training import state as state_file
 
 if TYPE_CHECKING:
     import torch
@@ -115,28 +115,11 @@ def validate(
     Returns:
         float32 (len(rows.valid), 384), NaN where an image cannot be read.
     """
-    backbones.set_training(model, False)
+    freezing.set_training(model, False)
     rank, processes = rank_and_processes()
     mine = rows.valid[rank::processes]
     predicted = metrics.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
     return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
-
-
-def plot_history(history: pd.DataFrame, scores: dict[str, float], path: Path) -> None:
-    """Draws the learning curve beside the baselines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(history["epoch"], 1 - history["loss"], "o-", label="training (train mode)")
-    axes.plot(history["epoch"], history["cosine"], "o-", label="validation (eval mode)")
-    for name, style in (("constant", ":"), ("knn", "--")):
-        axes.axhline(scores[name], linestyle=style, color="grey")
-        axes.annotate(f"{name} {scores[name]:.3f}", (history["epoch"].iloc[-1], scores[name]), va="bottom", ha="right")
-    axes.set(xlabel="epoch", ylabel="mean cosine", xticks=history["epoch"])
-    axes.legend()
-    with atomic_path(path) as part:
-        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})
 
 
 def _check(config: Config) -> None:
@@ -149,24 +132,6 @@ def _check(config: Config) -> None:
     _, processes = rank_and_processes()
     if config.batch_size < 2 * processes:  # the batches of an epoch are of one size, down to half of --batch-size
         raise UserError(f"--batch-size {config.batch_size}: {processes} processes need at least two images each")
-
-
-def parse_weights(words: tuple[str, ...]) -> dict[str, float]:
-    """SOURCE=WEIGHT words as a dict.
-
-    Raises:
-        UserError: If a word has another form or a weight is negative.
-    """
-    found = {}
-    for word in words:
-        source, _, weight = word.rpartition("=")
-        try:
-            found[source] = float(weight)
-        except ValueError:
-            raise UserError(f"--source-weights {word}: write SOURCE=WEIGHT, for example coco=2") from None
-        if not found[source] >= 0:
-            raise UserError(f"--source-weights {word}: must not be negative")
-    return found
 
 
 def schedule(config: Config) -> loop.Schedule:
@@ -228,13 +193,13 @@ def _train(config: Config) -> pd.DataFrame:
     history_path = config.out / "history.csv"
     state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if stamp.is_current():
-        _forget(state)
+        state_file.forget(state)
         log.info("%s is up to date", config.out)
         return pd.read_csv(history_path)
     stamp.claim(config.out / name for name in OUTPUTS)
     work = stamp.work_folder()
     targets = text_encoder.encode(loaded["prompt"].tolist())
-    rows = dataset.split(loaded, targets, config.fold, config.leave_out, parse_weights(config.source_weights))
+    rows = dataset.split(loaded, targets, config.fold, config.leave_out, dataset.parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
 
     mixed = config.precision == "auto"
@@ -266,7 +231,7 @@ def _train(config: Config) -> pd.DataFrame:
     if config.augment:
         training_images = ImageRows(rows.paths, config.image_size, augment_seed=config.seed)
     if accelerator.is_main_process:
-        adopt(state)
+        state_file.adopt(state)
     accelerator.wait_for_everyone()
     trainer = loop.Trainer(accelerator, model, trained, training_images, rows, schedule(config), state)
     description = {
@@ -313,14 +278,14 @@ def _train(config: Config) -> pd.DataFrame:
         save(config.out / LAST, int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
         frozen_features.save(config.out / "baselines.safetensors", base)
         metadata.write_table(history_path, frame)
-        plot_history(frame, base.scores, config.out / "history.png")
+        pictures.learning_curve(frame, base.scores, config.out / "history.png")
         sources = by_source.by_source(config.out, rows, features, base)
         metadata.write_table(config.out / "sources.csv", sources.round(4))
         log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
         by_source.gallery(config.out, rows)
     if accelerator.is_main_process:
         stamp.write(config.out / name for name in OUTPUTS)
-        _forget(state)
+        state_file.forget(state)
         tell_broken((images.broken | (training_images.broken if config.augment else {})).keys() - told, "left out")
         if base.scores["constant"] >= (best := frame["cosine"].max()):
             log.warning(
@@ -329,21 +294,3 @@ def _train(config: Config) -> pd.DataFrame:
                 *(best, base.scores["constant"]),
             )
     return frame
-
-
-def _forget(state: Path) -> None:
-    """Removes the state of a training that has ended, and what trainings of other settings left for the same output."""
-    for path in state.parent.glob("unfinished-*.pt"):
-        if path != state:
-            log.warning("%s: removed, an unfinished training of other settings", path)
-        path.unlink(missing_ok=True)
-
-
-def adopt(state: Path) -> None:
-    """Copies what an attached Kaggle kernel left of the same training, its best checkpoint too, beside `state`."""
-    found = [] if state.is_file() else kaggle_inputs(state.name)
-    for earlier in found[:1]:
-        files = [file for file in earlier.parent.iterdir() if file.is_file() and not file.name.startswith(".")]
-        for file in sorted(files, key=lambda file: file == earlier):  # the state last: it says that the rest is there
-            with atomic_path(state.with_name(file.name)) as part:
-                shutil.copyfile(file, part)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..models import backbones, metrics
+from ..models import backbones, freezing, metrics
 from ..models.text_encoder import DIMENSION
 from ..run.devices import rank_and_processes
 from ..run.progress import short
@@ -108,7 +108,7 @@ def make(
     accelerator = models.accelerator_for(mixed)
     free = free_memory(accelerator.device)
     model, trained_names = models.build(spec, accelerator, pretrained=False, grad_checkpointing=grad_checkpointing)
-    groups = backbones.layer_groups(model.backbone)
+    groups = freezing.layer_groups(model.backbone)
     images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
     trained = faster(model)
     if cache:
@@ -116,7 +116,7 @@ def make(
         images = frozen_features.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
     trainer = loop.Trainer(accelerator, model, trained, None, _random_rows(len(images)), schedule, Path())
-    backbones.set_training(trained, True)
+    freezing.set_training(trained, True)
 
     def step(count: int) -> None:
         trainer.step(images[:count], torch.arange(count), count, 0.0)

@@ -1,6 +1,6 @@
 """Prompts from public sources: `generate --source NAME --input FILE...` reads, cleans and writes them.
 
-readers.py  the sources' native formats
+readers.py  the sources' native layouts, over the file formats of formats.py
 rules.py    what cleans their prompts
 
 Work goes block by block, so that millions of rows need no more memory than thousands, and a killed run goes on after
@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 
 from ..data import metadata
-from ..models import weights
+from ..models import hub
 from ..run.errors import UserError
 from ..run.files import atomic_path, write_array, write_json
 from ..run.progress import progress
 from ..run.resume import Stamp, is_sealed, seal
-from . import readers, rules
+from . import formats, readers, rules
 from .readers import SOURCES, Reading, Source
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def collect(
         UserError: On files or rules that cannot be used, or if no row is left.
     """
     kind = SOURCES[source]
-    paths = [path for given in inputs for path in weights.dataset_files(given)]
+    paths = [path for given in inputs for path in hub.dataset_files(given)]
     names = rule_names or kind.rules
     names = (*(one for one in names if one != "blank"), "blank")
     chosen = {one: rules.load(one) for one in names}
@@ -114,7 +114,7 @@ def _blocks(paths: list[Path]) -> int | None:
         counts = [readers.count(path) for path in paths]
     except Exception:  # what is wrong with a file, its reader says
         return None
-    return None if None in counts else sum(-(-rows // readers.BLOCK) for rows in counts)
+    return None if None in counts else sum(-(-rows // formats.BLOCK) for rows in counts)
 
 
 def _facts(path: Path) -> tuple[int, ...]:

@@ -1,7 +1,4 @@
-"""Image backbones: any open_clip visual tower or timm model, with its layers in ordered groups.
-
-Models of transformers give features only; they have no such groups.
-"""
+"""Image backbones: any open_clip visual tower or timm model; models of transformers give features only."""
 
 from __future__ import annotations
 
@@ -18,16 +15,6 @@ from . import weights
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-# open_clip's own towers have no group matcher; these patterns follow its module names.
-TOWER_GROUPS = {
-    "stem": r"^(?:conv\d|bn\d|class_embedding|positional_embedding|ln_pre)",
-    "blocks": [
-        (r"^transformer\.resblocks\.(\d+)", None),
-        (r"^layer(\d)\.(\d+)", None),
-        (r"^(?:ln_post|proj|attn_pool|attnpool)", (99999,)),  # joins the last block, as timm's matchers do
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -126,9 +113,10 @@ def build(spec: Spec) -> nn.Module:
         import timm
 
         return timm.create_model(spec.name.partition(":")[2], pretrained=False, num_classes=0)
-    from open_clip.model import _build_vision_tower
+    from open_clip import CLIP
 
-    return _build_vision_tower(spec.tower["embed_dim"], spec.tower["vision_cfg"], spec.tower["quick_gelu"])
+    text = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}  # which nobody asks for
+    return CLIP(spec.tower["embed_dim"], spec.tower["vision_cfg"], text, spec.tower["quick_gelu"]).visual
 
 
 def _pooled(spec: Spec) -> nn.Module:
@@ -232,93 +220,3 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], file: Path) -> None
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
         raise UserError(f"{file}: weights of another shape than the model: {detail}") from error
-
-
-def layer_groups(backbone: nn.Module) -> list[list[str]]:
-    """Parameter names of a backbone in ordered groups from input to output.
-
-    timm models, inside open_clip or not, are grouped by their own `group_matcher`; parameters of an open_clip
-    projection behind a timm trunk form no group and always train.
-
-    Raises:
-        UserError: For a model of transformers.
-    """
-    from timm.models import group_parameters
-
-    if not hasattr(backbone, "trunk") and hasattr(backbone, "model"):
-        raise UserError("transformers: backbones have no layer groups to unfreeze; take timm: or open_clip:")
-    trunk, prefix = (backbone.trunk, "trunk.") if hasattr(backbone, "trunk") else (backbone, "")
-    matcher = trunk.group_matcher() if hasattr(trunk, "group_matcher") else TOWER_GROUPS
-    groups = group_parameters(trunk, matcher)
-    return [[prefix + name for name in groups[key]] for key in sorted(groups)]
-
-
-def unfreeze_last_quarter(backbone: nn.Module) -> list[str]:
-    """Freezes a backbone but for the last floor(n / 4) of its n layer groups and an open_clip projection.
-
-    For ConvNeXt-XXLarge these are the reference's 88 of 379 tensors.
-
-    Returns:
-        Names of the parameters that train.
-    """
-    groups = layer_groups(backbone)
-    frozen = {name for group in groups[: len(groups) - max(1, len(groups) // 4)] for name in group}
-    trained = []
-    for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-        if name not in frozen:
-            trained.append(name)
-    return trained
-
-
-def set_training(module: nn.Module, training: bool) -> None:
-    """Like `module.train(training)`, but modules all of whose parameters are frozen stay in eval mode.
-
-    Modules without parameters (dropout, stochastic depth) follow the module that holds them.
-    """
-    parameters = list(module.parameters())
-    if parameters:
-        training = training and any(parameter.requires_grad for parameter in parameters)
-    module.training = training
-    for child in module.children():
-        set_training(child, training)
-
-
-def half_frozen(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the frozen matrices and convolutions in `dtype`, the type in which autocast would use them.
-
-    The outputs under autocast stay the same, the weights take half the memory and are not cast again at every step.
-    """
-    from torch import nn
-
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in layer.parameters()):
-            layer.to(dtype)
-
-
-def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The part of a backbone that still has to run when the frozen part's output is known.
-
-    Frozen children are replaced by identities in a shallow copy, so the trained modules are shared with `backbone`.
-    That is right where data passes straight from module to module, as in timm's convolutional networks; callers
-    compare both once before they rely on it.
-
-    Returns:
-        tail: Maps what enters the first trained module to the backbone's features.
-        first: The first trained module; what enters it is what to store.
-    """
-    from torch import nn
-
-    from .fast_layers import faster, rebuilt
-
-    firsts: list[nn.Module] = []
-
-    def without_frozen(child: nn.Module) -> nn.Module | None:
-        trainable = [parameter.requires_grad for parameter in child.parameters()]
-        if trainable and not any(trainable):
-            return nn.Identity()
-        if trainable and all(trainable):
-            firsts.append(child)
-        return None
-
-    return faster(rebuilt(backbone, without_frozen)), firsts[0]

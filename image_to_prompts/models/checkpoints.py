@@ -13,7 +13,7 @@ import numpy as np
 from ..run.errors import UserError
 from ..run.files import write_json, write_tensors, write_text
 from ..run.resume import check_whole, writing
-from . import backbones, metrics
+from . import backbones, freezing, metrics
 from .text_encoder import DIMENSION
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def build(spec: backbones.Spec) -> nn.Module:
             return self.head(self.features(images)).float()
 
         def train(self, mode: bool = True) -> nn.Module:
-            backbones.set_training(self, mode)
+            freezing.set_training(self, mode)
             return self
 
     return PromptModel()

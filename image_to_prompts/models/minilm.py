@@ -70,9 +70,11 @@ class MiniLM:
     def _product(self, x: Tensor, pair: Pair, activation: str = "none") -> Tensor:
         """A layer's product of all tokens, `BLOCK` at once: with other numbers of rows a product rounds otherwise."""
         blocks = x.to(self.kind).split(BLOCK[self.device.type == "cpu"])
-        if self.device.type == "cpu" and self.kind == torch.bfloat16:
+        # What PyTorch's compiler makes of a product and its activation; private, hence the other way below.
+        fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+        if fused and self.device.type == "cpu" and self.kind == torch.bfloat16:
             said = (activation, [], "none" if activation == "gelu" else "")
-            return torch.cat([torch.ops.mkldnn._linear_pointwise(block, *pair, *said) for block in blocks])
+            return torch.cat([fused(block, *pair, *said) for block in blocks])
         y = torch.cat([linear(block, *pair) for block in blocks])
         return gelu(y) if activation == "gelu" else y
 

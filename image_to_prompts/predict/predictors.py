@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
-from ..models import checkpoints, metrics, text_encoder, weights
+from ..models import checkpoints, ensemble, metrics, text_encoder, weights
 from ..run import resume
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
@@ -86,8 +86,6 @@ def checkpoint(folder: Path) -> Predictor:
     from ..encode.backbone import BackboneEncoder
 
     if is_ensemble(folder):
-        from ..models import ensemble
-
         found = ensemble.load(folder)
         seen = found.config["ensemble"]["encoders"].values()
         return Predictor(found.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, found))
@@ -97,7 +95,6 @@ def checkpoint(folder: Path) -> Predictor:
 
 def trained_on(folders: list[Path], targets: np.ndarray) -> int:
     """How many of float32 (n, 384) embeddings of prompts are among those that checkpoints say they were trained on."""
-    from ..models import ensemble
     from ..search.near_pairs import near
 
     found = np.zeros(len(targets), bool)
@@ -270,10 +267,9 @@ def climb(
     Args:
         rungs: Ways to predict, best first.
         files: Image files.
-        viewing: How to look at them.
-        engine: Who does the work.
+        viewing, engine: How to look at them, and who does the work.
         work: Folder for finished blocks.
-        hours: After so many hours of this process what is left is not predicted; 0: never.
+        hours: After so many hours of this process the rest is not predicted; 0: never.
         strict: Whether a failure ends it, instead of leading to the next rung.
 
     Returns:

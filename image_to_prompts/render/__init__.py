@@ -33,7 +33,8 @@ from ..run.resume import alone, sweep
 from . import store as stores
 from .encode import Finished, run_ahead
 from .limits import Limits
-from .store import FolderStore, Row, TarStore
+from .shards import TarStore
+from .store import FolderStore, Row
 
 log = logging.getLogger(__name__)
 

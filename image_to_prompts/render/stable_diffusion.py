@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..data.metadata import FAILED, NSFW
-from ..models import weights
+from ..models import hub, weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
 from .encode import Finished, finish
@@ -132,7 +132,7 @@ class StableDiffusionBackend:
         self.settings = {
             "backend": "sd2",
             "model": self.path.name,
-            "model_sha256": weights.digest(self.path),
+            "model_sha256": hub.digest(self.path),
             "scheduler": "DPM-Solver++" if fast else "DDIM",
             "steps": self.steps,
             "guidance": GUIDANCE,

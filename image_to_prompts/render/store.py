@@ -7,12 +7,7 @@ and the SHA-256 of the bytes on disk is the recorded one.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
-import os
-import shutil
-import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,7 +128,7 @@ class FolderStore:
         """
         record, path = self.record(row, data, flag), self.out / row.file
         if row.name not in self.known and data is not None and path.exists() and path.read_bytes() != data:
-            raise _foreign(path)
+            raise foreign(path)
         append_line(self.journal, record)  # before the file, so that every file is known that a killed run leaves
         if data is not None:
             with atomic_path(path) as part:
@@ -148,178 +143,8 @@ class FolderStore:
         return self.records
 
 
-def _foreign(path: Path) -> UserError:
+def foreign(path: Path) -> UserError:
     return UserError(f"{path}: not written by render before; move it away, or choose another --out")
-
-
-def _is_begun_by(path: Path, row: Row) -> bool:
-    """Whether a file that may be cut short begins as a shard whose first row this is."""
-    with path.open("rb") as file:
-        head = file.read(tarfile.LENGTH_NAME)
-    names = (row.file, f"{Path(row.file).stem}.json", "././@LongLink")
-    return any(name.encode().ljust(tarfile.LENGTH_NAME, b"\0").startswith(head) for name in names)
-
-
-class TarStore(FolderStore):
-    """Tar shards of `unit` rows in webdataset's layout: `<stem>.png`, then `<stem>.json` with the row's record.
-
-    A shard grows under the name `<number>.tar.part` and is its own journal: a kill tears its last row at most, which
-    is cut off before it grows on. The webdataset library's writer cannot go on with a shard, so tarfile writes it.
-    """
-
-    def __init__(self, out: Path, settings: Record, journal: str, unit: int, total: int) -> None:
-        super().__init__(out, settings, journal)
-        self.unit, self.total = unit, total
-        self._ends: dict[int, int] = {}
-        self._tar: tarfile.TarFile | None = None
-        self._number = -1
-        self._finished: set[int] = set()
-
-    def path(self, number: int) -> Path:
-        """File of a finished shard."""
-        return self.out / f"{number:05d}.tar"
-
-    def part(self, number: int) -> Path:
-        """File of a growing shard."""
-        return self.out / f"{number:05d}.tar.part"
-
-    def size(self, number: int) -> int:
-        """Rows of a shard; the last one may hold fewer."""
-        return min(self.unit, self.total - number * self.unit)
-
-    def shards(self, rows: list[Row]) -> list[tuple[int, list[Row]]]:
-        """Number and rows of each shard of `rows`, which are whole shards."""
-        units = [rows[start : start + self.unit] for start in range(0, len(rows), self.unit)]
-        return [(unit[0].index // self.unit, unit) for unit in units]
-
-    def adopt(self, folder: Path, rows: list[Row]) -> set[str]:
-        """See `FolderStore.adopt`; a shard that was not finished there is copied, before `scan`, and goes on here."""
-        done = set()
-        for number, unit in self.shards(rows):
-            for name in (self.path(number).name, self.part(number).name):
-                if not (folder / name).is_file():
-                    continue
-                records, _ = read_shard(folder / name, check=False)
-                other = TarStore(folder, self.settings, "none", self.unit, self.total)
-                other._take(folder / name, unit, records)
-                if name == self.path(number).name and len(records) >= len(unit):
-                    done |= set(other.records)
-                elif not self.part(number).is_file() and not self.path(number).is_file():
-                    with atomic_path(self.part(number)) as part:
-                        shutil.copyfile(folder / name, part)
-        return done
-
-    def scan(self, rows: list[Row]) -> None:
-        """See `FolderStore.scan`; a shard that is whole but for its name is finished."""
-        for number, unit in progress(self.shards(rows), "check shards"):
-            for path in (self.path(number), self.part(number)):
-                if path.is_file():
-                    records, ends = read_shard(path)
-                    if not records and not _is_begun_by(path, unit[0]):
-                        raise _foreign(path)
-                    self._take(path, unit, records)
-                    self._ends[number] = max(ends[: len(unit)], default=0)  # rows that are no more are cut off
-                    if len(records) >= len(unit):
-                        self._finished.add(number)
-                        blocks = -(-(self._ends[number] + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE)
-                        if path == self.part(number) or path.stat().st_size != blocks * tarfile.RECORDSIZE:
-                            self._open(number)
-                            self.close()
-                    break
-
-    def _take(self, path: Path, rows: list[Row], records: list[Record]) -> None:
-        for row, record in zip(rows, records, strict=False):
-            inside = row._replace(file=f"{path.name.removesuffix('.part')}/{row.file}")
-            if record["image_name"] != row.name or not self.fits(record, inside):
-                raise UserError(
-                    f"{path}: holds {record['image_name']!r} with seed {record['seed']} where the metadata has "
-                    f"{row.name!r} with seed {row.seed} or another prompt (image {row.index + 1}); add rows at the end "
-                    "only, choose another --out, or delete this shard"
-                )
-            self.records[row.name] = record
-
-    def add(self, row: Row, data: bytes | None, flag: str) -> None:
-        """See `FolderStore.add`; rows of a shard must come in order."""
-        number = row.index // self.unit
-        if number != self._number:
-            self.close()
-            self._open(number)
-        stem = Path(row.file).stem
-        record = self.record(row._replace(file=f"{self.path(number).name}/{row.file}"), data, flag)
-        if data is not None:
-            self._member(row.file, data)
-        self._member(f"{stem}.json", json.dumps(record, ensure_ascii=False).encode())
-        self._tar.fileobj.flush()
-        self.records[row.name] = record
-        if row.index + 1 == number * self.unit + self.size(number):
-            self._finished.add(number)
-            self.close()
-
-    def _open(self, number: int) -> None:
-        part, end = self.part(number), self._ends.get(number, 0)
-        if self.path(number).is_file():  # damaged, or shorter than it should be now
-            self.path(number).replace(part)
-        if end == 0:
-            part.unlink(missing_ok=True)
-        else:  # cut off what is torn and put the two empty blocks behind it from which tarfile goes on
-            os.truncate(part, end)
-            os.truncate(part, end + 2 * tarfile.BLOCKSIZE)
-        self._tar = tarfile.open(part, "a" if end else "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
-        self._number = number
-
-    def _member(self, name: str, data: bytes) -> None:
-        member = tarfile.TarInfo(name)  # owner 0, time 0: the same bytes whoever writes them and when
-        member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
-
-    def close(self) -> None:
-        """Closes the open shard and, if all its rows are there, gives it its name."""
-        if self._tar is None:
-            return
-        number = self._number
-        if number in self._finished:
-            self._tar.close()
-            self.part(number).replace(self.path(number))
-        else:
-            self._tar.fileobj.close()  # without the end mark, which would stand in the way of the next row
-        self._tar, self._number = None, -1
-
-    def listed(self) -> dict[str, Record]:
-        """Records for the manifest: rows of finished shards."""
-        finished = {self.path(number).name for number in self._finished}
-        return {k: r for k, r in self.records.items() if r["flag"] == FAILED or r["file"].partition("/")[0] in finished}
-
-
-def read_shard(path: Path, check: bool = True) -> tuple[list[Record], list[int]]:
-    """Reads a shard up to its end or its first damaged row.
-
-    Args:
-        path: The shard or part of one.
-        check: Whether to compare every image with its SHA-256.
-
-    Returns:
-        Records of the good rows at its beginning, and the offset at which each ends.
-    """
-    records, ends = [], []
-    try:
-        with tarfile.open(path, "r:") as archive:
-            image = None
-            for member in archive:
-                data = archive.extractfile(member).read() if check or member.name.endswith(".json") else b""
-                if not member.name.endswith(".json"):
-                    image = data
-                    continue
-                record = json.loads(data)
-                if record.keys() != KEYS:
-                    break
-                if check and record["sha256"] != (hashlib.sha256(image).hexdigest() if image is not None else ""):
-                    break
-                records.append(record)
-                image = None
-                ends.append(member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-    except (tarfile.TarError, ValueError, OSError) as error:
-        log.info("%s: %s; the %d rows before that are kept", path, error, len(records))
-    return records, ends
 
 
 def write_manifest(store: FolderStore, frame: pd.DataFrame, own: set[str]) -> pd.DataFrame:

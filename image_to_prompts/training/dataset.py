@@ -190,3 +190,21 @@ def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     from ..search.near_pairs import near
 
     return near(metrics.unit(targets), metrics.unit(train_targets), NEAR)
+
+
+def parse_weights(words: tuple[str, ...]) -> dict[str, float]:
+    """SOURCE=WEIGHT words as a dict.
+
+    Raises:
+        UserError: If a word has another form or a weight is negative.
+    """
+    found = {}
+    for word in words:
+        source, _, weight = word.rpartition("=")
+        try:
+            found[source] = float(weight)
+        except ValueError:
+            raise UserError(f"--source-weights {word}: write SOURCE=WEIGHT, for example coco=2") from None
+        if not found[source] >= 0:
+            raise UserError(f"--source-weights {word}: must not be negative")
+    return found

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.images import ImageRows
-from ..models import backbones, metrics
+from ..models import backbones, freezing, metrics
 from ..run import resume
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 from ..run.errors import UserError
@@ -145,7 +145,7 @@ def _run_block(
     """Features and, if asked for, activations of some rows."""
     import torch
 
-    tail, first = backbones.trained_tail(model.backbone) if cache else (None, None)
+    tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
     with entering(first) if first is not None else contextlib.nullcontext([]) as taken:
         found = metrics.extract(model.features, images, BATCH, device, workers, block, mixed)[block]
     stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
@@ -185,7 +185,7 @@ def over_cache(model: nn.Module) -> nn.Module:
     """What trains when the frozen part's output is cached: the trained layers and the head, shared with `model`."""
     from torch import nn
 
-    return nn.Sequential(backbones.trained_tail(model.backbone)[0], model.head)
+    return nn.Sequential(freezing.trained_tail(model.backbone)[0], model.head)
 
 
 def activations(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def activations(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     import torch
 
     model.eval()
-    _, first = backbones.trained_tail(model.backbone)
+    _, first = freezing.trained_tail(model.backbone)
     with torch.no_grad(), autocast(images.device), entering(first) as taken:
         model.features(images)
     return taken[0]

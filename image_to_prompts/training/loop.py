@@ -9,21 +9,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import pickle
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.images import load
-from ..models import backbones
+from ..models import freezing
 from ..run.devices import rank_and_processes
 from ..run.errors import UserError
-from ..run.files import atomic_path
 from ..run.progress import Deadline, progress_to
+from . import state as state_file
 
 if TYPE_CHECKING:
     import torch
@@ -94,34 +92,6 @@ def has_stalled(history: list[dict[str, float]], patience: int) -> bool:
     return stalled
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes what `read_state` reads."""
-    import torch
-
-    with atomic_path(path) as part, part.open("wb") as file:  # PyTorch's own file hides that a disk is full
-        torch.save(state, file)
-
-
-def read_state(path: Path, device: torch.device | str) -> dict[str, Any] | None:
-    """What was saved to go on from; None if nothing was, or, with a warning, if the file is damaged.
-
-    PyTorch's files are zip archives, whose checksums PyTorch itself does not look at.
-    """
-    import torch
-
-    if not path.is_file():
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is None:
-            return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        damaged = str(error).partition("\n")[0]
-    log.warning("%s: damaged (%s); the training begins anew", path, damaged)
-    return None
-
-
 class Trainer:
     """Trains a model step by step."""
 
@@ -177,7 +147,7 @@ class Trainer:
         """
         standing = self.standing
         planned = batches(self.rows.train, self.schedule.seed, standing.epoch, self.schedule.batch_size)
-        backbones.set_training(self.trained, True)
+        freezing.set_training(self.trained, True)
         if hasattr(self.source, "epoch"):
             self.source.epoch = standing.epoch
         shares = [batch[self.rank :: self.processes].tolist() for batch in planned[standing.step :]]
@@ -219,10 +189,10 @@ class Trainer:
             "standing": asdict(self.standing),
             "micro": self.micro,
         }
-        save_state(self.state, state)
+        state_file.save(self.state, state)
 
     def _load(self) -> None:
-        state = read_state(self.state, "cpu")
+        state = state_file.read(self.state, "cpu")
         if state is None:
             return
         self.model.load_state_dict(state["model"], strict=False)

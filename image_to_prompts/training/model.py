@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..models import backbones, checkpoints
+from ..models import backbones, checkpoints, freezing
 from ..run.devices import mixed_precision, only_cpus, process_state, type_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ def accelerator_for(mixed: bool) -> Accelerator:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state()  # a notebook may train twice in one process, in different precisions
+    # A notebook may train twice in one process, in different precisions; without this the second is refused.
+    getattr(AcceleratorState, "_reset_state", lambda: None)()
     precision = mixed_precision(process_state().device) if mixed else "no"
     return Accelerator(cpu=only_cpus(), mixed_precision=precision)
 
@@ -57,8 +58,8 @@ def build(
         backbones.load_pretrained(model.backbone, spec, weights)
     elif pretrained:
         checkpoints.initialise(model, spec, init)
-    names = backbones.unfreeze_last_quarter(model.backbone)
-    backbones.half_frozen(model, type_of(accelerator.mixed_precision))
+    names = freezing.unfreeze_last_quarter(model.backbone)
+    freezing.half_frozen(model, type_of(accelerator.mixed_precision))
     if grad_checkpointing:
         model.backbone.set_grad_checkpointing(True)
     return model.to(accelerator.device), names

@@ -21,7 +21,7 @@ from IPython.display import Image
 
 from image_to_prompts import finetune, notebook, profiles
 from image_to_prompts.data import images
-from image_to_prompts.models import backbones
+from image_to_prompts.models import backbones, freezing
 from image_to_prompts.training import by_source
 
 run, profile = notebook.start(run_folder, profile)
@@ -36,7 +36,7 @@ run, profile = notebook.start(run_folder, profile)
 # %%
 with torch.device("meta"):
     tower = backbones.build(backbones.describe("open_clip:convnext_xxlarge", 512))
-trained = backbones.unfreeze_last_quarter(tower)
+trained = freezing.unfreeze_last_quarter(tower)
 share = sum(p.numel() for p in tower.parameters() if p.requires_grad) / sum(p.numel() for p in tower.parameters())
 print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} of the numbers; first: {trained[0]}")
 

@@ -6,7 +6,7 @@ import torch
 from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.finetune import dry_run
-from image_to_prompts.models import backbones, checkpoints
+from image_to_prompts.models import backbones, checkpoints, freezing
 from image_to_prompts.run.devices import mixed_precision
 from image_to_prompts.run.errors import UserError
 
@@ -20,16 +20,16 @@ def planned(run, **values):
 def test_counts_are_those_of_the_model(small_run, cache):
     found = planned(small_run, cache_features=cache)
     net = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
-    trained = backbones.unfreeze_last_quarter(net.backbone)
+    trained = freezing.unfreeze_last_quarter(net.backbone)
     own = [p for p in net.parameters() if p.requires_grad]
     assert found.counts["tensors"] == (len(own), len(list(net.parameters()))) and len(own) == len(trained) + 2
     numbers = sum(p.numel() for p in own)
     assert found.counts["parameters"] == (numbers, sum(p.numel() for p in net.parameters()))
     if mixed_precision(torch.device("cpu")) == "bf16":
-        backbones.half_frozen(net, torch.bfloat16)
+        freezing.half_frozen(net, torch.bfloat16)
     assert found.memory["weights"] == sum(p.nbytes for p in net.parameters())
     assert found.memory["optimizer"] == 2 * found.memory["gradients"] == 8 * numbers
-    groups = len(backbones.layer_groups(net.backbone))
+    groups = len(freezing.layer_groups(net.backbone))
     assert found.counts["groups"] == (groups // 4, groups)
     history = finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
     assert history.empty and not small_run.checkpoints.exists()

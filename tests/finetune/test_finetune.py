@@ -11,7 +11,7 @@ from rows import loaded_rows
 
 from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
-from image_to_prompts.models import backbones, checkpoints, metrics
+from image_to_prompts.models import backbones, checkpoints, freezing, metrics
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import frozen_features, loop
 
@@ -35,7 +35,7 @@ def test_only_the_last_quarter_changes(small_checkpoint):
     after = checkpoints.load(small_checkpoint)
     before = backbones.build(after.spec)
     backbones.load_pretrained(before, after.spec)
-    trained = set(backbones.unfreeze_last_quarter(before))
+    trained = set(freezing.unfreeze_last_quarter(before))
     parameters = dict(before.named_parameters())
     for name, value in after.model.backbone.named_parameters():
         exact = parameters[name]  # frozen matrices are kept in the type of mixed precision

@@ -20,8 +20,8 @@ from PIL import Image
 from image_to_prompts import embed, generate
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import embeddings
-from image_to_prompts.generate import collect, look, readers
-from image_to_prompts.models import weights
+from image_to_prompts.generate import collect, formats, look, readers
+from image_to_prompts.models import hub
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import dataset
@@ -186,7 +186,7 @@ def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collected):
 
 
 def test_repeats_and_limits(tmp_path, collected, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 4)
+    monkeypatch.setattr(formats, "BLOCK", 4)
     (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 7} birds" for number in range(20)))
     frame, report = collected("table", tmp_path / "a.txt")
     assert frame["prompt"].tolist() == [f"a red fox beside {number} birds" for number in range(7)]
@@ -197,14 +197,14 @@ def test_repeats_and_limits(tmp_path, collected, monkeypatch):
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.sampled_from(["a red fox", "an owl", "a bee", "the sea", "a hut"]), min_size=1, max_size=40))
 def test_the_first_of_equal_prompts_stays(tmp_path, monkeypatch, prompts):
-    monkeypatch.setattr(readers, "BLOCK", 3)
+    monkeypatch.setattr(formats, "BLOCK", 3)
     (tmp_path / "a.txt").write_text("\n".join(prompts))
     collect.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "out.csv", rule_names=("unicode",))
     assert metadata.read(tmp_path / "out.csv")["prompt"].tolist() == list(dict.fromkeys(prompts))
 
 
 def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 5)
+    monkeypatch.setattr(formats, "BLOCK", 5)
     (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 17} birds" for number in range(40)))
     given_ = ("table", (str(tmp_path / "a.txt"),))
     collect.collect(*given_, tmp_path / "whole.csv")
@@ -306,8 +306,8 @@ def test_files_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", FileSystem)
-    assert weights.dataset_files("hf://datasets/owner/name/metadata.parquet") == [tmp_path / "metadata.parquet"]
-    found = weights.dataset_files("hf://datasets/owner/name/data/*.parquet")
+    assert hub.dataset_files("hf://datasets/owner/name/metadata.parquet") == [tmp_path / "metadata.parquet"]
+    found = hub.dataset_files("hf://datasets/owner/name/data/*.parquet")
     assert [path.name for path in found] == ["a.parquet", "b.parquet"]
     assert asked[0] == ("owner/name", "metadata.parquet", "dataset")
 
@@ -316,11 +316,11 @@ def test_files_on_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
     with pytest.raises(UserError, match="cannot reach the hub; download it where the hub can be reached"):
-        weights.dataset_files("hf://datasets/owner/name/metadata.parquet")
+        hub.dataset_files("hf://datasets/owner/name/metadata.parquet")
 
 
 def test_the_hub_cannot_be_reached_for_many_files(tmp_path):
-    code = "import sys; from image_to_prompts.models import weights; weights.dataset_files(sys.argv[1])"
+    code = "import sys; from image_to_prompts.models import hub; hub.dataset_files(sys.argv[1])"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     words = [sys.executable, "-c", code, "hf://datasets/owner/name/data/*.parquet"]
     said = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120).stderr.splitlines()[-1]
@@ -393,7 +393,7 @@ def test_a_part_that_comes_later_is_collected_too(tmp_path, collected):
 
 
 def test_nothing_is_left_of_a_block(tmp_path, collected, monkeypatch):
-    monkeypatch.setattr(readers, "BLOCK", 2)
+    monkeypatch.setattr(formats, "BLOCK", 2)
     (tmp_path / "a.txt").write_text("NULL\n123\nnan\nein roter Fuchs sitzt auf einem Stuhl\na red fox on a chair\n")
     assert collected("table", tmp_path / "a.txt")[0]["prompt"].tolist() == ["a red fox on a chair"]
 

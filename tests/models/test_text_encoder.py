@@ -7,6 +7,7 @@ import sqlite3
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +62,13 @@ def test_batches_hold_every_row_once_by_length(lengths):
     for batch in cut:
         own = [lengths[row] for row in batch]
         assert own == sorted(own) and sum(own[:-1]) < minilm.TOKENS[1]
+
+
+def test_without_the_private_product_texts_embed_alike(monkeypatch):
+    before = text_encoder.encode_once(PROMPTS)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    after = text_encoder.encode_once(PROMPTS)
+    assert (before * after).sum(1).min() > 0.9999
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -14,7 +14,7 @@ from tiny_models import save_diffusion
 from image_to_prompts import render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.metadata import NSFW
-from image_to_prompts.models import weights
+from image_to_prompts.models import hub, weights
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
 from image_to_prompts.render.store import Row
@@ -86,7 +86,7 @@ def test_both_presets_draw_and_the_manifest_tells_them_apart(tiny_sd2, tmp_path)
         with Image.open(tmp_path / str(fast) / "a.png") as image:
             assert image.size == (512, 512)
     assert manifests[False]["scheduler"].eq("DDIM").all() and manifests[True]["scheduler"].eq("DPM-Solver++").all()
-    assert manifests[False]["model_sha256"].tolist() == [weights.digest(tiny_sd2)] * 3
+    assert manifests[False]["model_sha256"].tolist() == [hub.digest(tiny_sd2)] * 3
     assert (manifests[False]["sha256"] != manifests[True]["sha256"]).all()
     with pytest.raises(UserError, match="was rendered with scheduler DDIM, not DPM"):
         render.run(render.Config(metadata=csv, out=tmp_path / "False", **{**values, "fast": True}))

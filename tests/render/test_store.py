@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from image_to_prompts.render.store import RECORDED, FolderStore, Row, TarStore, read_manifest, read_shard
+from image_to_prompts.render.shards import TarStore, read_shard
+from image_to_prompts.render.store import RECORDED, FolderStore, Row, read_manifest
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 

@@ -29,6 +29,7 @@ from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import loop
 from image_to_prompts.training import model as models
+from image_to_prompts.training import state as state_file
 
 
 def config(run, out, tower, **overrides):
@@ -457,21 +458,6 @@ def test_a_training_has_stalled_when_its_last_epochs_brought_nothing(cosines, pa
     assert loop.has_stalled([{"cosine": cosine} for cosine in cosines], patience) == stalled
 
 
-def test_a_state_is_read_back_or_told_to_be_damaged(tmp_path, caplog):
-    path, state = tmp_path / "state.pt", {"model": {"w": torch.arange(300.0)}, "micro": 3}
-    assert loop.read_state(path, "cpu") is None and not caplog.text
-    loop.save_state(path, state)
-    found = loop.read_state(path, "cpu")
-    assert found["micro"] == 3 and torch.equal(found["model"]["w"], state["model"]["w"])
-    data = bytearray(path.read_bytes())
-    place = data.index(torch.arange(300.0).numpy().tobytes()[:64])
-    data[place + 40] ^= 1
-    path.write_bytes(data)
-    assert loop.read_state(path, "cpu") is None and f"{path}: damaged" in caplog.text
-    path.write_bytes(b"no archive")
-    assert loop.read_state(path, "cpu") is None and caplog.text.count("damaged") == 2
-
-
 @pytest.fixture
 def trainer(small_run, tiny_open_clip, tmp_path):
     """A trainer of the tiny tower, with its images."""
@@ -537,7 +523,7 @@ def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path
     assert loss == pytest.approx(trainer.standing.loss / len(trainer.rows.train))
     trainer.finish_epoch({"epoch": 1, "loss": loss, "cosine": 0.3})
     assert trainer.standing == loop.Standing(2, history=[{"epoch": 1, "loss": loss, "cosine": 0.3}])
-    kept = loop.read_state(tmp_path / "state.pt", "cpu")
+    kept = state_file.read(tmp_path / "state.pt", "cpu")
     assert kept["standing"]["epoch"] == 2 and kept["micro"] == 16
     trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
     buffers = {name for name, _ in trainer.model.named_buffers()} & set(trainer.model.state_dict())

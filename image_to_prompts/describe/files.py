@@ -1,4 +1,4 @@
-"""What `describe` writes: a record of each image in the run, so that none is described twice; texts and tables.
+"""The files of `describe`: images; a record of each in the run, so that none is described twice; texts and tables.
 
 Files that were written from here are known by their hash, so that those of others and edited ones are not replaced.
 """
@@ -17,6 +17,8 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import pandas as pd
 
+from ..data import images
+from ..data.metadata import IMAGE_SUFFIXES
 from ..run import archives
 from ..run.devices import rank_and_processes
 from ..run.errors import UserError
@@ -47,6 +49,24 @@ class Description:
 
 def _key(file: Path) -> str:
     return json.dumps([str(file.absolute()), *archives.stat(file)])
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Image files of paths, none twice; raises UserError."""
+    found: list[Path] = []
+    for path in paths:
+        try:
+            if path.is_dir():
+                found += images.find(path)
+                continue
+            archives.stat(path)
+        except OSError as error:
+            why = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror or error})"
+            raise UserError(f"{shown(path)}: no such file or folder{why}; correct it") from error
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise UserError(f"{shown(path)}: not an image ({', '.join(IMAGE_SUFFIXES)}); give image files or folders")
+        found.append(path)
+    return list(dict.fromkeys(found))
 
 
 class Outputs:

@@ -1,0 +1,220 @@
+"""Files of rows, whatever they hold: Parquet, CSV, TSV, JSON and text, read as blocks; what is broken is skipped."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import logging
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ..run.errors import UserError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+log = logging.getLogger(__name__)
+BLOCK = 65_536  # rows
+LONGEST = 100_000  # characters of a field; longer ones are a broken quote, not a prompt
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python stands in for such bytes
+HALF = re.compile("[\ud800-\udfff]")  # of a character of two
+SHOWN = 5  # broken rows that are told one by one
+
+
+@dataclass
+class Reading:
+    """One file to read.
+
+    Attributes:
+        path: The file, or a folder (DiffusionDB's parts).
+        column: Column of the prompts, for `table`.
+        broken: Number of rows that could not be read.
+    """
+
+    path: Path
+    column: str = "prompt"
+    broken: int = field(default=0)
+
+    def skip(self, row: int, why: str) -> None:
+        """Reports a row, from 1, that cannot be read."""
+        self.broken += 1
+        if self.broken <= SHOWN:
+            log.warning("%s: row %d: %s; skipped", self.path, row, why)
+
+
+def parquet_blocks(
+    reading: Reading, columns: dict[str, str], required: Iterable[str], numbered: bool = False
+) -> Iterator[pl.DataFrame]:
+    """Streams columns of a Parquet file under new names; those not required may be missing."""
+    import polars as pl
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(reading.path) as file:
+            there = file.schema_arrow.names
+            for column in required:
+                if column not in there:
+                    raise UserError(
+                        f"{reading.path}: no column {column!r}, found {', '.join(there)}; correct --source "
+                        "or --prompt-column"
+                    )
+            chosen, start = [column for column in columns if column in there], 0
+            groups = range(file.num_row_groups)  # one by one, for a reader of all keeps all that it has read
+            for batch in (one for group in groups for one in file.iter_batches(BLOCK, [group], chosen)):
+                batch.validate(full=True)  # else Polars would take any bytes for text
+                block = pl.DataFrame(pl.from_arrow(batch)).rename({column: columns[column] for column in chosen})
+                types = {name: kind for name, kind in _types().items() if name in block.columns}
+                block = block.with_columns(pl.col(name).cast(kind, strict=False) for name, kind in types.items())
+                if block["prompt"].dtype != pl.String:
+                    raise UserError(
+                        f"{reading.path}: the prompts are {block['prompt'].dtype}, not text; correct --prompt-column"
+                    )
+                if numbered:
+                    ids = [str(row) for row in range(start + 1, start + 1 + len(block))]
+                    block = block.with_columns(pl.Series("source_id", ids, pl.String))
+                start += len(block)
+                yield block
+    except UserError:
+        raise
+    except Exception as error:  # what pyarrow raises of a damaged file is of many kinds
+        said = " ".join(str(error).split())
+        raise UserError(f"{reading.path}: not a whole Parquet file: {said}; download it again") from error
+
+
+def _types() -> dict[str, Any]:
+    """Types of the columns besides `prompt`; what is not of its type counts as missing."""
+    import polars as pl
+
+    texts = dict.fromkeys(("image_name", "source_id"), pl.String)
+    numbers = dict.fromkeys(("width", "height", "image_nsfw", "prompt_nsfw"), pl.Float64)
+    return {**texts, **numbers, "rejected": pl.Boolean, "seed": pl.Int64}
+
+
+def blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[pl.DataFrame]:
+    """Rows as blocks; half of a character that stands alone, as JSON may have it, is taken out."""
+    import polars as pl
+
+    types = {column: _types().get(column, pl.String) for column in columns}
+    while block := list(itertools.islice(rows, BLOCK)):
+        lists = {column: [_plain(row[column], column) for row in block] for column in columns}
+        yield pl.DataFrame(lists, types)
+
+
+def _plain(value: Any, column: str) -> Any:
+    if column == "seed":
+        return value if type(value) is int and 0 <= value < 2**63 else None
+    return HALF.sub("", value) if isinstance(value, str) and not value.isascii() else value
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
+
+
+def lines(reading: Reading, universal: bool = False) -> Iterator[tuple[int, str]]:
+    """Lines of a text file and their numbers, UTF-8 or, with its mark, UTF-16; broken and endless ones are skipped.
+
+    Args:
+        reading: The file.
+        universal: Whether lines may end with a carriage return alone.
+    """
+    try:
+        with _open(reading.path) as file:
+            mark = file.read(2)
+        encoding, errors = "utf-8-sig", "surrogateescape"
+        if mark in (b"\xff\xfe", b"\xfe\xff"):
+            encoding, errors = "utf-16", "replace"
+        newline = None if universal else "\n"
+        with io.TextIOWrapper(_open(reading.path), encoding, errors, newline) as file:
+            for number in itertools.count(1):
+                line = part = file.readline(LONGEST)
+                if not line:
+                    return
+                while len(part) == LONGEST and not part.endswith("\n"):
+                    part = file.readline(LONGEST)
+                if part is not line:
+                    reading.skip(number, f"a line of {LONGEST} characters or more")
+                elif not line.isascii() and NOT_UTF8.search(line):
+                    reading.skip(number, "bytes that are not UTF-8")
+                else:
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{reading.path}: cannot be read: {error}; download it again") from error
+
+
+def delimited(reading: Reading) -> Iterator[tuple[int, str]]:
+    """Row number and prompt of each row of a CSV or TSV with a header."""
+    comma = "\t" if ".tsv" in reading.path.name.lower() else ","
+    rows = csv.reader((line for _, line in lines(reading)), delimiter=comma, strict=True)
+    csv.field_size_limit(LONGEST)
+    header: list[str] | None = None
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            number += 1
+            reading.skip(number, f"{error}")
+            continue
+        if not row:
+            continue
+        if header is None:
+            header = row
+            if reading.column not in header:
+                there = ", ".join(header)[:200]
+                raise UserError(f"{reading.path}: no column {reading.column!r}, found {there}; give --prompt-column")
+            position = header.index(reading.column)
+            continue
+        number += 1
+        if len(row) != len(header):
+            reading.skip(number, f"{len(row)} fields for {len(header)} columns")
+        else:
+            yield number, row[position]
+
+
+def json_lines(reading: Reading) -> Iterator[tuple[int, str]]:
+    for number, line in lines(reading):
+        if line.strip():
+            try:
+                yield number, _field(json.loads(line), reading.column)
+            except (ValueError, RecursionError) as error:
+                reading.skip(number, str(error))
+
+
+def json_list(reading: Reading) -> Iterator[tuple[int, str]]:
+    found = whole_json(reading.path)
+    if not isinstance(found, list):
+        raise UserError(f"{reading.path}: not a list of objects; give JSON lines, or a list")
+    for number, record in enumerate(found, start=1):
+        try:
+            yield number, record if isinstance(record, str) else _field(record, reading.column)
+        except ValueError as error:
+            reading.skip(number, str(error))
+
+
+def _field(record: Any, column: str) -> str:
+    if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        raise ValueError(f"no text called {column!r}; give --prompt-column")
+    return record[column]
+
+
+def text_lines(reading: Reading) -> Iterator[tuple[int, str]]:
+    for number, line in lines(reading, universal=True):
+        if line.strip():
+            yield number, line.rstrip("\n")
+
+
+def whole_json(path: Path) -> Any:
+    try:
+        with _open(path) as file:
+            return json.load(file)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+        raise UserError(f"{path}: not JSON: {error}; download it again") from error
