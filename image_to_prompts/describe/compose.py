@@ -19,7 +19,6 @@ import polars as pl
 
 from .. import pipeline
 from ..data import terms
-from ..generate.rules import artists as without_artists
 from ..models import text_encoder
 
 CONNECTIVES = (
@@ -153,7 +152,9 @@ def _first(prompt: str, most_words: int) -> list[Part]:
 
 def _without_artists(prompts: list[str]) -> list[str]:
     """Prompts without the names in clip-interrogator's list, nor phrases with a surname of it (see `surnames`)."""
-    clean = without_artists(pl.DataFrame({"prompt": prompts})).fill_null("")
+    from ..generate import rules
+
+    clean = rules.artists(pl.DataFrame({"prompt": prompts})).fill_null("")
     return [text if surnames().isdisjoint(_words(text)) else join(_unnamed(text)) for text in clean]
 
 

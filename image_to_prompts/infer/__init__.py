@@ -29,7 +29,6 @@ from ..run.errors import UserError
 from ..run.files import make_folder, write_json
 from ..run.folders import Run
 from ..run.resume import Stamp, alone
-from ..training import by_source
 from . import submission
 
 log = logging.getLogger(__name__)
@@ -104,6 +103,8 @@ def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[fl
     """
     same = [1 / len(folders)] * len(folders)
     if not given and len(folders) > 1:
+        from ..training import by_source
+
         if not all(by_source.is_there(folder) for folder in folders):
             log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
             return same

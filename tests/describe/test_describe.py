@@ -258,6 +258,18 @@ def test_an_image_in_memory_is_described(trained):
     assert found.prompt == describe(path, run=run.folder).prompt
 
 
+def test_one_image_with_a_checkpoint_loads_few_modules_and_none_that_train(trained_run, crowd):
+    code = (
+        "import sys; from image_to_prompts import describe\n"
+        f"assert describe({str(crowd[0])!r}, run={str(trained_run.folder)!r}).cosine\n"
+        "print(*(name for name in sys.modules if name.partition('.')[0] == 'image_to_prompts'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert 20 < len(loaded) <= 45, sorted(loaded)
+    assert not {f"image_to_prompts.{name}" for name in ("finetune", "ensemble", "training", "render")} & loaded
+
+
 def test_describe_says_what_it_takes(trained):
     from image_to_prompts import describe
 
