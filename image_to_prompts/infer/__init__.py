@@ -24,6 +24,7 @@ from ..models import metrics, text_encoder
 from ..predict import predictors
 from ..predict.predictors import Rung
 from ..profiles import StageConfig
+from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import make_folder, write_json
@@ -223,8 +224,10 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     unreadable = ~vectors.any(1)  # no predictor had them
     vectors[unreadable] = mean
     broken = [file for file, bad in zip(files[: max(reached)], unreadable, strict=False) if bad]
-    submission.write(config.out, stems, vectors)
     result = Prediction(files, vectors, broken, len(files) - max(reached), rung.what)
+    if rank_and_processes()[0]:  # the main process writes
+        return result
+    submission.write(config.out, stems, vectors)
     if bank:
         nearest = nearest_prompts(vectors, bank, text_encoder.encode(bank))
         names = [file.relative_to(config.images).as_posix() for file in files]
