@@ -41,7 +41,7 @@ def is_shown(name: str) -> bool:
 
 
 def names(run: Path) -> set[str]:
-    """Files of a run, without its log and locks; descriptions have another fingerprint since then, and are made anew."""
+    """Files of a run, without its log and locks; without the fingerprint of descriptions, which has changed."""
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     found = {re.sub(r"described/\.[0-9a-f]{16}\.", "described/.fingerprint.", name) for name in found}
     return {name for name in found if not name.endswith((".log", ".lock"))}

@@ -219,10 +219,7 @@ def _start(load: Callable[[], Predictor], viewing: Viewing) -> Callable[[list[Pa
 
 
 def _predict_block(
-    predictor: Predictor,
-    show: Callable[[list[Path], str], list[encoders.Encoded]],
-    files: list[Path],
-    views: tuple[str, ...],
+    predictor: Predictor, show: Callable[..., list[encoders.Encoded]], files: list[Path], views: tuple[str, ...]
 ) -> np.ndarray:
     """The mean over the views of unit vectors, float32 (n, 384), NaN for images that cannot be read."""
     seen = []
@@ -243,10 +240,10 @@ def predict_resumed(
     work: Path,
     deadline: Deadline,
 ) -> tuple[np.ndarray, int]:
-    """Predicts as `predict`, in blocks of 512 images that a later run finds in `work`.
+    """Predicts as `predict`, in blocks of 512 images that a later run finds in `work`, until the deadline.
 
     Returns:
-        As `predict`, NaN also in the rows of images that were not reached in time; and how many were reached.
+        As `predict`, NaN also for images that were not reached; and how many were.
     """
 
     def make(blocks: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
