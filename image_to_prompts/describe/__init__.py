@@ -38,7 +38,7 @@ from ..run.errors import UserError
 from ..run.files import make_folder, shown
 from ..run.folders import Run, default_run, profile_of
 from ..run.resume import alone, fingerprint
-from .files import Description, Outputs, check_places, image_files, table
+from .files import Description, Known, Written, check_places, image_files, table
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
@@ -234,15 +234,16 @@ def printed(found: list[Description]) -> str:
 
 
 def _run(config: Config, files: list[Path]) -> list[Description]:
-    outputs = Outputs(make_folder(config.run / "described"), _fingerprint(config), config.overwrite)
+    outputs = Written(make_folder(config.run / "described"), config.overwrite)
     if config.out:
         if any(path.exists() and config.out.exists() and path.samefile(config.out) for path in sources(config)[1]):
             raise UserError(f"{config.out}: is read here; choose another --out")
         outputs.check(config.out)
     rank, processes = rank_and_processes()
     mine = files[rank::processes]
-    _work(config, mine, outputs)
-    found = gather([outputs.of(file, config.top) for file in mine], len(files))
+    known = Known(outputs.folder, _fingerprint(config), mine)
+    _work(config, known, outputs)
+    found = gather([known.of(file, config.top) for file in mine], len(files))
     if config.out and rank == 0:
         outputs.check(config.out)  # hours may have passed
         outputs.write(config.out, table(found, config.out, config.top))
@@ -253,20 +254,20 @@ def _run(config: Config, files: list[Path]) -> list[Description]:
     return found
 
 
-def _work(config: Config, files: list[Path], outputs: Outputs) -> None:
+def _work(config: Config, known: Known, outputs: Written) -> None:
     """Describes what is not done, block by block; writes the text files of all."""
     from ..run.progress import progress_to
     from . import compose
 
-    known = [outputs.of(file, config.top) for file in files]
-    todo = [file for file, one in zip(files, known, strict=True) if not one]
+    done = {file: known.of(file, config.top) for file in known.keys}
+    todo = [file for file, one in done.items() if not one]
     describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None
     gc.freeze()  # accelerate collects garbage before each block: .3 s, were it to look at all that was loaded
-    stay = [outputs.beside(one) for one in known if one and config.txt]
-    with progress_to(len(files), "describe", len(files) - len(todo)) as advance:
+    stay = [outputs.beside(one) for one in done.values() if one and config.txt]
+    with progress_to(len(done), "describe", len(done) - len(todo)) as advance:
         for start in range(0, len(todo), BLOCK):
             found = describer.describe(todo[start : start + BLOCK])
-            outputs.keep(found)
+            known.keep(found)
             stay += [outputs.beside(one) for one in found if config.txt]
             advance(len(found))
     for path in filter(None, stay):

@@ -69,21 +69,19 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-class Outputs:
-    """Descriptions of one kind of settings, and the files that were written from a run."""
+class Known:
+    """What is known of some images, as they were when the work began."""
 
-    def __init__(self, folder: Path, fingerprint: str, overwrite: bool) -> None:
-        """Reads what is there.
+    def __init__(self, folder: Path, fingerprint: str, files: Sequence[Path]) -> None:
+        """Reads what earlier runs noted.
 
         Args:
             folder: Folder of the records.
             fingerprint: Of what the descriptions depend on, beside the images.
-            overwrite: Replace files that are not from here, or were edited.
+            files: The images.
         """
-        self.folder, self.overwrite = folder, overwrite
         self.journal = folder / f".{fingerprint}.{rank_and_processes()[0]}.jsonl"
-        self.ledger = folder / ".written.jsonl"
-        self.written = {(record["path"], record["sha256"]) for record in read_journal(self.ledger)}
+        self.keys = {file: _key(file) for file in files}  # before they are read: one that is replaced then is another
         self.done: dict[str, Description] = {}
         for journal in sorted(folder.glob(f".{fingerprint}.*.jsonl")):
             for record in read_journal(journal):
@@ -92,18 +90,28 @@ class Outputs:
                     self.done[record["key"]] = Description(Path(), record["prompt"], record["cosine"], near)
 
     def of(self, file: Path, top: int) -> Description | None:
-        """What is known of an image as it is now, with `top` of the nearest prompts."""
-        found = self.done.get(_key(file))
+        """What is known of an image, with `top` of the nearest prompts."""
+        found = self.done.get(self.keys[file])
         return found and replace(found, path=file, nearest=found.nearest[:top])
 
     def keep(self, found: Sequence[Description]) -> None:
         """Notes descriptions, all at once, so that a resumed run cuts the rest into the same blocks."""
         records = []
         for one in found:
-            record = {"key": _key(one.path), "prompt": one.prompt, "cosine": one.cosine, "nearest": one.nearest}
+            record = {"key": self.keys[one.path], "prompt": one.prompt, "cosine": one.cosine, "nearest": one.nearest}
             records.append({**record, "error": one.error})
             self.done[record["key"]] = replace(one, vector=None)
         append_line(self.journal, *records)
+
+
+class Written:
+    """The files that were written from a run."""
+
+    def __init__(self, folder: Path, overwrite: bool) -> None:
+        """Takes the folder of the ledger, and whether files that are not from here, or were edited, are replaced."""
+        self.folder, self.overwrite = folder, overwrite
+        self.ledger = folder / ".written.jsonl"
+        self.written = {(record["path"], record["sha256"]) for record in read_journal(self.ledger)}
 
     def _name(self, path: Path) -> str:
         """A path as seen from the run, which may be moved with what is in it; any bytes may be in it."""

@@ -68,6 +68,35 @@ def test_what_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
     assert len(seen) == 9 + 8
 
 
+def test_an_image_that_changes_or_goes_while_it_is_described(trained, monkeypatch):
+    """What was said is of the image as it was; the next run describes the other one."""
+    run, pictures = trained
+    first, second, *_ = sorted(path for path in pictures.glob("*.png") if path.name != "damaged.png")
+    seen, original = [], describe.Describer.describe
+
+    def changing(self, files):
+        found = original(self, files)
+        seen.extend(files)
+        if len(seen) == 2:
+            shutil.copyfile(second, first)
+            second.unlink()
+        return found
+
+    monkeypatch.setattr(describe.Describer, "describe", changing)
+    before = describe.run(config(run, first, second))
+    assert all(one.prompt for one in before)
+    (after,) = describe.run(config(run, first))
+    assert seen[2:] == [first] and after.prompt == before[1].prompt
+
+
+def test_a_table_that_cannot_be_written_is_told_before_weights_are_read(trained, tmp_path, monkeypatch):
+    run, pictures = trained
+    monkeypatch.setattr(describe, "fingerprint", lambda *_: pytest.fail("hours of hashing"))
+    (tmp_path / "p.csv").write_text("mine")
+    with pytest.raises(UserError, match="is not from here"):
+        describe.run(config(run, pictures, out=tmp_path / "p.csv"))
+
+
 def test_a_damaged_image_that_was_mended_is_described(trained):
     run, pictures = trained
     whole = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png").read_bytes()
