@@ -168,7 +168,7 @@ def _run(words: list[str]) -> str:
         return found()
     module = sys.modules[type(found).__module__]
     if name in STAGES:
-        folders.open_run(*_place(words))
+        folders.open_run(found.run, found.profile)
         pipeline.announce(name)
     result = module.run(found)
     if name == "describe" and rank_and_processes()[0] == 0:

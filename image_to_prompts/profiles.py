@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import pipeline
 from .run.errors import UserError
 from .run.folders import Run, on_kaggle, profile_called
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -21,6 +24,14 @@ class StageConfig:
     """`embedded` (stand-ins, any machine) or `full` (the real models; weights, and a GPU or patience)."""
     quiet: bool = False
     """No progress bars."""
+
+    def __post_init__(self) -> None:
+        """Takes an old name of the profile for the new one."""
+        self.profile = profile_called(self.profile)
+
+    def part(self, kind: Callable[..., T]) -> T:
+        """A dataclass whose fields are some of these, filled from here."""
+        return kind(**{one.name: getattr(self, one.name) for one in fields(kind)})
 
     def at_least(self, least: float, *names: str) -> None:
         """Raises UserError where one of these fields is smaller."""

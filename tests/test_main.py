@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from image_to_prompts import profiles
+from image_to_prompts import cli, profiles
 from image_to_prompts.pipeline import STAGES
 from image_to_prompts.run import folders
 
@@ -63,6 +63,12 @@ def test_profile_is_stored_and_an_explicit_one_wins(command, tmp_path, monkeypat
     (folder / "run.json").write_text("[]")
     with pytest.raises(ValueError, match="not a run file"):
         folders.profile_of(folder)
+
+
+def test_the_old_name_of_a_profile_is_the_new_one_everywhere(tmp_path):
+    settings = cli.parse(["describe", "x.png", "--run", str(tmp_path), "--profile", "kaggle"])
+    assert settings.profile == "full" == profiles.default_config("infer", folders.Run(tmp_path), "kaggle").profile
+    assert settings == cli.parse(["describe", "x.png", "--run", str(tmp_path), "--profile", "full"])
 
 
 def test_each_stage_reads_by_default_what_its_predecessor_wrote(tmp_path):

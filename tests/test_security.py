@@ -6,12 +6,12 @@ import json
 import pickle
 import shutil
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
 from pathlib import Path
 
+import first_seed
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,9 +24,6 @@ from image_to_prompts.models import backbones, checkpoints, hub, weights
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import state
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
-import first_seed
 
 
 class Evil:

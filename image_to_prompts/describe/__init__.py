@@ -131,7 +131,7 @@ class Describer:
             if seen.vectors.shape[1] == 1:  # none can be read
                 return np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32), [""] * len(files)
             return seen.vectors, seen.texts
-        viewing = predictors.Viewing(config.batch_size, config.loader_workers, config.views)
+        viewing = config.part(predictors.Viewing)
         seen = [predictors.predict(predictor, files, viewing) for predictor in self.predictors]
         return metrics.blend(seen, self.weights), []
 

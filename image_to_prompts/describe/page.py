@@ -197,7 +197,7 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
     run = folders.Run(config.run)
     describer = Describer(profiles.default_config("describe", run, config.profile, artists=config.artists))
     gc.freeze()  # see `describe`
-    blocks = page(describer, painter(config.profile)).queue(max_size=WAITING)
+    blocks = page(describer, painter(describer.config.profile)).queue(max_size=WAITING)
     blocks.uploads = folder
     try:
         blocks.launch(

@@ -10,7 +10,7 @@ least as good as the best of them. `models.networks` has the networks, `loop` th
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +129,7 @@ def _run(config: Config) -> pd.DataFrame:
     ridge = tuple(part.astype(np.float32) for part in metrics.ridge(joined[rows.train], targets))
     near = rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
-    settings = loop.Settings(**{field.name: getattr(config, field.name) for field in fields(loop.Settings)})
+    settings = config.part(loop.Settings)
     network, history = loop.fit(
         lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, settings, work / "state.pt"
     )

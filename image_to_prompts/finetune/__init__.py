@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -134,11 +134,6 @@ def _check(config: Config) -> None:
         raise UserError(f"--batch-size {config.batch_size}: {processes} processes need at least two images each")
 
 
-def schedule(config: Config) -> loop.Schedule:
-    """What the training loop takes of the settings."""
-    return loop.Schedule(**{field.name: getattr(config, field.name) for field in fields(loop.Schedule)})
-
-
 def plan(config: Config) -> dry_run.Plan:
     """What training would need and take; images need not be there, the metadata must.
 
@@ -151,7 +146,7 @@ def plan(config: Config) -> dry_run.Plan:
     # A table without folds gets eight from `dataset.split`.
     rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
     return dry_run.make(
-        *(backbones.describe(config.backbone, config.image_size), rows, schedule(config)),
+        *(backbones.describe(config.backbone, config.image_size), rows, config.part(loop.Schedule)),
         *(config.precision == "auto", config.cache_features, config.grad_checkpointing),
     )
 
@@ -233,7 +228,7 @@ def _train(config: Config) -> pd.DataFrame:
     if accelerator.is_main_process:
         state_file.adopt(state)
     accelerator.wait_for_everyone()
-    trainer = loop.Trainer(accelerator, model, trained, training_images, rows, schedule(config), state)
+    trainer = loop.Trainer(accelerator, model, trained, training_images, rows, config.part(loop.Schedule), state)
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,

@@ -216,7 +216,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
     stamp.claim(outputs)
     work = stamp.work_folder()
-    viewing = predictors.Viewing(config.batch_size, config.loader_workers, config.views)
+    viewing = config.part(predictors.Viewing)
     rung, found, mean, reached = predictors.climb(
         rungs, files, viewing, config, work, config.max_hours, strict=not config.fallback
     )

@@ -21,7 +21,7 @@ from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
 from ..models import checkpoints, ensemble, metrics, text_encoder, weights
 from ..run import resume
-from ..run.devices import gather, rank_and_processes
+from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
 from ..run.files import make_folder
@@ -254,7 +254,7 @@ def predict_resumed(
     vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
     reached = sum(map(len, found))
     vectors[:reached] = np.concatenate([vectors[:0], *found])
-    gather([reached], rank_and_processes()[1])  # nobody removes the blocks before all processes have read them
+    process_state().wait_for_everyone()  # nobody removes the blocks before all processes have read them
     return vectors, reached
 
 

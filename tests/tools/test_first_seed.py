@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import first_seed
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,8 +21,6 @@ from image_to_prompts.models import networks
 from image_to_prompts.run.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/first_seed.py"
-sys.path.append(str(TOOL.parent))
-import first_seed  # noqa: E402
 
 WIDTHS = (512, 768, 384)
 
