@@ -218,12 +218,13 @@ class Case:
         return found
 
     def listing(self) -> list[tuple[str, int]]:
-        """Names and sizes; a file that is renamed or deleted while its folder is being listed is left out."""
+        """Names and sizes; what is renamed or deleted while it is being listed is left out."""
         found = []
-        for path in sorted(self.folder.rglob("*")):
-            with contextlib.suppress(FileNotFoundError):
-                found.append((str(path), path.stat().st_size))
-        return found
+        for folder, _, names in os.walk(self.folder):  # unlike rglob it passes over a folder that is gone
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((os.path.join(folder, name), os.stat(os.path.join(folder, name)).st_size))
+        return sorted(found)
 
     def disturb(self, how: signal.Signals, rng: random.Random, seconds: float) -> bool:
         """Starts the command and sends it a signal at a random moment; False if it had ended before.
