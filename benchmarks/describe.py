@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +30,7 @@ def _describer(run: Path) -> Describer:
     from image_to_prompts import describe, profiles
     from image_to_prompts.run import folders
 
-    found = describe.Describer(profiles.default_config("describe", folders.Run(run), "embedded"))
-    gc.freeze()  # as the command does; without it accelerate's collections would slow the loops
-    return found
+    return describe.Describer(profiles.default_config("describe", folders.Run(run), "embedded"))
 
 
 def parts(run: Path, count: int, rounds: int) -> Iterator[list[Path]]:
@@ -81,17 +78,47 @@ def loop(run: Path, count: int, rounds: int) -> Prepared:
 
 
 def quality(run: Path) -> None:
+    """Each way's mean cosine to prediction and truth, and how often it is nearer than the nearest known prompt."""
+    import pandas as pd
+
     from image_to_prompts.data import metadata
-    from image_to_prompts.describe import scores
+    from image_to_prompts.encode import encoders
+    from image_to_prompts.models import metrics, text_encoder
     from image_to_prompts.run import folders
 
-    of = folders.Run(run)
+    of, describer = folders.Run(run), _describer(run)
     frame = metadata.read(of.test_images / folders.MANIFEST)
-    paths = [of.test_images / file for file in frame["file"]]
-    table = scores.compare(_describer(run), paths, frame["prompt"].tolist(), "classes")
-    print(f"{len(paths)} images")
-    print(table.round(4).to_string())
-    record(__file__, "quality", {"images": len(paths), **table.round(4).T.to_dict()})
+    files, truth = [of.test_images / file for file in frame["file"]], frame["prompt"].tolist()
+    found = describer.describe(files)
+    predicted = np.stack([one.vector for one in found])
+    targets = text_encoder.encode(truth)
+    ten = [[text for text, _ in some] for some in describer.index.search(predicted, 10)]
+    flat = text_encoder.encode([text for some in ten for text in some]).reshape(len(ten), -1, text_encoder.DIMENSION)
+    luckiest = np.einsum("ikd,id->ik", flat, targets).argmax(1)
+    ways = {
+        "nearest known prompt": flat[:, 0],
+        "composed": text_encoder.encode([one.prompt for one in found]),
+        "of the ten nearest the one nearest to the truth": flat[np.arange(len(ten)), luckiest],
+        "the prediction itself, no text": predicted,
+    }
+    ways["ImageNet classes"] = encoders.encode([encoders.build("classes", 224)], files)[0].vectors
+    base = (metrics.unit(flat[:, 0]) * targets).sum(1)
+    rows = {}
+    for name, vectors in ways.items():
+        to_truth = (metrics.unit(vectors) * targets).sum(1)
+        low, high = metrics.bootstrap(to_truth)
+        rows[name] = {
+            "to the prediction": metrics.mean_cosine(vectors, predicted),
+            "to the truth": float(to_truth.mean()),
+            "from": low,
+            "to": high,
+            "nearer than nearest": float((to_truth > base).mean()),
+            "farther": float((to_truth < base).mean()),
+        }
+    table = pd.DataFrame(rows).T.round(4)
+    print(f"{len(files)} images")
+    print(table.to_string())
+    record(__file__, "quality", {"images": len(files), **table.T.to_dict()})
 
 
 def speed(run: Path, count: int, rounds: int) -> None:

@@ -223,7 +223,7 @@ class Case:
         for folder, _, names in os.walk(self.folder):  # unlike rglob it passes over a folder that is gone
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((os.path.join(folder, name), os.stat(os.path.join(folder, name)).st_size))
+                    found.append((f"{folder}/{name}", Path(folder, name).stat().st_size))
         return sorted(found)
 
     def disturb(self, how: signal.Signals, rng: random.Random, seconds: float) -> bool:

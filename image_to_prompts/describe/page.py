@@ -6,7 +6,6 @@ is uploaded is checked before it is decoded, and deleted after an hour.
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -196,7 +195,6 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
     run = folders.Run(config.run)
     describer = Describer(profiles.default_config("describe", run, config.profile, artists=config.artists))
-    gc.freeze()  # see `describe`
     blocks = page(describer, painter(describer.config.profile)).queue(max_size=WAITING)
     blocks.uploads = folder
     try:

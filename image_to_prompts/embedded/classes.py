@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import timm
+import torch
+from timm.data import ImageNetInfo
+
+from ..encode.backbone import BackboneEncoder
 from ..models import backbones, text_encoder
-
-if TYPE_CHECKING:
-    import torch
+from . import grammar
 
 NETWORK, CLASSES = "timm:tf_efficientnet_lite2", 1000
 NAMED, WORDS = 3, 5  # classes and words in a text
@@ -18,13 +21,6 @@ class ClassInterrogator:
 
     def __init__(self, image_size: int) -> None:
         """Loads the network and its classifier; raises as `backbones.load_pretrained`."""
-        import timm
-        import torch
-        from timm.data import ImageNetInfo
-
-        from ..encode.backbone import BackboneEncoder
-        from . import grammar
-
         spec = backbones.describe(NETWORK, image_size)
         self.backbone = BackboneEncoder.pretrained(spec)
         network = timm.create_model(NETWORK.partition(":")[2], num_classes=CLASSES)
@@ -39,8 +35,6 @@ class ClassInterrogator:
 
     def see(self, squares: list[torch.Tensor]) -> list[str]:
         """Maps uint8 (n, 3, size, size) to n texts."""
-        import torch
-
         # NumPy's threads and PyTorch's in turn would wait for each other: with 8 images a third of the time.
         likely = self.classifier(torch.from_numpy(self.backbone.see(squares))).softmax(1)
         classes = torch.argsort(likely, dim=1, descending=True, stable=True)[:, :NAMED].tolist()

@@ -9,56 +9,15 @@ from __future__ import annotations
 import csv
 import random
 import re
+import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from ..run.folders import package_folder
 
-PLACES = {
-    "forest": ("in a forest", "in the woods", "among tall trees", "deep in a green forest"),
-    "desert": ("in the desert", "among sand dunes", "in a sandy wasteland", "lost in the sahara"),
-    "beach": ("on a beach", "at the seaside", "on a tropical shore", "on the sand by the ocean"),
-    "underwater": ("underwater", "at the bottom of the sea", "beneath the waves", "in the deep ocean"),
-    "space": ("in outer space", "floating in the galaxy", "among the stars", "in orbit"),
-    "mountains": ("in the snowy mountains", "below alpine peaks", "on a mountain pass", "in the himalayas"),
-    "city": ("in a city at night", "in a neon lit street", "downtown among skyscrapers", "in front of a night skyline"),
-    "kitchen": ("in a kitchen", "on a kitchen table", "on a checkered tablecloth", "in a cosy kitchen"),
-    "meadow": ("in a meadow", "on a grassy hill", "in a field of flowers", "on a sunny lawn"),
-    "cave": ("in a dark cave", "inside a cavern", "deep underground", "in a torchlit grotto"),
-    "lava": ("above a lake of lava", "in a volcanic hell", "surrounded by molten rock", "in a fiery inferno"),
-    "sunset": ("at sunset", "under an orange sky at dusk", "in the evening glow", "during the golden hour"),
-    "ice": ("on the arctic ice", "in a frozen tundra", "on an iceberg", "in antarctica"),
-    "stage": ("on a theatre stage", "under a spotlight", "in front of red curtains", "performing on a stage"),
-}
-"""Phrases for each place; `render/backgrounds.py` draws one background a place."""
-
-STYLES = {
-    "pencil": ("pencil sketch", "graphite drawing", "hand drawn pencil art"),
-    "oil": ("oil painting", "impasto oil on canvas", "thick brush strokes"),
-    "watercolor": ("watercolor painting", "soft watercolour wash", "aquarelle"),
-    "pixel": ("pixel art", "8-bit video game sprite", "retro 16-bit pixels"),
-    "monochrome": ("black and white photo", "monochrome photography", "film noir still"),
-    "sepia": ("vintage sepia photograph", "old daguerreotype", "faded antique print"),
-    "neon": ("glowing neon sign", "synthwave neon lines", "blacklight art"),
-    "blueprint": ("blueprint", "technical drawing on blue paper", "cyanotype"),
-    "popart": ("pop art", "halftone comic print", "andy warhol screen print"),
-    "woodcut": ("woodcut print", "linocut", "black ink block print"),
-    "mosaic": ("mosaic of tiles", "stained glass window", "byzantine mosaic"),
-    "infrared": ("thermal camera image", "infrared heat map", "thermography"),
-    "blurry": ("out of focus photo", "dreamy soft focus", "blurred long exposure"),
-}
-"""Phrases for each style; `render/styles.py` has one filter a style."""
-
-RELATIONS = {
-    "beside": ("next to", "beside", "and", "alongside", "facing", "together with"),
-    "above": ("on top of", "standing on", "balancing on", "hovering over", "riding"),
-    "below": ("underneath", "below", "under", "carrying"),
-    "behind": ("behind", "hiding behind", "looming behind"),
-    "around": ("surrounded by", "encircled by", "in a swarm of"),
-}
-"""Phrases for how the first thing stands to the second; `render/layout.py` places them so."""
-
+# Phrases for each place, for each style, and for how the first thing stands to the second.
+PLACES, STYLES, RELATIONS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")).values()
 COUNTS = {1: ("a",), 2: ("two", "a couple of"), 3: ("three", "a trio of"), 5: ("five", "a group of", "many")}
 JOINS = ("and", "with", "plus", "accompanied by")
 STYLE_PREFIX = ("{style} of {scene}", "{a_style} depicting {scene}", "{style}: {scene}", "{scene} as {style}")

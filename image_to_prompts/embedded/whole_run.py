@@ -8,10 +8,8 @@ both models, score beside the constant, kNN and ceiling; the same on the held-ou
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +17,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .. import dedupe, embed, ensemble, finetune, generate, infer, profiles, render
+from .. import dedupe, infer, pipeline, profiles, render
 from ..data import metadata, pictures
 from ..models import checkpoints, metrics, text_encoder
-from ..pipeline import announce
 from ..run.errors import UserError
 from ..run.files import write_json
-from ..run.folders import Run, open_run, profile_of
+from ..run.folders import MANIFEST, open_run, profile_of
 from ..run.resume import Stamp
 from ..training import frozen_features
 from .ceiling import ceiling_score, skill
 
-log = logging.getLogger(__name__)
 TEST_FOLDS = (1, 2)
 SHOWN_STRIPS = 6
 
@@ -51,30 +47,41 @@ class Config:
     """No progress bars."""
 
 
-class Clock:
-    """Seconds and rows of each step, kept in a log so that a second run can show them."""
+class Chain:
+    """The stages in one run's folder, and the seconds and rows of each, which a second run shows again."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.table: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.is_file() else {}
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.run, self.path = config, open_run(folder, "embedded"), folder / "timings.json"
+        Stamp(folder / ".timings.done", "run", {}).claim([self.path])
+        self.table: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    def __call__(self, name: str, stamp: Path, step: Callable[[], Any], rows: Callable[[Any], int]) -> Any:
-        """Runs `step`; notes its time only if it renewed its stamp, that is, if it did anything."""
-        before = stamp.stat().st_mtime_ns if stamp.is_file() else None
-        start = time.perf_counter()
-        result = step()
-        if not stamp.is_file() or stamp.stat().st_mtime_ns != before:
-            self.table[name] = {"seconds": round(time.perf_counter() - start, 1), "rows": int(rows(result))}
-            write_json(self.path, self.table)
+    def __call__(self, stage: str, which: str = "", rows: int = 0, **flags: Any) -> Any:
+        """Runs a stage with some flags; its time counts only if it renewed its stamp, that is, if it did anything."""
+        pipeline.announce(stage)
+        config = profiles.default_config(stage, self.run, "embedded", quiet=self.config.quiet, **flags)
+        stamp = config.out.with_name(f".{config.out.stem}.done")
+        if not config.out.suffix:  # a folder
+            stamp = config.out / (MANIFEST if stage == "render" else f".{stage}.done")
+        before, begun = _changed(stamp), time.perf_counter()
+        result = pipeline.load(f"{stage}:run")(config)
+        if _changed(stamp) != before:
+            self.note(f"{stage} {which}".strip(), begun, rows or len(result))
         return result
+
+    def note(self, name: str, begun: float, rows: int) -> None:
+        """Keeps the seconds since `begun`."""
+        self.table[name] = {"seconds": round(time.perf_counter() - begun, 1), "rows": rows}
+        write_json(self.path, self.table)
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def score_line(scores: dict[str, float]) -> str:
     """`score ... constant ... knn ... ceiling ... skill ...`."""
-    return (
-        f"score {scores['score']:.4f} constant {scores['constant']:.4f} knn {scores['knn']:.4f} "
-        f"ceiling {scores['ceiling']:.4f} skill {scores['skill']:.2f}"
-    )
+    named = " ".join(f"{name} {scores[name]:.4f}" for name in ("score", "constant", "knn", "ceiling"))
+    return f"{named} skill {scores['skill']:.2f}"
 
 
 def run(config: Config) -> str:
@@ -89,120 +96,88 @@ def run(config: Config) -> str:
     folder = config.run or Path("runs/quick" if config.quick else "runs/default")
     if profile_of(folder, None if (folder / "run.json").is_file() else "embedded") != "embedded":
         raise UserError(f"{folder} holds a run of another profile; choose another --run folder")
-    count = config.count or (450 if config.quick else 3800)
-    run_ = open_run(folder, "embedded")
-    Stamp(folder / ".timings.done", "run", {}).claim([folder / "timings.json"])
-    clock = Clock(folder / "timings.json")
+    chain = Chain(config, folder)
+    of = chain.run
+    chain("generate", count=config.count or (450 if config.quick else 3800))
+    kept = chain("dedupe")
+    _, test = dedupe.hold_out(kept, TEST_FOLDS, of.train_metadata, of.test_metadata)
+    openmoji = of.images.with_name("test-openmoji")
+    chain("render", "train", metadata=of.train_metadata, out=of.train_images)
+    chain("render", "test", metadata=of.test_metadata, out=of.test_images)
+    chain("render", "test-openmoji", metadata=of.test_metadata, out=openmoji, family="openmoji")
 
-    def settings(stage: str, **overrides: Any) -> Any:
-        announce(stage)
-        return profiles.default_config(stage, run_, "embedded", quiet=config.quiet, **overrides)
+    train, few = len(kept) - len(test), {"epochs": 2} if config.quick else {}
+    epochs = {"epochs": config.epochs} if config.epochs else few
+    chain("finetune", rows=train, images=(of.train_images,), **epochs)
+    chain("embed", rows=train, images=(of.train_images,))
+    chain("ensemble", rows=train, **few)
 
-    generated = folder / "prompts" / ".generated.done"
-    clock("generate", generated, lambda: generate.run(settings("generate", count=count)), len)
-    kept = clock("dedupe", run_.metadata.with_name(".prompts.done"), lambda: dedupe.run(settings("dedupe")), len)
-    train_csv, test_csv = run_.train_metadata, run_.test_metadata
-    _, test = dedupe.hold_out(kept, TEST_FOLDS, train_csv, test_csv)
-    images = {
-        "train": run_.train_images,
-        "test": run_.test_images,
-        "test-openmoji": run_.images.with_name("test-openmoji"),
+    both = {"checkpoint": (of.checkpoint, of.ensemble), "key": of.test_metadata, "bank": of.train_metadata}
+    outs = {"test": of.submission, "test-openmoji": of.submission.with_name("openmoji.csv")}
+    folders = {"test": of.test_images, "test-openmoji": openmoji}
+    found = {
+        name: chain("infer", name, rows=len(test), images=folders[name], out=out, **both) for name, out in outs.items()
     }
-    for name, out in images.items():
-        family = "openmoji" if name.endswith("openmoji") else "twemoji"
-        csv = train_csv if name == "train" else test_csv
-        stage = settings("render", metadata=csv, out=out, family=family)
-        clock(f"render {name}", out / "manifest.csv", lambda stage=stage: render.run(stage), len)
-
-    epochs = config.epochs or (2 if config.quick else None)
-    stage = settings("finetune", images=(images["train"],))
-    stage.epochs = epochs or stage.epochs
-    done = run_.checkpoint / ".finetune.done"
-    train_rows = len(kept) - len(test)
-    clock("finetune", done, lambda: finetune.run(stage), lambda history: history["epoch"].max() * train_rows)
-
-    stage = settings("embed", images=(images["train"],))
-    clock("embed", run_.embeddings / ".embed.done", lambda stage=stage: embed.run(stage), lambda found: train_rows)
-    stage = settings("ensemble", **({"epochs": 2} if config.quick else {}))
-    clock("ensemble", run_.ensemble / ".ensemble.done", lambda stage=stage: ensemble.run(stage), lambda _: train_rows)
-
-    checkpoints = (run_.checkpoint, run_.ensemble)
-    predictions = {}
-    for name in ("test", "test-openmoji"):
-        out = run_.submission if name == "test" else run_.submission.with_name("openmoji.csv")
-        stage = settings("infer", images=images[name], checkpoint=checkpoints, out=out, key=test_csv, bank=train_csv)
-        stamp = out.with_name(f".{out.stem}.done")
-        step = clock(f"infer {name}", stamp, lambda stage=stage: infer.run(stage), lambda found: len(found.files))
-        predictions[name] = step
-
-    inputs = [*(folder / "model.safetensors" for folder in checkpoints), test_csv, run_.submission, train_csv]
-    stamp = Stamp(run_.report / ".report.done", "run", {}, inputs)
+    inputs = [*(one / "model.safetensors" for one in both["checkpoint"]), both["key"], of.submission, both["bank"]]
+    stamp, begun = Stamp(of.report / ".report.done", "run", {}, inputs), time.perf_counter()
     if not stamp.is_current():
-        step = lambda: _evaluate(run_, predictions, images, test, stamp, settings)  # noqa: E731
-        clock("evaluate and report", stamp.path, step, lambda _: len(test))
-    scores = json.loads((run_.report / "scores.json").read_text())
-    width = max(map(len, clock.table))
+        _evaluate(chain, found, test, stamp)
+        chain.note("evaluate and report", begun, len(test))
+
+    scores = json.loads((of.report / "scores.json").read_text())
+    width = max(map(len, chain.table))
     lines = [f"{'stage':{width}}  seconds   rows"]
-    lines += [f"{name:{width}}  {t['seconds']:7.1f}  {t['rows']:5d}" for name, t in clock.table.items()]
-    lines += [f"pictures in {run_.report}, submission in {run_.submission}"]
+    lines += [f"{name:{width}}  {t['seconds']:7.1f}  {t['rows']:5d}" for name, t in chain.table.items()]
+    lines += [f"pictures in {of.report}, submission in {of.submission}"]
     alone = ", ".join(f"{name} {score:.4f}" for name, score in scores["test"]["alone"].items())
     lines += [f"alone: {alone}; blended {scores['test']['score']:.4f}"]
     lines += [f"OpenMoji, never trained on: {score_line(scores['test-openmoji'])}", score_line(scores["test"])]
     return "\n".join(lines)
 
 
-def _evaluate(
-    run_: Run,
-    predictions: dict[str, infer.Prediction],
-    images: dict[str, Path],
-    test: pd.DataFrame,
-    stamp: Stamp,
-    settings: Callable[..., Any],
-) -> None:
+def _evaluate(chain: Chain, predictions: dict[str, infer.Prediction], test: pd.DataFrame, stamp: Stamp) -> None:
     """Scores both drawing families, renders the nearest prompts again and draws the report."""
-    checkpoint = checkpoints.load(run_.checkpoint)
-    truth = dict(zip(test["image_name"], test["prompt"], strict=True))
-    prompts = [truth[file.name] for file in predictions["test"].files]
-    targets = text_encoder.encode(prompts)
+    of, found = chain.run, predictions["test"]
+    checkpoint = checkpoints.load(of.checkpoint)
+    rows = test.set_index("image_name").loc[[file.name for file in found.files]]
+    prompts, targets = rows["prompt"].tolist(), text_encoder.encode(rows["prompt"].tolist())
     ceiling = ceiling_score(prompts, targets)
-    scores = {}
-    for name, found in predictions.items():
+    scores: dict[str, dict[str, Any]] = {}
+    for name, one in predictions.items():
         knn = frozen_features.knn_score(
-            run_.checkpoint, checkpoint.spec, checkpoint.config["metrics"]["knn_k"], found.files, targets
+            of.checkpoint, checkpoint.spec, checkpoint.config["metrics"]["knn_k"], one.files, targets
         )
-        scores[name] = {"score": found.score, "constant": found.constant, "knn": knn, "ceiling": ceiling}
-        scores[name]["alone"] = {Path(folder).name: score for folder, score in found.alone.items()}
-        scores[name]["skill"] = skill(found.score, found.constant, ceiling)
-    folder, found = run_.report, predictions["test"]
-    names = ("strips", "gallery", "cosines", "history", "ensemble", "threshold")
-    predicted_csv = run_.metadata.with_name("predicted.csv")
+        scores[name] = {"score": one.score, "constant": one.constant, "knn": knn, "ceiling": ceiling}
+        scores[name]["alone"] = {Path(folder).name: score for folder, score in one.alone.items()}
+        scores[name]["skill"] = skill(one.score, one.constant, ceiling)
+    folder, predicted = of.report, of.metadata.with_name("predicted.csv")
+    copies = {
+        "history": of.checkpoint / "history.png",
+        "ensemble": of.ensemble / "history.png",
+        "threshold": dedupe.picture_path(of.metadata),
+    }
+    drawn = [folder / f"{name}.png" for name in ("strips", "gallery", "cosines", *copies)]
     strip_files = [folder / "strips" / f"{file.stem}.png" for file in found.files]
-    outputs = [folder / "scores.json", *(folder / f"{name}.png" for name in names), *strip_files, predicted_csv]
+    outputs = [folder / "scores.json", predicted, *drawn, *strip_files]
     stamp.claim(outputs)
     write_json(folder / "scores.json", scores)
 
     nearest = found.prompts["prompt"].tolist()
     cosines = (metrics.unit(text_encoder.encode(nearest)) * targets).sum(1)
-    names = [file.name for file in found.files]
-    seeds = test.set_index("image_name")["seed"].loc[names].tolist()
-    metadata.write_table(predicted_csv, pd.DataFrame({"image_name": names, "prompt": nearest, "seed": seeds}))
-    again = run_.folder / "images" / "predicted"
-    render.run(settings("render", metadata=predicted_csv, out=again))
-
+    metadata.write_table(predicted, rows.assign(prompt=nearest).reset_index()[["image_name", "prompt", "seed"]])
+    again = of.folder / "images" / "predicted"
+    render.run(profiles.default_config("render", of, "embedded", quiet=True, metadata=predicted, out=again))
     strips = [
         pictures.strip(file, prompt, cosine, near, again / file.name)
         for file, prompt, cosine, near in zip(found.files, prompts, cosines, nearest, strict=True)
     ]
     for file, picture in zip(strip_files, strips, strict=True):
         pictures.save(picture, file)
-    order = np.argsort(-cosines)
-    chosen = order[np.linspace(0, len(order) - 1, min(SHOWN_STRIPS, len(order))).astype(int)]
+    chosen = np.argsort(-cosines)[np.linspace(0, len(cosines) - 1, min(SHOWN_STRIPS, len(cosines))).astype(int)]
     pictures.save(pictures.grid([strips[i] for i in chosen], 2), folder / "strips.png")
-    manifest = metadata.read_table(images["test"] / "manifest.csv", ("file", "prompt"))
-    pictures.save(pictures.gallery(manifest, images["test"]), folder / "gallery.png")
-    own = (found.vectors * targets).sum(1)
-    pictures.histogram(own, targets @ checkpoint.mean, folder / "cosines.png")
-    shutil.copyfile(run_.checkpoint / "history.png", folder / "history.png")
-    shutil.copyfile(run_.ensemble / "history.png", folder / "ensemble.png")
-    shutil.copyfile(dedupe.picture_path(run_.metadata), folder / "threshold.png")
+    manifest = metadata.read_table(of.test_images / MANIFEST, ("file", "prompt"))
+    pictures.save(pictures.gallery(manifest, of.test_images), folder / "gallery.png")
+    pictures.histogram((found.vectors * targets).sum(1), targets @ checkpoint.mean, folder / "cosines.png")
+    for name, picture in copies.items():
+        shutil.copyfile(picture, folder / f"{name}.png")
     stamp.write(outputs)

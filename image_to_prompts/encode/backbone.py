@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
+from torch import nn
 
 from ..data.images import Fit
 from ..models import backbones, checkpoints, freezing
 from ..run.devices import autocast, mixed_precision, process_state, type_of
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 _loaded: WeakValueDictionary[str, BackboneEncoder] = WeakValueDictionary()
 
@@ -37,8 +35,6 @@ class BackboneEncoder:
 
         While one is in use, it is given again: an encoder may stand on another one's features.
         """
-        from torch import nn
-
         key = json.dumps(spec.to_dict(), sort_keys=True)
         found = _loaded.get(key)
         if found is None:

@@ -19,7 +19,7 @@ import numpy as np
 from .. import pipeline
 from ..data.images import Fit, FittedRows, load
 from ..models import text_encoder
-from ..run.devices import local_device
+from ..run.devices import local_device, within_memory
 from ..run.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,13 +104,12 @@ def viewer(
     Returns:
         Maps image files, as `images.read` takes them, and one of `images.VIEWS` to what each encoder made of them.
     """
-    from accelerate.utils import find_executable_batch_size
-
-    fits = list(dict.fromkeys(fit for encoder in encoders for fit in encoder.fits))
-    see = find_executable_batch_size(_see, starting_batch_size=batch_size)
+    fits, limit = list(dict.fromkeys(fit for encoder in encoders for fit in encoder.fits)), batch_size
 
     def show(files: list[Path], view: str) -> list[Encoded]:
-        seen, where = see(encoders, FittedRows(files, fits, view), workers)
+        nonlocal limit
+        rows = FittedRows(files, fits, view)
+        (seen, where), limit = within_memory(lambda count: _see(count, encoders, rows, workers), limit, limit)
         return [_encoded(parts, where, len(files)) for parts in seen]
 
     return show

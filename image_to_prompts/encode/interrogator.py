@@ -15,9 +15,13 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import open_clip
+import torch
+from torch import nn
+from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from ..data import terms as term_lists
 from ..data.images import Fit
@@ -25,10 +29,7 @@ from ..models import backbones, hub, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from ..run.progress import Estimate, progress_to
 
 log = logging.getLogger(__name__)
 MODES = ("fast", "classic", "best")
@@ -69,8 +70,6 @@ class Interrogator:
             home: Folder to keep them in, that of the weights.
             about: See `encoders.Encoder`.
         """
-        import torch
-
         self.device = process_state().device
         precision = mixed_precision(self.device) if self.device.type == "cuda" else "no"
         self.type = type_of(precision)  # halves on a GPU, as in clip-interrogator
@@ -93,8 +92,6 @@ class Interrogator:
         }
 
     def _scale(self, mean: list[float], std: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
         return tuple(255 * torch.tensor(part, device=self.device).view(1, 3, 1, 1) for part in (mean, std))
 
     def _pixels(self, squares: list[torch.Tensor], number: int) -> torch.Tensor:
@@ -103,8 +100,6 @@ class Interrogator:
 
     def _texts(self, texts: list[str]) -> torch.Tensor:
         """Unit vectors of texts: (n, d)."""
-        import torch
-
         parts = []
         for start in range(0, len(texts), TEXTS):
             found = self.clip.encode_text(self.tokenize(texts[start : start + TEXTS]).to(self.device))
@@ -113,10 +108,6 @@ class Interrogator:
 
     def _embedded(self, labels: list[str], key: str, places: list[Path]) -> np.ndarray:
         """Embeddings of terms, rounded to float16 as clip-interrogator keeps them, block by block from the disk."""
-        import torch
-
-        from ..run.progress import Estimate, progress_to
-
         blocks = [labels[start : start + TEXTS] for start in range(0, len(labels), TEXTS)]
         names = [hashlib.sha256("\n".join([key, *block]).encode()).hexdigest()[:32] + ".npy" for block in blocks]
         found = [next((p / name for p in places if (p / name).is_file()), None) for name in names]
@@ -243,9 +234,6 @@ def load(
     Raises:
         UserError: If the mode is unknown, or weights or terms are nowhere or damaged.
     """
-    import open_clip
-    from transformers import BlipForConditionalGeneration, BlipProcessor
-
     if mode not in MODES:
         raise UserError(f"--mode {mode}: must be one of {', '.join(MODES)}")
     lists = term_lists.read(Path(terms) if terms else None, artists)

@@ -7,21 +7,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import psutil
+import torch
+from torch import nn
 
 from ..models import backbones, freezing, metrics
+from ..models.fast_layers import faster
 from ..models.text_encoder import DIMENSION
 from ..run.devices import rank_and_processes
 from ..run.progress import short
 from ..training import dataset, frozen_features, loop
 from ..training import model as models
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 PROBE = 2  # images of a small step, beside one of twice as many: the difference is what an image's activations take
 BYTES, OPTIMIZER_COPIES = 4, 2  # what trains is float32; AdamW keeps two moments a trained parameter
@@ -76,12 +75,8 @@ class Plan:
 
 def free_memory(device: torch.device) -> int:
     """Bytes free on a GPU, else in main memory."""
-    import torch
-
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
     return psutil.virtual_memory().available
 
 
@@ -98,10 +93,6 @@ def make(
         cache: With cached features.
         grad_checkpointing: Computing activations twice.
     """
-    import torch
-
-    from ..models.fast_layers import faster
-
     _, processes = rank_and_processes()
     size = spec.image_size
     micro = schedule.micro_batch or -(-schedule.batch_size // processes)
@@ -165,8 +156,6 @@ def _random_rows(count: int) -> dataset.Rows:
 
 def _kept_by(model: nn.Module, step: Callable[[], None]) -> int:
     """Bytes that a step keeps between its passes forward and backward, parameters not counted."""
-    import torch
-
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

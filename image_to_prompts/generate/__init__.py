@@ -142,8 +142,8 @@ class Distinct:
                 self.dry, self._new = self._new < LEAST_NEW, 0
 
 
-def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Distinct, float]:
-    """Adds candidates until there are enough, or `blocks` blocks; returns them and the seconds a new candidate took."""
+def _fill(config: Config, stamp: Stamp) -> Distinct:
+    """Adds candidates to those of an earlier run until there are enough; says after a block how long that will take."""
     journal = stamp.work_folder() / "prompts.jsonl"
     found = Distinct(config.count)
     done = 0
@@ -152,19 +152,24 @@ def _fill(config: Config, stamp: Stamp, blocks: int | None = None) -> tuple[Dist
         found.add(prompts)
         done += len(prompts)
     if found.finished:
-        return found, 0.0
-    start, first = time.perf_counter(), done
+        return found
+    begun = time.monotonic()
     with progress_to(config.count, "generate prompts", len(found.prompts)) as advance:
-        for number, block in enumerate(candidates(config, done), start=1):
+        for number, block in enumerate(candidates(config, done)):
             if rank_and_processes()[0] == 0:
                 append_line(journal, {"start": done, "prompts": block})
             before = len(found.prompts)
             found.add(block)
             done += len(block)
-            advance(len(found.prompts) - before)
-            if found.finished or number == blocks:
+            new = len(found.prompts) - before
+            advance(new)
+            if found.finished:
                 break
-    return found, (time.perf_counter() - start) / (done - first)
+            if not number and new:
+                size = sum(len(prompt.encode()) + 1 for prompt in found.prompts) / len(found.prompts)
+                left = config.count - len(found.prompts)
+                log.info("%s", Estimate("prompts", config.count, left, (time.monotonic() - begun) / new, size))
+    return found
 
 
 def _stamp(config: Config) -> Stamp:
@@ -177,26 +182,6 @@ def _stamp(config: Config) -> Stamp:
     inputs = [path for path in (config.starts,) if path]
     settings = config.settings("out", "batch_size", "starts")
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), "generate", settings, inputs)
-
-
-def estimate(config: Config) -> Estimate:
-    """Writes the first block, which a later run keeps, and says how long the rest will take.
-
-    Raises:
-        UserError: As `run`.
-    """
-    if config.source in get_args(Collected):
-        raise UserError(f"--source {config.source}: no estimate of what reads files; run it")
-    stamp = _stamp(config)
-    if stamp.is_current():
-        return Estimate("prompts", config.count, 0, 0.0, 0)
-    with alone(config.out):
-        found, seconds = _fill(config, stamp, 1)
-    if not seconds:
-        return Estimate("prompts", config.count, 0, 0.0, 0)
-    size = sum(len(prompt.encode()) + 1 for prompt in found.prompts) / max(len(found.prompts), 1)
-    left = config.count - len(found.prompts)
-    return Estimate("prompts", config.count, left, seconds * found.seen / max(len(found.prompts), 1), size)
 
 
 def _collect(config: Config) -> pd.DataFrame:
@@ -239,7 +224,7 @@ def _write(config: Config, stamp: Stamp) -> pd.DataFrame:
         log.info("%s is up to date", config.out)
         return metadata.read(config.out)
     stamp.claim([config.out])
-    found, _ = _fill(config, stamp)
+    found = _fill(config, stamp)
     prompts = list(found.prompts)
     if not prompts:
         raise UserError(f"{config.source}: all of {found.seen} candidates came out empty; check the weights")

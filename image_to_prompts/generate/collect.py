@@ -14,10 +14,11 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import polars as pl
 
 from ..data import metadata
 from ..models import hub
@@ -27,9 +28,6 @@ from ..run.progress import progress
 from ..run.resume import Stamp, is_sealed, seal
 from . import formats, readers, rules
 from .readers import SOURCES, Reading, Source
-
-if TYPE_CHECKING:
-    import polars as pl
 
 __all__ = ["SOURCES", "collect", "report_path"]
 log = logging.getLogger(__name__)
@@ -169,8 +167,6 @@ def _write_block(
     block: pl.DataFrame, chosen: dict[str, rules.Rule], name: str, seen: Seen, part: Path, most: int
 ) -> None:
     """Cleans a block, and writes its rows, the hashes of their keys, and last what the rules did."""
-    import polars as pl
-
     block, report = rules.clean(block, chosen)
     block = _with_keys(block)
     first, hashes = seen.first(block)
@@ -187,8 +183,6 @@ def _write_block(
 
 def _with_keys(block: pl.DataFrame) -> pl.DataFrame:
     """Adds `image_name` and `seed` where a row has none, as `metadata.with_keys` does."""
-    import polars as pl
-
     none = [None] * len(block)
     names, seeds = (block[key].to_list() if key in block.columns else none for key in ("image_name", "seed"))
     prompts = block["prompt"].to_list()

@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
+
+import polars as pl
+from pyarrow import parquet
 
 from ..run.errors import UserError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 log = logging.getLogger(__name__)
 BLOCK = 65_536  # rows
@@ -53,9 +53,6 @@ def parquet_blocks(
     reading: Reading, columns: dict[str, str], required: Iterable[str], numbered: bool = False
 ) -> Iterator[pl.DataFrame]:
     """Streams columns of a Parquet file under new names; those not required may be missing."""
-    import polars as pl
-    from pyarrow import parquet
-
     try:
         with parquet.ParquetFile(reading.path) as file:
             there = file.schema_arrow.names
@@ -90,8 +87,6 @@ def parquet_blocks(
 
 def _types() -> dict[str, Any]:
     """Types of the columns besides `prompt`; what is not of its type counts as missing."""
-    import polars as pl
-
     texts = dict.fromkeys(("image_name", "source_id"), pl.String)
     numbers = dict.fromkeys(("width", "height", "image_nsfw", "prompt_nsfw"), pl.Float64)
     return {**texts, **numbers, "rejected": pl.Boolean, "seed": pl.Int64}
@@ -99,8 +94,6 @@ def _types() -> dict[str, Any]:
 
 def blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[pl.DataFrame]:
     """Rows as blocks; half of a character that stands alone, as JSON may have it, is taken out."""
-    import polars as pl
-
     types = {column: _types().get(column, pl.String) for column in columns}
     while block := list(itertools.islice(rows, BLOCK)):
         lists = {column: [_plain(row[column], column) for row in block] for column in columns}

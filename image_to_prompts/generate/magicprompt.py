@@ -11,16 +11,24 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ..data.metadata import row_seed
 from ..models import weights
 from ..run.devices import process_state
 from ..run.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import GPT2LMHeadModel, LogitsProcessor, PreTrainedTokenizerBase
 
 MIN_LENGTH, MAX_LENGTH = 30, 100  # tokens with the start token, as the reference draws them
 
@@ -54,8 +62,6 @@ def load(path: Path | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
         UserError: If the weights are nowhere to be found or cannot be read.
     """
     folder = weights.locate("magicprompt", path)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with weights.reading(folder, "a GPT-2 language model"):
         model = AutoModelForCausalLM.from_pretrained(folder, **weights.FROM_FOLDER)
         tokenizer = AutoTokenizer.from_pretrained(folder, **weights.FROM_FOLDER)
@@ -72,27 +78,20 @@ def clean(text: str) -> str:
     return " ".join(words).strip(" .,")
 
 
-def _inverse_transform(uniforms: torch.Tensor) -> LogitsProcessor:
-    """A last processor that leaves one token a row: the one at which the cumulative probability passes `uniforms`.
+class _InverseTransform(LogitsProcessor):
+    """A last processor that leaves one token a row: the one at which the cumulative probability passes a number."""
 
-    Args:
-        uniforms: float32 (rows, tokens to write) in [0, 1).
-    """
-    import torch
-    from transformers import LogitsProcessor
+    def __init__(self, uniforms: torch.Tensor) -> None:
+        """Takes float32 (rows, tokens to write) in [0, 1)."""
+        self.uniforms, self.step = uniforms, 0
 
-    class InverseTransform(LogitsProcessor):
-        step = 0
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            cumulative = scores.float().softmax(-1).cumsum(-1)
-            # Scaled, so that a uniform close to 1 cannot pass the last possible token by rounding.
-            wanted = uniforms[:, self.step : self.step + 1] * cumulative[:, -1:] * (1 - 1e-6)
-            self.step += 1
-            chosen = torch.searchsorted(cumulative, wanted, right=True)
-            return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-    return InverseTransform()
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = scores.float().softmax(-1).cumsum(-1)
+        # Scaled, so that a uniform close to 1 cannot pass the last possible token by rounding.
+        wanted = self.uniforms[:, self.step : self.step + 1] * cumulative[:, -1:] * (1 - 1e-6)
+        self.step += 1
+        chosen = torch.searchsorted(cumulative, wanted, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def sample(
@@ -114,9 +113,6 @@ def sample(
     Returns:
         Cleaned prompts, one an index; "" where nothing was left after cleaning.
     """
-    import torch
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
     sampling = sampling or Sampling()
     generators = [torch.Generator().manual_seed(row_seed(f"magicprompt {seed} {index}")) for index in indices]
     # A length counts the start token, as the reference's does; a start phrase comes on top.
@@ -127,7 +123,7 @@ def sample(
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(_inverse_transform(uniforms.to(model.device)))
+    processors.append(_InverseTransform(uniforms.to(model.device)))
 
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

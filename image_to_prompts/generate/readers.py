@@ -12,14 +12,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import polars as pl
+from pyarrow import parquet
 
 from ..run.errors import UserError
 from . import formats
 from .formats import Reading
-
-if TYPE_CHECKING:
-    import polars as pl
 
 log = logging.getLogger(__name__)
 LARGEST = 100_000_000  # bytes of the JSON of a part; real ones have about 300,000
@@ -150,8 +150,6 @@ def count(path: Path) -> int | None:
     if path.is_dir():
         return 1000 * len(files(path))
     if path.suffix == ".parquet":
-        from pyarrow import parquet
-
         return parquet.read_metadata(path).num_rows
     if path.suffix not in (".csv", ".tsv", ".jsonl", ".txt"):
         return None

@@ -12,15 +12,14 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import polars as pl
 
 from ..models import clip_tokenizer
 from ..run.errors import UserError
 
-if TYPE_CHECKING:
-    import polars as pl
-
-    Rule = Callable[[pl.DataFrame], pl.Series]
+Rule = Callable[[pl.DataFrame], pl.Series]
 
 LEAST_WORDS = 5  # the reference's filter, and its sizes in px
 SMALLEST, LARGEST = 256, 768
@@ -169,8 +168,6 @@ RULES: dict[str, Rule] = {
 
 def _series(values: Sequence[Any]) -> pl.Series:
     """A column, not empty."""
-    import polars as pl
-
     return pl.Series("prompt", values)
 
 
@@ -258,8 +255,6 @@ def clean(frame: pl.DataFrame, rules: dict[str, Rule]) -> tuple[pl.DataFrame, li
     Raises:
         UserError: If a user's rule fails, or returns another number of prompts.
     """
-    import polars as pl
-
     frame, report = frame.with_columns(pl.col("prompt").fill_null("")), []
     for name, rule in rules.items():
         before = frame["prompt"]

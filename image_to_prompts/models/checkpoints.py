@@ -129,48 +129,19 @@ def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarra
 
 def card(config: dict[str, Any]) -> str:
     """The model card: what a checkpoint is, what it was trained on, how well it does, how to load it."""
-    settings = {name: value for name, value in config.get("settings", {}).items() if value != ""}
-    rows, revision = config.get("rows", {}), config.get("revision") or "unknown"
     if "ensemble" in config:
-        title = f"ensemble of {', '.join(config['ensemble']['arrays'])}"
-        load = ["from image_to_prompts import ensemble"]
-        load.append('found = ensemble.load(Path("THIS_FOLDER"))  # maps the arrays of embed to float32 (n, 384)')
+        title, module = f"ensemble of {', '.join(config['ensemble']['arrays'])}", "ensemble"
     else:
-        title = f"{config['backbone']['name']} at {config['backbone']['image_size']} px"
-        load = ["from image_to_prompts.models import checkpoints"]
-        load.append(
-            'found = checkpoints.load(Path("THIS_FOLDER")).model  # maps uint8 (n, 3, s, s) to float32 (n, 384)'
-        )
-    lines = [
-        f"# {title}, prompt embeddings from images",
-        "",
-        "Maps an image of Stable Diffusion to the 384-number all-MiniLM-L6-v2 embedding of its prompt. Written by",
-        f"image-to-prompts, revision {revision}.",
-        "",
-        "| | |",
-        "| --- | --- |",
-        f"| profile | {config.get('profile', 'unknown')} |",
-        *(f"| rows, {side.replace('_', ' ')} | {count} |" for side, count in rows.items()),
-        *(f"| data, SHA-256 of {Path(csv).name} | `{digest[:16]}` |" for csv, digest in config.get("data", {}).items()),
-        *(f"| {name.replace('_', ' ')} | {value} |" for name, value in settings.items()),
-        *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in config.get("metrics", {}).items()),
-        "",
-        "`validation cosine` is the mean cosine on a fold of prompts that did not train, in eval mode; `constant`",
-        "predicts the mean embedding for every image, `knn` averages the prompts of the nearest training images.",
-        "",
-        "```bash",
-        "image-to-prompts infer --checkpoint THIS_FOLDER --images DIR --out submission.csv",
-        "```",
-        "",
-        "```python",
-        "from pathlib import Path",
-        *load,
-        "```",
-        "",
-        "`model.safetensors` has the weights (what did not train in the half precision in which it was used),",
-        "`config.json` everything above.",
-    ]
-    return "\n".join(lines) + "\n"
+        title, module = f"{config['backbone']['name']} at {config['backbone']['image_size']} px", "models.checkpoints"
+    rows = {"profile": config.get("profile", "unknown")}
+    rows |= {f"rows, {side}": count for side, count in config.get("rows", {}).items()}
+    rows |= {name: value for name, value in config.get("settings", {}).items() if value != ""}
+    rows |= {name: f"{value:.4g}" for name, value in config.get("metrics", {}).items()}
+    lines = [f"| {name.replace('_', ' ')} | {value} |" for name, value in rows.items()]
+    lines += [f"| data, SHA-256 of {Path(csv).name} | `{sha[:16]}` |" for csv, sha in config.get("data", {}).items()]
+    table = "\n".join(lines)
+    text = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return text.format(title=title, module=module, table=table, revision=config.get("revision") or "unknown")
 
 
 def revision() -> str:

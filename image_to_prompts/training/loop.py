@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.images import load
 from ..models import freezing
-from ..run.devices import rank_and_processes
+from ..run.devices import rank_and_processes, within_memory
 from ..run.errors import UserError
 from ..run.progress import Deadline, progress_to
 from . import state as state_file
@@ -232,26 +232,16 @@ class Trainer:
 
     def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> float:
         """Gradients of a share, in as few passes as memory allows; returns the sum of losses."""
-        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-        while True:
-            pieces = -(-len(rows) // self.micro)
-            try:
-                split = zip(images.tensor_split(pieces), rows.tensor_split(pieces), strict=True)
-                return sum(self._gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split))
-            except Exception as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                largest = -(-len(rows) // pieces)
-                if largest == 1 or self.processes > 1:
-                    said = str(error).splitlines()[0]
-                    raise UserError(
-                        f"{largest} images need more memory than there is: {said}; lower --micro-batch"
-                    ) from error
-                self.micro = largest // 2
-            log.warning("out of memory with %d images at once; going on with %d", largest, self.micro)
+        def work(at_once: int) -> float:
             self.optimizer.zero_grad(set_to_none=True)
-            clear_device_cache(garbage_collection=True)
+            pieces = -(-len(rows) // at_once)
+            split = zip(images.tensor_split(pieces), rows.tensor_split(pieces), strict=True)
+            return sum(self._gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split))
+
+        alone = self.processes == 1
+        loss, self.micro = within_memory(work, self.micro, len(rows), alone, "lower --micro-batch")
+        return loss
 
     def _nothing(self) -> float:
         """A gradient of 0 for a share none of whose images can be read: other processes wait for one."""

@@ -22,11 +22,13 @@ from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 from image_to_prompts import generate, notebook, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.embedded import grammar
-from image_to_prompts.generate import look
+from image_to_prompts.models import text_encoder
+from image_to_prompts.search.near_pairs import near
 
 run, profile = notebook.start(run_folder, profile)
 overrides = {"count": count} if count else {}
@@ -34,15 +36,9 @@ config = profiles.default_config("generate", run, profile, **overrides)
 print(f"profile {profile}: {config.count:,} prompts from {config.source}")
 
 # %% [markdown]
-# ## How long will it take?
-#
-# The first block is written and timed; the run below keeps it.
-
-# %%
-print(generate.estimate(config))
-
-# %% [markdown]
 # ## Write
+#
+# After the first block a line says how long the rest will take.
 #
 # Candidate i depends on the seed and i alone: not on the batch, the GPU or what was written before. Empty and repeated
 # ones are passed over until there are as many prompts as were asked for. A killed run goes on where it was.
@@ -92,13 +88,15 @@ for number, (source, file) in enumerate(given.split(":", 1) for given in collect
     reading = profiles.default_config("generate", run, profile, source=source, input=(file,), out=out)
     reports[Path(file).stem] = generate.run(reading)
     written[Path(file).stem] = metadata.read(out)["prompt"].tolist()
-look.by_rule(reports) if reports else "nothing to collect; give collect"
+did = {name: report.set_index("rule")[["changed", "dropped"]] for name, report in reports.items()}
+pd.concat(did, axis=1).astype("Int64") if reports else "nothing to collect; give collect"
 
 # %%
 for name, report in reports.items():
     print(f"{name}: {len(written[name]):,} prompts, for example: {written[name][0]}")
-    if len(shown := look.examples(report)):
-        print(shown.to_string(index=False, max_colwidth=60))
+    for rule, pairs in zip(report["rule"], report["examples"], strict=True):
+        for before, after in pairs:
+            print(f"  {rule}: {before[:60]!r} -> {(after or '(dropped)')[:60]!r}")
 
 # %% [markdown]
 # How long are they, and how many prompts of one source (row) are within cosine 0.8 of one of another (column)? What
@@ -106,9 +104,15 @@ for name, report in reports.items():
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-look.plot_lengths(written, axes)
+for name, texts in written.items():
+    lengths = [min(len(text.split()), 80) for text in texts]
+    axes.hist(lengths, range(0, 82, 2), density=True, histtype="step", label=name)
+axes.set(xlabel="words in a prompt (80: or more)", ylabel="share of prompts")
+axes.legend()
 plt.show()
-look.overlap(written).style.format("{:.1%}").background_gradient(vmin=0, vmax=1, axis=None)
+vectors = {name: text_encoder.encode(texts[:: -(-len(texts) // 20_000)]) for name, texts in written.items()}
+shares = {b: {a: near(vectors[a], vectors[b], 0.8).mean() for a in vectors} for b in vectors}
+pd.DataFrame(shares).style.format("{:.1%}").background_gradient(vmin=0, vmax=1, axis=None)
 
 # %% [markdown]
 # Next: `02_dedupe_prompts` drops the ones that say the same.

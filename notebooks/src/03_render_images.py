@@ -36,18 +36,11 @@ configs = [
 ]
 
 # %% [markdown]
-# ## How long will it take, how much room does it need?
-#
-# The first block of each folder is rendered and timed; the run below keeps it. `docs/scale.md` has the sums for other
-# GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB a folder. Attach this
-# kernel's output to the next one, run it again, and it goes on.
-
-# %%
-for config in configs:
-    print(f"{config.out.name}: {render.estimate(config)}")
-
-# %% [markdown]
 # ## Render
+#
+# After the first blocks a line says how long the rest will take and how much room it needs; `docs/scale.md` has the
+# sums for other GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB a folder.
+# Attach this kernel's output to the next one, run it again, and it goes on.
 #
 # Encoding and writing go on while the next batch is rendered. A finished image is checked by its SHA-256 before it
 # counts as done. Stop the kernel whenever you like; run the cell again and it goes on. With two GPUs, run

@@ -20,7 +20,7 @@ from PIL import Image
 from image_to_prompts import embed, generate
 from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import embeddings
-from image_to_prompts.generate import collect, formats, look, readers
+from image_to_prompts.generate import collect, formats, readers
 from image_to_prompts.models import hub
 from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
@@ -412,26 +412,6 @@ def test_own_rules_through_the_command_line(tmp_path, command, refused):
     refused([*words, tmp_path / "o.csv", "--rules", f"{own}:lazily"], "a rule returns a Series, not Expr")
     refused([*words, tmp_path / "a.txt"], "is read here; choose another --out")
     refused(["generate", "--run", tmp_path / "r", "--limit", 3], "grammar writes new prompts")
-
-
-def test_pictures_and_overlap(tmp_path):
-    import matplotlib.pyplot as plt
-
-    texts = {"one": ["a red fox in snow", "an owl"], "two": ["a red fox in the snow", "a bee", "the sea"]}
-    shares = look.overlap(texts)
-    assert shares.loc["one", "two"] == 0.5 and shares.loc["two", "one"] == pytest.approx(1 / 3)
-    assert shares.loc["one", "one"] == 1
-    (tmp_path / "a.txt").write_text("a  red fox\nan owl\nan owl\n")
-    report = collect.collect("table", (str(tmp_path / "a.txt"),), tmp_path / "o.csv", rule_names=("unicode",))
-    assert look.by_rule({"a": report}).loc["unicode", ("a", "changed")] == 1
-    assert look.examples(report).to_numpy().tolist() == [
-        ["unicode", "a  red fox", "a red fox"],
-        ["repeats", "an owl", "(dropped)"],
-    ]
-    _, axes = plt.subplots()
-    look.plot_lengths(texts, axes)
-    assert axes.get_legend_handles_labels()[1] == ["one", "two"]
-    plt.close()
 
 
 def test_the_command_line_knows_all_sources():

@@ -24,7 +24,7 @@ def test_an_estimate_says_images_seconds_hours_and_room():
     slow = Estimate("images", 100_000, 90_000, 19.2, 464_000)
     assert str(slow) == "100,000 images, 90,000 to do, 19.20 s each: 480 h, 46 GB in all"
     fast = Estimate("prompts", 3000, 3000, 0.01, 100)
-    assert str(fast) == "3,000 prompts, 3,000 to do, 100 a second: 0.0083 h, 0.0003 GB in all"
+    assert str(fast) == "3,000 prompts, 3,000 to do, 100 a second: 0.5 min, 0.0003 GB in all"
     assert str(Estimate("images", 5, 0, 0.0, 0.0)) == "5 images: all done"
 
 
