@@ -58,7 +58,9 @@ def find(folder: Path) -> list[Path]:
             passed[path.suffix.lower()] += 1
         elif archives.is_archive(path):
             try:
-                found += [path / name for name in archives.index(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+                found += [
+                    path / name for name in archives.index(path).members if Path(name).suffix.lower() in IMAGE_SUFFIXES
+                ]
             except OSError as error:
                 raise UserError(f"{path}: {error}; render or download it again, or delete it") from error
     if passed := +passed:

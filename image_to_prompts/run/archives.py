@@ -11,18 +11,18 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, zlib.error)
 
-class Member(NamedTuple):
-    """Where a member's bytes lie: offset (in a zip file, of its header), bytes there, its size, whether deflated."""
 
-    offset: int
-    stored: int
-    size: int
-    deflated: bool = False
+class Index(NamedTuple):
+    """An open zip file, or None for a tar file; and the members by name."""
+
+    zip: zipfile.ZipFile | None
+    members: dict[str, zipfile.ZipInfo | tarfile.TarInfo]
 
 
 def is_archive(path: Path) -> bool:
@@ -35,24 +35,19 @@ def is_member(path: Path) -> bool:
     return is_archive(path.parent) and path.parent.is_file()
 
 
-@cache
-def _index(archive: Path, modified: int) -> dict[str, Member]:
+@lru_cache(maxsize=32)  # so many zip files stay open
+def _index(archive: Path, modified: int) -> Index:
     if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as file:
-            members = {
-                Path(one.filename).name: Member(
-                    one.header_offset, one.compress_size, one.file_size, one.compress_type == zipfile.ZIP_DEFLATED
-                )
-                for one in file.infolist()
-                if not one.is_dir() and one.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            }
+        file = zipfile.ZipFile(archive)
+        members = {Path(one.filename).name: one for one in file.infolist() if not one.is_dir()}
     else:
-        with tarfile.open(archive, "r:") as file:
-            members = {Path(one.name).name: Member(one.offset_data, one.size, one.size) for one in file if one.isfile()}
-    return {name: member for name, member in members.items() if not name.startswith(".") and not name.endswith(".json")}
+        file = None
+        with tarfile.open(archive, "r:") as tar:
+            members = {Path(one.name).name: one for one in tar if one.isfile()}
+    return Index(file, {name: one for name, one in members.items() if name[0] != "." and not name.endswith(".json")})
 
 
-def index(archive: Path) -> dict[str, Member]:
+def index(archive: Path) -> Index:
     """Every member but hidden ones and the JSON records, by its bare name; of equal names the last.
 
     Raises:
@@ -60,37 +55,32 @@ def index(archive: Path) -> dict[str, Member]:
     """
     try:
         return _index(archive, archive.stat().st_mtime_ns)
-    except (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+    except BROKEN as error:
         raise OSError(f"not a whole archive: {error}") from error
 
 
-def _member(path: Path) -> Member:
-    member = index(path.parent).get(path.name)
+def _member(path: Path) -> zipfile.ZipInfo | tarfile.TarInfo:
+    member = index(path.parent).members.get(path.name)
     if member is None:
         raise OSError(f"no readable member {path.name}")
     return member
 
 
 def read(path: Path) -> bytes:
-    """Contents of a member.
+    """Contents of a member, never more than the archive says that it has.
 
     Raises:
         OSError: If there is no such member or the archive cannot be read.
     """
     member = _member(path)
-    with path.parent.open("rb") as file:
-        file.seek(member.offset)
-        if path.parent.suffix == ".zip":  # the header's length is known only from itself: APPNOTE.TXT, 4.3.7
-            header = file.read(30)
-            if len(header) < 30:
-                raise OSError(f"{path.name} is cut short")
-            file.seek(sum(struct.unpack("<HH", header[26:])), 1)
-        data = file.read(member.stored)
-    if not member.deflated:
-        return data
+    if isinstance(member, tarfile.TarInfo):  # tarfile's own reading is not for several threads
+        with path.parent.open("rb") as file:
+            file.seek(member.offset_data)
+            return file.read(member.size)
     try:
-        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, max(member.size, 1))
-    except zlib.error as error:
+        with index(path.parent).zip.open(member) as file:
+            return file.read(member.file_size)
+    except (*BROKEN, RuntimeError, EOFError) as error:
         raise OSError(f"{path.name} is damaged: {error}") from error
 
 
@@ -104,6 +94,8 @@ def digest(path: Path) -> str | None:
 
 def stat(path: Path) -> tuple[int, int]:
     """Size in bytes and time of the last change in seconds of a file or a member; raises OSError if it is not there."""
-    if is_member(path):
-        return _member(path).size, int(path.parent.stat().st_mtime)
-    return path.stat().st_size, int(path.stat().st_mtime)
+    if not is_member(path):
+        return path.stat().st_size, int(path.stat().st_mtime)
+    member = _member(path)
+    size = member.size if isinstance(member, tarfile.TarInfo) else member.file_size
+    return size, int(path.parent.stat().st_mtime)
