@@ -132,9 +132,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_pictures(tiny_sd2, monkeyp
     for (a, _), (b, _) in zip(whole, again, strict=True):
         assert np.abs(pixels(a) - pixels(b)).max() <= 1
     out_of_memory(backend, monkeypatch, fits=0)
-    with pytest.raises(
-        UserError, match="memory does not suffice for one image: .* 768 px is too large for this device"
-    ):
+    with pytest.raises(UserError, match=r"does not suffice for one image: .* 768 px is too large"):
         backend.render(rows[:1])
 
 

@@ -88,7 +88,7 @@ def test_out_of_memory_halves_the_pieces(small_run, tiny_open_clip, tmp_path, mo
     monkeypatch.setattr(
         loop.Trainer, "_gradients", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
-    with pytest.raises(UserError, match="memory does not suffice for one image: .*; lower --micro-batch"):
+    with pytest.raises(UserError, match=r"memory does not suffice for one image: .*; lower --micro-batch"):
         finetune.run(config(small_run, tmp_path / "c", tiny_open_clip))
 
 
