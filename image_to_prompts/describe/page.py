@@ -95,69 +95,77 @@ def _seed(prompt: str) -> int:
     return metadata.own_seed("", prompt)
 
 
-def page(describer: Describer, paint: Callable[[str], Image.Image]) -> gradio.Blocks:
-    """The page; what it shows of a user's image lives in that user's session."""
-    import gradio as gr
+class Session:
+    """What the page does for its users; what it knows of an image lives in that user's session."""
 
-    def path_of(payload: Any) -> str | None:
-        """In place of what Gradio would do with an upload, namely decode it."""
-        if payload is None or not payload.path:
-            return None
-        try:
-            check_upload(Path(payload.path))
-        except ValueError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return payload.path
+    def __init__(self, describer: Describer, paint: Callable[[str], Image.Image]) -> None:
+        """Takes the models."""
+        self.describer, self.paint = describer, paint
 
-    def look(path: str | None) -> tuple[Any, ...]:
+    def look(self, path: str | None) -> tuple[Any, ...]:
+        """The prediction, the prompt, its similarity, the nearest known prompts, and no second picture."""
         if path is None:
             return None, "", "", [], None
-        (found,) = describer.describe([Path(path)])
+        (found,) = self.describer.describe([Path(path)])
         if found.error:
-            raise gr.Error("The image is damaged and cannot be read.", print_exception=False)
+            raise _told("The image is damaged and cannot be read.")
         nearest = [[f"{cosine:.3f}", prompt] for prompt, cosine in found.nearest]
-        return found.vector, found.prompt, similarity(found.prompt, found.vector), nearest, None
+        return found.vector, found.prompt, self.similarity(found.prompt, found.vector), nearest, None
 
-    def similarity(prompt: str, vector: np.ndarray | None) -> str:
+    def similarity(self, prompt: str, vector: np.ndarray | None) -> str:
+        """How near an edited prompt comes to the prediction."""
         if vector is None or not prompt.strip():
             return ""
         return f"{float(text_encoder.encode_once([prompt[:MOST_LETTERS]])[0] @ vector):.3f}"
 
-    def draw(prompt: str) -> Image.Image:
+    def draw(self, prompt: str) -> Image.Image:
+        """The picture of an edited prompt."""
         if not prompt.strip():
-            raise gr.Error("Write a prompt first.", print_exception=False)
-        return paint(prompt[:MOST_LETTERS])
+            raise _told("Write a prompt first.")
+        return self.paint(prompt[:MOST_LETTERS])
 
+
+def _told(what: str) -> Exception:
+    import gradio as gr
+
+    return gr.Error(what, print_exception=False)
+
+
+def _path_of(payload: Any) -> str | None:
+    """In place of what Gradio would do with an upload, namely decode it."""
+    if payload is None or not payload.path:
+        return None
+    try:
+        check_upload(Path(payload.path))
+    except ValueError as error:
+        raise _told(str(error)) from error
+    return payload.path
+
+
+def page(describer: Describer, paint: Callable[[str], Image.Image]) -> gradio.Blocks:
+    """The page."""
+    import gradio as gr
+
+    session = Session(describer, paint)
     with gr.Blocks(title="image-to-prompts", analytics_enabled=False, delete_cache=(SWEPT, KEPT)) as blocks:
         gr.Markdown("# The prompt of an image\nDrop an image, edit what was found, render it again.")
         vector = gr.State(None, time_to_live=KEPT)
         with gr.Row():
-            with gr.Column():
-                image = gr.Image(
-                    label="image", sources=["upload", "clipboard"], height=384, elem_id="image", buttons=[]
-                )
-                image.preprocess = path_of
-            with gr.Column():
-                again = gr.Image(
-                    label="rendered again",
-                    type="pil",
-                    interactive=False,
-                    height=384,
-                    format="png",
-                    elem_id="again",
-                    buttons=["download", "fullscreen"],
-                )
+            image = gr.Image(label="image", sources=["upload", "clipboard"], height=384, elem_id="image", buttons=[])
+            image.preprocess = _path_of
+            shown = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
+            again = gr.Image(label="rendered again", type="pil", height=384, elem_id="again", **shown)
         prompt = gr.Textbox(label="prompt", lines=2, max_length=MOST_LETTERS, elem_id="prompt")
         with gr.Row(equal_height=True):
             cosine = gr.Textbox(label="similarity to the prediction", interactive=False, elem_id="similarity", scale=1)
             button = gr.Button("Render again", variant="primary", elem_id="render", scale=1)
-        nearest = gr.Dataframe(
-            headers=["similarity", "known prompt"], label="nearest known prompts", interactive=False, elem_id="nearest"
-        )
+        columns = ["similarity", "known prompt"]
+        nearest = gr.Dataframe(headers=columns, label="nearest known prompts", interactive=False, elem_id="nearest")
         one = {"concurrency_id": "models", "concurrency_limit": 1}  # they share the models
-        image.change(look, image, [vector, prompt, cosine, nearest, again], api_name="describe", **one)
-        prompt.change(similarity, [prompt, vector], cosine, trigger_mode="always_last", show_progress="hidden", **one)
-        button.click(draw, prompt, again, api_name="render", **one)
+        image.change(session.look, image, [vector, prompt, cosine, nearest, again], api_name="describe", **one)
+        quietly = {"trigger_mode": "always_last", "show_progress": "hidden", "api_name": "similarity"}
+        prompt.change(session.similarity, [prompt, vector], cosine, **quietly, **one)
+        button.click(session.draw, prompt, again, api_name="render", **one)
     for block in blocks.blocks.values():  # any input may claim to be a file
         block.async_move_resource_to_block_cache = _local_only(block.async_move_resource_to_block_cache)
     return blocks
@@ -165,12 +173,11 @@ def page(describer: Describer, paint: Callable[[str], Image.Image]) -> gradio.Bl
 
 def _local_only(move: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Refuses addresses, which Gradio would fetch whole into memory, whatever their size."""
-    import gradio as gr
     from gradio_client.utils import is_http_url_like
 
     async def move_local(path: Any) -> str | None:
         if is_http_url_like(str(path).lower()):
-            raise gr.Error("Upload a file; addresses are not fetched.", print_exception=False)
+            raise _told("Upload a file; addresses are not fetched.")
         return await move(path)
 
     return move_local

@@ -17,23 +17,21 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..data import metadata, pictures
+from ..data import metadata
 from ..data.images import ImageRows, contents, tell_broken
-from ..models import backbones, checkpoints, freezing, metrics, text_encoder
+from ..models import backbones, checkpoints, text_encoder
 from ..profiles import StageConfig
-from ..run.devices import gather, rank_and_processes
+from ..run.devices import rank_and_processes
 from ..run.errors import UserError
 from ..run.files import sha256
 from ..run.folders import LAST, MANIFEST
 from ..run.resume import Stamp, alone
-from ..training import by_source, dataset, frozen_features, loop
+from ..training import dataset, frozen_features, loop
 from ..training import model as models
 from ..training import state as state_file
+from .validation import Keeper
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
     from . import dry_run
 
 log = logging.getLogger(__name__)
@@ -103,25 +101,6 @@ class Config(StageConfig):
     """Only say what would train, the memory it needs, the steps and the hours, from a measured step."""
 
 
-def validate(
-    model: nn.Module,
-    images: ImageRows | frozen_features.CachedRows,
-    rows: dataset.Rows,
-    device: torch.device,
-    mixed: bool = True,
-) -> np.ndarray:
-    """Predicts the validation rows in eval mode; processes share the work.
-
-    Returns:
-        float32 (len(rows.valid), 384), NaN where an image cannot be read.
-    """
-    freezing.set_training(model, False)
-    rank, processes = rank_and_processes()
-    mine = rows.valid[rank::processes]
-    predicted = metrics.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
-    return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
-
-
 def _check(config: Config) -> None:
     config.at_least(1, "epochs", "cycles", "batch_size", "image_size")
     config.at_least(0, "micro_batch", "patience", "max_hours", "save_minutes")
@@ -172,34 +151,47 @@ def run(config: Config) -> pd.DataFrame:
 
 def _train(config: Config) -> pd.DataFrame:
     """Trains, and writes everything."""
-    from ..models.fast_layers import faster
-
-    spec = backbones.describe(config.backbone, config.image_size)
     tables = dataset.tables(config.metadata, config.images)
-    manifests = [folder / MANIFEST for folder in config.images]
     loaded = dataset.load_metadata(tables, config.images)
-    settings = config.settings(*LOOSE) | {
-        "images": loaded["image_name"].tolist(),
-        "contents": contents(loaded["path"].tolist()),
-    }
-    first = [config.init / name for name in checkpoints.FILES] if config.init else []
-    inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
-    stamp = Stamp(config.out / ".finetune.done", "finetune", settings, inputs)
-    history_path = config.out / "history.csv"
-    state = config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
+    stamp = _stamp(config, tables, loaded)
+    history, state = config.out / "history.csv", config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if stamp.is_current():
         state_file.forget(state)
         log.info("%s is up to date", config.out)
-        return pd.read_csv(history_path)
+        return pd.read_csv(history)
     stamp.claim(config.out / name for name in OUTPUTS)
-    work = stamp.work_folder()
     targets = text_encoder.encode(loaded["prompt"].tolist())
     rows = dataset.split(loaded, targets, config.fold, config.leave_out, dataset.parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
+    keeper = _prepared(config, rows, stamp.work_folder(), state)
+    keeper.description["data"] = {str(csv): sha256(csv) for csv in tables}
+    if not _epochs(config, keeper):
+        log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
+        return pd.DataFrame(keeper.history, columns=COLUMNS)
+    frame = pd.DataFrame(keeper.history)
+    if keeper.trainer.accelerator.is_main_process:
+        keeper.report(frame, history)
+        stamp.write(config.out / name for name in OUTPUTS)
+        state_file.forget(state)
+    return frame
 
-    mixed = config.precision == "auto"
+
+def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> Stamp:
+    """The stamp: settings, names and contents of the images, tables and what the training starts from."""
+    settings = config.settings(*LOOSE)
+    settings |= {"images": loaded["image_name"].tolist(), "contents": contents(loaded["path"].tolist())}
+    manifests = [folder / MANIFEST for folder in config.images]
+    first = [config.init / name for name in checkpoints.FILES] if config.init else []
+    inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
+    return Stamp(config.out / ".finetune.done", "finetune", settings, inputs)
+
+
+def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Keeper:
+    """The model with its head fitted, its baselines, and the trainer, which goes on from `state`."""
+    from ..models.fast_layers import faster
+
+    spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"
     accelerator = models.accelerator_for(mixed)
-    device = accelerator.device
     model, trained_names = models.build(
         spec, accelerator, config.seed, config.init, config.weights, grad_checkpointing=config.grad_checkpointing
     )
@@ -207,7 +199,7 @@ def _train(config: Config) -> pd.DataFrame:
     sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     wanted = np.concatenate([sample, rows.valid])
     features, cached = frozen_features.features(
-        model, images, wanted, device, work, config.cache_features, mixed, config.loader_workers
+        model, images, wanted, accelerator.device, work, config.cache_features, mixed, config.loader_workers
     )
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
     if accelerator.is_main_process:
@@ -215,77 +207,34 @@ def _train(config: Config) -> pd.DataFrame:
     base = frozen_features.baselines(features, rows)
     if config.init is None:
         checkpoints.fit_head(model, base.features, base.targets)
-    source: ImageRows | frozen_features.CachedRows = images
     if cached:
-        source = cached
-        trained: nn.Module = frozen_features.over_cache(model)
         rows.train, rows.valid = (side[cached.position[side] >= 0] for side in (rows.train, rows.valid))
-    else:
-        trained = faster(model)
-    training_images = source
-    if config.augment:
-        training_images = ImageRows(rows.paths, config.image_size, augment_seed=config.seed)
+    varied = ImageRows(rows.paths, config.image_size, augment_seed=config.seed) if config.augment else images
     if accelerator.is_main_process:
         state_file.adopt(state)
     accelerator.wait_for_everyone()
-    trainer = loop.Trainer(accelerator, model, trained, training_images, rows, config.part(loop.Schedule), state)
+    trained = frozen_features.over_cache(model) if cached else faster(model)
+    schedule = config.part(loop.Schedule)
+    trainer = loop.Trainer(accelerator, model, trained, cached or varied, rows, schedule, state)
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,
-        "data": {str(csv): sha256(csv) for csv in tables},
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "profile": config.profile,
         "revision": checkpoints.revision(),
     }
+    return Keeper(config.out, trainer, cached or images, features, base, description, [images, varied], told)
 
-    def save(folder: Path, epoch: int, cosine: float) -> None:
-        metrics = {"epoch": epoch, "validation_cosine": cosine, **base.scores, "knn_k": base.k}
-        checkpoints.save(folder, model, {**description, "metrics": metrics}, base.mean)
 
-    def finish_epoch(epoch: int, loss: float) -> None:
-        """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
-        history = trainer.standing.history
-        predicted = validate(trained, source, rows, device, mixed)
-        readable = np.isfinite(predicted[:, 0])
-        cosine = metrics.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
-        best = cosine >= max((entry["cosine"] for entry in history), default=-1)
-        if accelerator.is_main_process:
-            how = f"loss {loss:.4f}" if epoch else "before the first step"
-            log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
-            if best:
-                by_source.write(config.out, rows, predicted)
-                save(config.out, epoch, cosine)
-        trainer.finish_epoch({"epoch": epoch, "loss": loss, "cosine": cosine})
-
+def _epochs(config: Config, keeper: Keeper) -> bool:
+    """Trains epoch by epoch; False if --max-hours ended it."""
+    trainer = keeper.trainer
     if not trainer.standing.history:
-        finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
-    while trainer.standing.epoch <= config.epochs:
-        if loop.has_stalled(trainer.standing.history, config.patience):
-            break
+        keeper.finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
+    while trainer.standing.epoch <= config.epochs and not loop.has_stalled(keeper.history, config.patience):
         loss = trainer.epoch()
         if loss is None:
-            log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
-            return pd.DataFrame(trainer.standing.history, columns=COLUMNS)
-        finish_epoch(trainer.standing.epoch, loss)
-    frame = pd.DataFrame(trainer.standing.history)
-    if accelerator.is_main_process:
-        save(config.out / LAST, int(frame["epoch"].iloc[-1]), float(frame["cosine"].iloc[-1]))
-        frozen_features.save(config.out / "baselines.safetensors", base)
-        metadata.write_table(history_path, frame)
-        pictures.learning_curve(frame, base.scores, config.out / "history.png")
-        sources = by_source.by_source(config.out, rows, features, base)
-        metadata.write_table(config.out / "sources.csv", sources.round(4))
-        log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
-        by_source.gallery(config.out, rows)
-    if accelerator.is_main_process:
-        stamp.write(config.out / name for name in OUTPUTS)
-        state_file.forget(state)
-        tell_broken((images.broken | (training_images.broken if config.augment else {})).keys() - told, "left out")
-        if base.scores["constant"] >= (best := frame["cosine"].max()):
-            log.warning(
-                "validation cosine %.3f is no better than the constant's %.3f: nothing was learnt that holds for other "
-                "prompts; look at whether images and prompts belong together, and give more of them",
-                *(best, base.scores["constant"]),
-            )
-    return frame
+            return False
+        keeper.finish_epoch(trainer.standing.epoch, loss)
+    return True

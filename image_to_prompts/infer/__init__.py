@@ -183,42 +183,27 @@ def run(config: Config) -> Prediction:
 def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     truth = read_key(config.key, files, config.images) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
-    run_ = Run(config.run)
-    folders = list(dict.fromkeys(config.checkpoint)) or newest(run_, config.fallback)
+    folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback)
     weights = blend_weights(folders, config.blend) if folders else []
-    rungs = predictors.ladder(run_) if config.fallback and not config.checkpoint else []
-    if folders:
-        own = [_checkpoint_rung(folders, weights)]
-        if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
-            own += [_checkpoint_rung([folder], [1.0]) for folder in folders]
-        rungs = [*own, *rungs]
+    rungs = _rungs(config, folders, weights)
     make_folder(config.out.parent)
-    listing = [[file.relative_to(config.images).as_posix() for file in files], images.contents(files)]
+    names = [file.relative_to(config.images).as_posix() for file in files]
+    settings = {"images": [names, images.contents(files)], "key": bool(truth), "bank": bool(bank)}
+    settings |= {"weights": weights, "views": config.views, "rungs": [rung.what for rung in rungs]}
     inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
-    stamp = Stamp(
-        config.out.with_name(f".{config.out.stem}.done"),
-        "infer",
-        {
-            **{"images": listing, "key": bool(truth), "bank": bool(bank), "weights": weights, "views": config.views},
-            "rungs": [rung.what for rung in rungs],
-        },
-        inputs,
-    )
+    stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), "infer", settings, inputs)
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
     if stamp.is_current():
         log.info("%s is up to date", config.out)
-        scores = json.loads(scores_path.read_text(encoding="utf-8"))
-        broken = [Path(name) for name in scores["broken"]]
+        found = json.loads(scores_path.read_text(encoding="utf-8"))
+        found["broken"] = [Path(name) for name in found["broken"]]
         nearest = metadata.read_table(nearest_path, ()).astype({"cosine": float}) if bank else None
-        vectors = submission.read(config.out, stems)
-        found = (scores["how"], scores["alone"], scores["score"], scores["constant"])
-        return Prediction(files, vectors, broken, 0, *found, nearest)
+        return Prediction(files, submission.read(config.out, stems), **found, prompts=nearest)
     outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
     stamp.claim(outputs)
-    work = stamp.work_folder()
-    viewing = config.part(predictors.Viewing)
     rung, found, mean, reached = predictors.climb(
-        rungs, files, viewing, config, work, config.max_hours, strict=not config.fallback
+        *(rungs, files, config.part(predictors.Viewing), config, stamp.work_folder(), config.max_hours),
+        strict=not config.fallback,
     )
     vectors = metrics.blend([np.nan_to_num(one) for one in found], rung.weights)
     unreadable = ~vectors.any(1)  # no predictor had them
@@ -230,35 +215,55 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     submission.write(config.out, stems, vectors)
     if bank:
         nearest = nearest_prompts(vectors, bank, text_encoder.encode(bank))
-        names = [file.relative_to(config.images).as_posix() for file in files]
         result.prompts = pd.concat([pd.DataFrame({"image": names}), nearest], axis=1)
         metadata.write_table(nearest_path, result.prompts)
     if truth:
-        targets = text_encoder.encode(truth)
-        result.score = metrics.mean_cosine(vectors, targets)
-        result.constant = metrics.constant_score(mean, targets)
-        if len(found) > 1:
-            for folder, one in zip(folders, found, strict=True):
-                one[~np.isfinite(one[:, 0])] = mean
-                result.alone[str(folder)] = metrics.mean_cosine(one, targets)
-                log.info("%s alone: %.4f", folder, result.alone[str(folder)])
-        log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(files))
-        if rung is rungs[0] and (trained := predictors.trained_on(folders, targets)):
-            log.warning(
-                "%d of %d images have prompts that the checkpoint was trained on: on others the score will be lower",
-                *(trained, len(files)),
-            )
-    scores = {"score": result.score, "constant": result.constant, "alone": result.alone, "how": result.how}
-    write_json(scores_path, {**scores, "broken": list(map(str, broken))})
-    if min(reached) < max(reached):
-        log.warning("%d images were not reached by all checkpoints of the blend", max(reached) - min(reached))
+        _score(result, found, mean, text_encoder.encode(truth), folders if rung is rungs[0] else [])
+    kept = {name: getattr(result, name) for name in ("score", "constant", "alone", "how")}
+    write_json(scores_path, {**kept, "broken": list(map(str, broken))})
     if rung is rungs[0] and min(reached) == len(files):
         stamp.write(outputs)
-    images.tell_broken(broken, "predicted by the mean")
-    if result.unreached:
-        log.warning("%d of %d images not reached in time: they got the mean prediction", result.unreached, len(files))
+    _tell(result, reached)
     log.info("%s: %d images, predicted by %s", config.out, len(files), result.how)
     return result
+
+
+def _rungs(config: Config, folders: list[Path], weights: list[float]) -> list[Rung]:
+    """Ways to predict, best first: the checkpoints and, with --fallback, each alone and what needs none."""
+    rungs = [_checkpoint_rung(folders, weights)] if folders else []
+    if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
+        rungs += [_checkpoint_rung([folder], [1.0]) for folder in folders]
+    if config.fallback and not config.checkpoint:
+        rungs += predictors.ladder(Run(config.run))
+    return rungs
+
+
+def _score(
+    result: Prediction, found: list[np.ndarray], mean: np.ndarray, targets: np.ndarray, folders: list[Path]
+) -> None:
+    """Scores predictions, the constant's beside them, and where there are several checkpoints each alone."""
+    result.score, result.constant = metrics.mean_cosine(result.vectors, targets), metrics.constant_score(mean, targets)
+    if len(found) > 1:
+        for folder, one in zip(folders, found, strict=True):
+            one[~np.isfinite(one[:, 0])] = mean
+            result.alone[str(folder)] = metrics.mean_cosine(one, targets)
+            log.info("%s alone: %.4f", folder, result.alone[str(folder)])
+    log.info("score %.4f constant %.4f on %d images", result.score, result.constant, len(targets))
+    if trained := predictors.trained_on(folders, targets):
+        log.warning(
+            "%d of %d images have prompts that the checkpoint was trained on: on others the score will be lower",
+            *(trained, len(targets)),
+        )
+
+
+def _tell(result: Prediction, reached: list[int]) -> None:
+    """Warns of images that were not predicted, or not by all."""
+    if min(reached) < max(reached):
+        log.warning("%d images were not reached by all checkpoints of the blend", max(reached) - min(reached))
+    images.tell_broken(result.broken, "predicted by the mean")
+    if result.unreached:
+        every = len(result.files)
+        log.warning("%d of %d images not reached in time: they got the mean prediction", result.unreached, every)
 
 
 def _checkpoint_rung(folders: list[Path], weights: list[float]) -> Rung:

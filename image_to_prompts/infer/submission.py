@@ -6,7 +6,7 @@ Format: header `imgId_eId,val`; for each image, sorted by its file's stem, 384 r
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -92,35 +92,34 @@ def check(path: Path, image_folder: Path | None = None) -> int:
     if not path.is_file():
         raise UserError(f"{path}: no such file; run infer first")
     expected = sorted(check_stems(images.find(image_folder))) if image_folder else None
-    seen: set[str] = set()
-    last = ""
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
+    count, last, line = 0, "", 2
+    for block in _blocks(path):
+        stem = _check_block(path, line, block)
+        if stem <= last:
+            what = "stands twice; remove one" if stem == last else f"after {last!r}; sort images by stem, each once"
+            raise UserError(f"{path}: line {line}: image {stem!r} {what}")
+        if expected is not None and [stem] != (wanted := expected[count : count + 1]):
+            what = f"expected {wanted[0]!r}" if wanted else "one image more than the folder has"
+            raise UserError(f"{path}: line {line}: image {stem!r}, {what}; one image of the folder each")
+        count, last, line = count + 1, stem, line + len(block)
+    if not count:
+        raise UserError(f"{path}: line 2: no rows")
+    if expected is not None and count < len(expected):
+        raise UserError(f"{path}: line {line}: image {expected[count]!r} is missing; one image of the folder each")
+    return count
+
+
+def _blocks(path: Path) -> Iterator[list[str]]:
+    """The lines below the header, those of one image at a time."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
             header = file.readline().rstrip("\r\n")
             if header != HEADER:
                 raise UserError(f"{path}: line 1: header is {header[:60]!r}, must be {HEADER!r}")
-            line = 2
             while block := [text.rstrip("\r\n") for text in islice(file, DIMENSION)]:
-                stem = _check_block(path, line, block)
-                if stem in seen:
-                    raise UserError(f"{path}: line {line}: image {stem!r} stands twice; remove one")
-                if stem < last:
-                    raise UserError(f"{path}: line {line}: image {stem!r} after {last!r}; sort images by stem")
-                if expected is not None:
-                    wanted = expected[len(seen)] if len(seen) < len(expected) else None
-                    if stem != wanted:
-                        what = f"expected {wanted!r}" if wanted else "one image more than the folder has"
-                        raise UserError(f"{path}: line {line}: image {stem!r}, {what}; one image of the folder each")
-                seen.add(stem)
-                last = stem
-                line += len(block)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: bytes that are not UTF-8; write it again") from error
-    if not seen:
-        raise UserError(f"{path}: line 2: no rows")
-    if expected is not None and len(seen) < len(expected):
-        raise UserError(f"{path}: line {line}: image {expected[len(seen)]!r} is missing; one image of the folder each")
-    return len(seen)
+                yield block
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: bytes that are not UTF-8; write it again") from error
 
 
 def _check_block(path: Path, line: int, block: list[str]) -> str:

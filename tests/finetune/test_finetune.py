@@ -11,6 +11,8 @@ from rows import loaded_rows
 
 from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
+from image_to_prompts.data.images import ImageRows
+from image_to_prompts.finetune.validation import validate
 from image_to_prompts.models import backbones, checkpoints, freezing, metrics
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import frozen_features, loop
@@ -47,9 +49,7 @@ def test_validation_is_what_the_saved_model_scores(small_checkpoint, small_run):
     """Validation over cached activations, in eval mode, equals the checkpoint's score on the images themselves."""
     loaded = checkpoints.load(small_checkpoint)
     rows = loaded_rows(small_run.metadata, small_run.images)
-    predicted = finetune.validate(
-        loaded.model, finetune.ImageRows(rows.paths, loaded.spec.image_size), rows, torch.device("cpu")
-    )
+    predicted = validate(loaded.model, ImageRows(rows.paths, loaded.spec.image_size), rows, torch.device("cpu"))
     score = metrics.mean_cosine(predicted, rows.targets[rows.valid])
     assert score == pytest.approx(loaded.config["metrics"]["validation_cosine"], abs=0.01)
 
@@ -176,10 +176,10 @@ def test_validation_sees_the_model_in_eval_mode(small_run):
 
     model_ = Noisy().train()
     rows = loaded_rows(small_run.metadata, small_run.images)
-    images = finetune.ImageRows(rows.paths, 64)
-    found = finetune.validate(model_, images, rows, torch.device("cpu"), mixed=False)
+    images = ImageRows(rows.paths, 64)
+    found = validate(model_, images, rows, torch.device("cpu"), mixed=False)
     assert (found != 0).all() and not model_.training
-    np.testing.assert_array_equal(found, finetune.validate(model_, images, rows, torch.device("cpu"), mixed=False))
+    np.testing.assert_array_equal(found, validate(model_, images, rows, torch.device("cpu"), mixed=False))
 
 
 def test_a_model_that_is_no_better_than_the_mean_is_said_so(small_run, tmp_path, caplog):

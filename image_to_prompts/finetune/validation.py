@@ -1,0 +1,113 @@
+"""What `finetune` does after each epoch and in the end: it validates, keeps the best weights, and reports."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from ..data import metadata, pictures
+from ..data.images import ImageRows, tell_broken
+from ..models import checkpoints, freezing, metrics, text_encoder
+from ..run.devices import gather, rank_and_processes
+from ..run.folders import LAST
+from ..training import by_source, dataset, frozen_features, loop
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+log = logging.getLogger(__name__)
+
+
+def validate(
+    model: nn.Module,
+    images: ImageRows | frozen_features.CachedRows,
+    rows: dataset.Rows,
+    device: torch.device,
+    mixed: bool = True,
+) -> np.ndarray:
+    """Predicts the validation rows in eval mode; processes share the work.
+
+    Returns:
+        float32 (len(rows.valid), 384), NaN where an image cannot be read.
+    """
+    freezing.set_training(model, False)
+    rank, processes = rank_and_processes()
+    mine = rows.valid[rank::processes]
+    predicted = metrics.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
+    return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
+
+
+@dataclass
+class Keeper:
+    """Validates after each epoch and keeps the best weights; in the end writes what a person looks at.
+
+    Attributes:
+        out: The checkpoint folder.
+        trainer: The trainer.
+        source: What validates, by row number.
+        features: float32 (n, width) of all rows, by the frozen backbone.
+        base: The baselines.
+        description: config.json, without metrics.
+        images: Datasets, which know of images that could not be read.
+        told: Those of them that were told of.
+    """
+
+    out: Path
+    trainer: loop.Trainer
+    source: ImageRows | frozen_features.CachedRows
+    features: np.ndarray
+    base: frozen_features.Baselines
+    description: dict[str, Any]
+    images: list[ImageRows]
+    told: set[Path]
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return self.trainer.standing.history
+
+    def save(self, folder: Path, entry: dict[str, float]) -> None:
+        """Writes a checkpoint with an epoch's metrics."""
+        scores = {"validation_cosine": float(entry["cosine"]), **self.base.scores, "knn_k": self.base.k}
+        config = {**self.description, "metrics": {"epoch": int(entry["epoch"]), **scores}}
+        checkpoints.save(folder, self.trainer.model, config, self.base.mean)
+
+    def finish_epoch(self, epoch: int, loss: float) -> None:
+        """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
+        trainer, rows, accelerator = self.trainer, self.trainer.rows, self.trainer.accelerator
+        mixed = accelerator.mixed_precision != "no"
+        predicted = validate(trainer.trained, self.source, rows, accelerator.device, mixed)
+        readable = np.isfinite(predicted[:, 0])
+        cosine = metrics.mean_cosine(predicted[readable], rows.targets[rows.valid][readable])
+        entry = {"epoch": epoch, "loss": loss, "cosine": cosine}
+        if accelerator.is_main_process:
+            how = f"loss {loss:.4f}" if epoch else "before the first step"
+            log.info("epoch %d: %s, validation cosine %.4f", epoch, how, cosine)
+            if cosine >= max((one["cosine"] for one in self.history), default=-1):
+                by_source.write(self.out, rows, predicted)
+                self.save(self.out, entry)
+        trainer.finish_epoch(entry)
+
+    def report(self, frame: pd.DataFrame, history: Path) -> None:
+        """Writes the last epoch's weights, tables and pictures."""
+        rows, base = self.trainer.rows, self.base
+        self.save(self.out / LAST, self.history[-1])
+        frozen_features.save(self.out / "baselines.safetensors", base)
+        metadata.write_table(history, frame)
+        pictures.learning_curve(frame, base.scores, history.with_suffix(".png"))
+        sources = by_source.by_source(self.out, rows, self.features, base)
+        metadata.write_table(self.out / "sources.csv", sources.round(4))
+        log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
+        by_source.gallery(self.out, rows)
+        tell_broken({path for images in self.images for path in images.broken} - self.told, "left out")
+        if base.scores["constant"] >= (best := frame["cosine"].max()):
+            log.warning(
+                "validation cosine %.3f is no better than the constant's %.3f: nothing was learnt that holds for other "
+                "prompts; look at whether images and prompts belong together, and give more of them",
+                *(best, base.scores["constant"]),
+            )
