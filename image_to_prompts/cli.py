@@ -189,11 +189,11 @@ def parse(words: list[str]) -> Any:
     _check_known(name, COMMANDS)
     if name == "kaggle" and words[1:]:
         _check_known(words[1], pipeline.load("kaggle.commands:ACTIONS"))
-    forms = tuple(_form(one, words if one == name else []) for one in COMMANDS)
+    forms: Any = Union[tuple(_form(one, words if one == name else []) for one in COMMANDS)]  # noqa: UP007
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Union[forms], prog="image-to-prompts", description=ABOUT, args=words or ["--help"])  # noqa: UP007
+            return tyro.cli(forms, prog="image-to-prompts", description=ABOUT, args=words or ["--help"])
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
@@ -204,9 +204,8 @@ def parse(words: list[str]) -> Any:
 
 def _check_known(word: str, known: Iterable[str]) -> None:
     if word not in known and not word.startswith("-"):
-        near = difflib.get_close_matches(word, known, 1, NEAR)
-        near = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown command {word!r}{near}; choose one of {', '.join(known)}")
+        near = [f"; did you mean {one}?" for one in difflib.get_close_matches(word, known, 1, NEAR)]
+        raise UserError(f"unknown command {word!r}{''.join(near)}; choose one of {', '.join(known)}")
 
 
 def _place(words: list[str]) -> tuple[Path, str]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from . import pipeline
 from .run.errors import UserError
 from .run.folders import Run, on_kaggle, profile_called
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -29,7 +26,7 @@ class StageConfig:
         """Takes an old name of the profile for the new one."""
         self.profile = profile_called(self.profile)
 
-    def part(self, kind: Callable[..., T]) -> T:
+    def part(self, kind: Any) -> Any:
         """A dataclass whose fields are some of these, filled from here."""
         return kind(**{one.name: getattr(self, one.name) for one in fields(kind)})
 
@@ -78,16 +75,13 @@ SUBMISSION_HOURS = 8.5  # of the 9 that the competition's own runs have
 def place_defaults(stage: str, run: Run) -> dict[str, Any]:
     """What depends on the place: paths in the run's folder, such that each stage reads what its predecessor wrote."""
     limits = KERNEL_LIMITS if on_kaggle() else {}
+    hours = {name: value for name, value in limits.items() if name == "max_hours"}
     images = run.rendered(run.filled(run.images, run.train_images))  # the whole chain holds test images out
-    return {
+    defaults: dict[str, dict[str, Any]] = {
         "generate": {"out": run.prompts},
         "dedupe": {"prompts": (run.have(run.prompts),), "out": run.metadata},
         "render": {"metadata": run.have(run.metadata), "out": run.images, **limits},
-        "finetune": {
-            "images": images,
-            "out": run.checkpoint,
-            **{name: hours for name, hours in limits.items() if name == "max_hours"},
-        },
+        "finetune": {"images": images, "out": run.checkpoint, **hours},
         "embed": {"images": images, "out": run.embeddings},
         "ensemble": {"embeddings": run.have(run.embeddings), "out": run.ensemble},
         "infer": {
@@ -96,7 +90,8 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
             **({"max_hours": SUBMISSION_HOURS} if on_kaggle() else {}),
         },
         "describe": {},
-    }[stage]
+    }
+    return defaults[stage]
 
 
 def config_class(stage: str) -> type[StageConfig]:
@@ -117,6 +112,6 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
         The stage's `Config`.
     """
     profile = profile_called(profile)
-    values = {"run": run.folder, "profile": profile}
+    values: dict[str, Any] = {"run": run.folder, "profile": profile}
     values |= PROFILE_DEFAULTS[profile].get(stage, {}) | place_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

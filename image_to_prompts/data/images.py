@@ -47,7 +47,8 @@ def find(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder of images")
-    found, passed = [], Counter()
+    found: list[Path] = []
+    passed: Counter[str] = Counter()
     for path in folder.rglob("*"):
         if path.name.startswith(".") or not path.is_file():
             passed["dangling link"] += path.is_symlink() and not path.exists()
@@ -136,7 +137,7 @@ def join(names: Iterable[str], files: Sequence[Path], folder: Path) -> list[Path
     """
     inside = {path.relative_to(folder).as_posix(): path for path in files}
     whole, bare = Counter(map(stem, inside)), Counter(path.stem for path in files)
-    by_stem = {path.stem: path for path in files if bare[path.stem] == 1}
+    by_stem: dict[str, Path | None] = {path.stem: path for path in files if bare[path.stem] == 1}
     by_stem |= {stem(name): path for name, path in inside.items() if whole[stem(name)] == 1}
     by_stem |= dict.fromkeys(name for name, count in whole.items() if count > 1)
     return [inside.get(name) or by_stem.get(stem(name)) for name in names]
@@ -192,9 +193,14 @@ def fit(image: Image.Image, size: int, crop: float = 1.0, squash: bool = False) 
     return np.asarray(image.crop((edge, edge, edge + size, edge + size)) if edge else image).transpose(2, 0, 1)
 
 
+def _centre(image: Image.Image) -> Image.Image:
+    wide, high = (round(0.05 * side) for side in image.size)
+    return image.crop((wide, high, image.width - wide, image.height - high))
+
+
 VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "whole": lambda image: image,
-    "centre": lambda image: ImageOps.crop(image, tuple(round(0.05 * side) for side in image.size * 2)),
+    "centre": _centre,
     "mirror": ImageOps.mirror,
 }
 """What test-time augmentation shows a model of an image; `centre` is the middle 90 % of each side."""
@@ -212,7 +218,7 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray | None, int]:
+    def __getitem__(self, row: int) -> tuple[Any, int]:
         try:
             image = self.view(read(self.paths[row]))
             if self.augment_seed is not None:
@@ -223,11 +229,11 @@ class ImageRows:
             self.broken[self.paths[row]] = str(error)
         return pixels, row
 
-    def _pixels(self, image: Image.Image) -> np.ndarray:
+    def _pixels(self, image: Image.Image) -> Any:
         return np.ascontiguousarray(fit(image, self.size))
 
     @staticmethod
-    def collate(items: list[tuple[np.ndarray | None, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def collate(items: list[tuple[Any, int]]) -> tuple[Any, torch.Tensor]:
         """Batches the readable images of `items`.
 
         Returns:
@@ -252,7 +258,7 @@ class FittedRows(ImageRows):
         return [np.ascontiguousarray(fit(image, *one)) for one in self.fits]
 
     @staticmethod
-    def collate(items: list[tuple[list[np.ndarray] | None, int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def collate(items: list[tuple[Any, int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Like `ImageRows.collate`, with a tensor for each fit; none if no image can be read."""
         import torch
 

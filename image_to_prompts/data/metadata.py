@@ -46,7 +46,7 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
         raise UserError(f"{path}: the file is empty; it needs the header {','.join(required)} and rows") from error
     except UnicodeDecodeError as error:
         text = data.decode("utf-8", "surrogateescape")
-        row = text[: re.search("[\udc80-\udcff]", text).start()].count("\n")
+        row = re.split("[\udc80-\udcff]", text, maxsplit=1)[0].count("\n")
         raise UserError(f"{path}: row {row}: bytes that are not UTF-8; save the file as UTF-8") from error
     except pd.errors.ParserError as error:
         raise UserError(f"{path}: not a CSV: {error}; quote fields that contain commas") from error

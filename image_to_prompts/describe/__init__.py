@@ -129,10 +129,10 @@ class Describer:
             (seen,) = encoders.viewer([self.interrogator], config.batch_size, config.loader_workers)(files, "whole")
             if seen.vectors.shape[1] == 1:  # none can be read
                 return np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32), [""] * len(files)
-            return seen.vectors, seen.texts
+            return seen.vectors, seen.texts or []
         viewing = config.part(predictors.Viewing)
-        seen = [predictors.predict(predictor, files, viewing) for predictor in self.predictors]
-        return metrics.blend(seen, self.weights), []
+        found = [predictors.predict(predictor, files, viewing) for predictor in self.predictors]
+        return metrics.blend(found, self.weights), []
 
 
 def sources(config: Config) -> tuple[list[Path], list[Path]]:
@@ -242,7 +242,7 @@ def _run(config: Config, files: list[Path]) -> list[Description]:
     mine = files[rank::processes]
     known = Known(outputs.folder, _fingerprint(config), mine)
     _work(config, known, outputs)
-    found = gather([known.of(file, config.top) for file in mine], len(files))
+    found = gather([one for file in mine if (one := known.of(file, config.top))], len(files))
     if config.out and rank == 0:
         outputs.check(config.out)  # hours may have passed
         outputs.write(config.out, table(found, config.out, config.top))
@@ -260,11 +260,12 @@ def _work(config: Config, known: Known, outputs: Written) -> None:
 
     done = {file: known.of(file, config.top) for file in known.keys}
     todo = [file for file, one in done.items() if not one]
-    describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))) if todo else None
+    if todo:
+        describe_ = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))).describe
     stay = [outputs.beside(one) for one in done.values() if one and config.txt]
     with progress_to(len(done), "describe", len(done) - len(todo)) as advance:
         for start in range(0, len(todo), BLOCK):
-            found = describer.describe(todo[start : start + BLOCK])
+            found = describe_(todo[start : start + BLOCK])
             known.keep(found)
             stay += [outputs.beside(one) for one in found if config.txt]
             advance(len(found))

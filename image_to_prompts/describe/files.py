@@ -100,7 +100,7 @@ class Known:
         for one in found:
             record = {"key": self.keys[one.path], "prompt": one.prompt, "cosine": one.cosine, "nearest": one.nearest}
             records.append({**record, "error": one.error})
-            self.done[record["key"]] = replace(one, vector=None)
+            self.done[self.keys[one.path]] = replace(one, vector=None)
         append_line(self.journal, *records)
 
 

@@ -66,7 +66,7 @@ def check_upload(path: Path) -> None:
         with warnings.catch_warnings():  # Pillow warns of, and then refuses, what is large; our limit is lower
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as file:
-                pixels = file.width * file.height
+                pixels: float = file.width * file.height
     except Image.DecompressionBombError:
         pixels = np.inf
     except (OSError, ValueError, SyntaxError) as error:
@@ -75,7 +75,7 @@ def check_upload(path: Path) -> None:
         raise ValueError(f"The image has more than {MEGAPIXELS} megapixels; make it smaller.")
 
 
-def painter(profile: str) -> Callable[[str], Image.Image]:
+def painter(profile: str) -> Callable[[str], Image.Image | None]:
     """What draws a prompt: in the profile `full` Stable Diffusion 2 if its weights are at hand, else scenes."""
     if profile == "full":
         from ..render.stable_diffusion import StableDiffusionBackend
@@ -98,7 +98,7 @@ def _seed(prompt: str) -> int:
 class Session:
     """What the page does for its users; what it knows of an image lives in that user's session."""
 
-    def __init__(self, describer: Describer, paint: Callable[[str], Image.Image]) -> None:
+    def __init__(self, describer: Describer, paint: Callable[[str], Image.Image | None]) -> None:
         """Takes the models."""
         self.describer, self.paint = describer, paint
 
@@ -118,7 +118,7 @@ class Session:
             return ""
         return f"{float(text_encoder.encode_once([prompt[:MOST_LETTERS]])[0] @ vector):.3f}"
 
-    def draw(self, prompt: str) -> Image.Image:
+    def draw(self, prompt: str) -> Image.Image | None:
         """The picture of an edited prompt."""
         if not prompt.strip():
             raise _told("Write a prompt first.")
@@ -142,7 +142,7 @@ def _path_of(payload: Any) -> str | None:
     return payload.path
 
 
-def page(describer: Describer, paint: Callable[[str], Image.Image]) -> gradio.Blocks:
+def page(describer: Describer, paint: Callable[[str], Image.Image | None]) -> gradio.Blocks:
     """The page."""
     import gradio as gr
 

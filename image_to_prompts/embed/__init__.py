@@ -163,7 +163,8 @@ def _blocks(built: list[encoders.Encoder], files: list[Path], config: Config, wo
 
 def _joined(blocks: list[Path], count: int, encoders: int) -> list[Encoded]:
     """What `_blocks` wrote of `count` images, for each encoder."""
-    found = [Encoded(np.full((count, 1), np.nan, np.float32), []) for _ in range(encoders)]
+    found = [Encoded(np.full((count, 1), np.nan, np.float32)) for _ in range(encoders)]
+    said: list[list[str]] = [[] for _ in found]
     for start, file in zip(range(0, count, BLOCK), blocks, strict=True):
         block = load_file(file)
         for number, texts in enumerate(json.loads(block["texts"].tobytes())):
@@ -171,5 +172,5 @@ def _joined(blocks: list[Path], count: int, encoders: int) -> list[Encoded]:
             if vectors.shape[1] > one.vectors.shape[1]:  # 1 where no image of a block can be read
                 one.vectors = np.full((count, vectors.shape[1]), np.nan, np.float32)
             one.vectors[start : start + len(vectors)] = vectors
-            one.texts += texts or [""] * len(vectors)
-    return [replace(one, texts=one.texts if any(one.texts) else None) for one in found]
+            said[number] += texts or [""] * len(vectors)
+    return [replace(one, texts=texts if any(texts) else None) for one, texts in zip(found, said, strict=True)]

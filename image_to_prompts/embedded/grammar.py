@@ -13,6 +13,7 @@ import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..run.folders import package_folder
 
@@ -24,6 +25,9 @@ STYLE_PREFIX = ("{style} of {scene}", "{a_style} depicting {scene}", "{style}: {
 STYLE_SUFFIX = ("{scene}, {style}", "{scene} in the style of {style}", "{scene}; {style}")
 PART_PROBABILITY = 0.6  # a place, and a style, each in about 60 % of prompts (design)
 FLAVORS, ARTISTS = 1500, 500  # how many of clip-interrogator's phrases and artists are used, most frequent first
+
+
+Table = tuple[re.Pattern[str], dict[str, Any]]  # what finds phrases, and what each means
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class Scene:
 def vocabulary() -> dict[str, Thing]:
     """The nameable things by name."""
     with (Path(__file__).parent / "things.csv").open(encoding="utf-8", newline="") as file:
-        return {row["name"]: Thing(**{**row, "count": int(row["count"])}) for row in csv.DictReader(file)}
+        rows = [(*row.values(),) for row in csv.DictReader(file)]
+    return {name: Thing(name, plural, kind, code, int(count)) for name, plural, kind, code, count in rows}
 
 
 @lru_cache(maxsize=1)
@@ -152,11 +157,11 @@ def prompt(seed: int, index: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _tables() -> tuple[tuple[re.Pattern[str], dict[str, object]], ...]:
+def _tables() -> tuple[Table, ...]:
     """One (pattern, meaning) pair each for places, styles and things, longest phrases first."""
     places = {phrase: key for key, phrases in PLACES.items() for phrase in phrases}
     styles = {phrase: key for key, phrases in STYLES.items() for phrase in phrases}
-    things: dict[str, object] = {}
+    things: dict[str, Any] = {}
     for thing in vocabulary().values():
         things.setdefault(thing.plural, (thing.name, thing.plural != thing.name))
     for thing in vocabulary().values():
@@ -165,19 +170,19 @@ def _tables() -> tuple[tuple[re.Pattern[str], dict[str, object]], ...]:
     return tuple((_pattern(table), table) for table in (places, styles, things))
 
 
-def _pattern(table: dict[str, object]) -> re.Pattern[str]:
+def _pattern(table: dict[str, Any]) -> re.Pattern[str]:
     longest_first = sorted(table, key=len, reverse=True)
     return re.compile(r"(?<![\w-])(" + "|".join(map(re.escape, longest_first)) + r")(?![\w-])")
 
 
-def _matches(text: str, table: tuple[re.Pattern[str], dict[str, object]]) -> list[re.Match[str]]:
+def _matches(text: str, table: Table) -> list[re.Match[str]]:
     return list(table[0].finditer(text))
 
 
 @lru_cache(maxsize=1)
-def _small_words() -> tuple[tuple[re.Pattern[str], dict[str, object]], tuple[re.Pattern[str], dict[str, object]]]:
-    counts: dict[str, object] = {word: count for count, words in COUNTS.items() for word in words}
-    relations: dict[str, object] = {phrase: key for key, phrases in RELATIONS.items() for phrase in phrases}
+def _small_words() -> tuple[Table, Table]:
+    counts = {word: count for count, words in COUNTS.items() for word in words}
+    relations = {phrase: key for key, phrases in RELATIONS.items() for phrase in phrases}
     return (re.compile(_pattern(counts).pattern + r"\s*$"), counts), (_pattern(relations), relations)
 
 
@@ -193,15 +198,14 @@ def parse(text: str) -> Scene:
     text = " ".join(text.lower().split())
     places, styles, things = _tables()
     counts, relations = _small_words()
-    found: list[object] = [None, None]
+    found: list[str | None] = [None, None]
     for i, table in enumerate((places, styles)):
         if matches := _matches(text, table):
             found[i] = table[1][matches[0][1]]
             # Blanked, not cut, so that no new phrase can form across the gap.
             text = table[0].sub(lambda match: "|" * len(match[0]), text)
     named: list[tuple[str, int]] = []
-    relation = None
-    end = 0
+    relation, end = None, 0
     for match in _matches(text, things):
         between = text[end : match.start()]
         name, many = things[1][match[1]]
@@ -214,4 +218,5 @@ def parse(text: str) -> Scene:
             named.append((name, count))
         if len(named) == 3:
             break
-    return Scene(tuple(named), (relation or "beside") if len(named) > 1 else None, *found)
+    place, style = found
+    return Scene(tuple(named), (relation or "beside") if len(named) > 1 else None, place, style)

@@ -8,7 +8,7 @@ import random
 from .grammar import Scene
 
 # Centre x, centre y and width of a box as fractions of the canvas, for the first and the second thing.
-BOXES = {
+BOXES: dict[str | None, tuple[tuple[float, float, float], ...]] = {
     None: ((0.5, 0.53, 0.66),),
     "beside": ((0.26, 0.5, 0.45), (0.74, 0.5, 0.45)),
     "above": ((0.5, 0.27, 0.42), (0.5, 0.71, 0.48)),
@@ -41,7 +41,7 @@ def place(scene: Scene, canvas: int, rng: random.Random) -> list[tuple[str, tupl
     """
     boxes = list(BOXES[scene.relation])
     if len(scene.things) > 2:
-        boxes.append(THIRD.get(scene.relation, THIRD_ELSEWHERE))
+        boxes.append(THIRD.get(scene.relation or "", THIRD_ELSEWHERE))
     placed = []
     for position, ((name, count), (x, y, width)) in enumerate(zip(scene.things, boxes, strict=False)):
         x += rng.uniform(-0.03, 0.03)

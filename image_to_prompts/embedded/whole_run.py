@@ -106,19 +106,20 @@ def run(config: Config) -> str:
     chain("render", "test", metadata=of.test_metadata, out=of.test_images)
     chain("render", "test-openmoji", metadata=of.test_metadata, out=openmoji, family="openmoji")
 
-    train, few = len(kept) - len(test), {"epochs": 2} if config.quick else {}
-    epochs = {"epochs": config.epochs} if config.epochs else few
+    few: dict[str, Any] = {"epochs": 2} if config.quick else {}
+    train, epochs = len(kept) - len(test), {"epochs": config.epochs} if config.epochs else few
     chain("finetune", rows=train, images=(of.train_images,), **epochs)
     chain("embed", rows=train, images=(of.train_images,))
     chain("ensemble", rows=train, **few)
 
-    both = {"checkpoint": (of.checkpoint, of.ensemble), "key": of.test_metadata, "bank": of.train_metadata}
+    models = (of.checkpoint, of.ensemble)
+    both: dict[str, Any] = {"checkpoint": models, "key": of.test_metadata, "bank": of.train_metadata}
     outs = {"test": of.submission, "test-openmoji": of.submission.with_name("openmoji.csv")}
     folders = {"test": of.test_images, "test-openmoji": openmoji}
     found = {
         name: chain("infer", name, rows=len(test), images=folders[name], out=out, **both) for name, out in outs.items()
     }
-    inputs = [*(one / "model.safetensors" for one in both["checkpoint"]), both["key"], of.submission, both["bank"]]
+    inputs = [*(one / "model.safetensors" for one in models), both["key"], of.submission, both["bank"]]
     stamp, begun = Stamp(of.report / ".report.done", "run", {}, inputs), time.perf_counter()
     if not stamp.is_current():
         _evaluate(chain, found, test, stamp)
@@ -149,7 +150,7 @@ def _evaluate(chain: Chain, predictions: dict[str, infer.Prediction], test: pd.D
         )
         scores[name] = {"score": one.score, "constant": one.constant, "knn": knn, "ceiling": ceiling}
         scores[name]["alone"] = {Path(folder).name: score for folder, score in one.alone.items()}
-        scores[name]["skill"] = skill(one.score, one.constant, ceiling)
+        scores[name]["skill"] = skill(one.score or 0, one.constant or 0, ceiling)
     folder, predicted = of.report, of.metadata.with_name("predicted.csv")
     copies = {
         "history": of.checkpoint / "history.png",
@@ -162,7 +163,7 @@ def _evaluate(chain: Chain, predictions: dict[str, infer.Prediction], test: pd.D
     stamp.claim(outputs)
     write_json(folder / "scores.json", scores)
 
-    nearest = found.prompts["prompt"].tolist()
+    nearest = pd.DataFrame(found.prompts)["prompt"].tolist()
     cosines = (metrics.unit(text_encoder.encode(nearest)) * targets).sum(1)
     metadata.write_table(predicted, rows.assign(prompt=nearest).reset_index()[["image_name", "prompt", "seed"]])
     again = of.folder / "images" / "predicted"
@@ -178,6 +179,6 @@ def _evaluate(chain: Chain, predictions: dict[str, infer.Prediction], test: pd.D
     manifest = metadata.read_table(of.test_images / MANIFEST, ("file", "prompt"))
     pictures.save(pictures.gallery(manifest, of.test_images), folder / "gallery.png")
     pictures.histogram((found.vectors * targets).sum(1), targets @ checkpoint.mean, folder / "cosines.png")
-    for name, picture in copies.items():
-        shutil.copyfile(picture, folder / f"{name}.png")
+    for name, copied in copies.items():
+        shutil.copyfile(copied, folder / f"{name}.png")
     stamp.write(outputs)

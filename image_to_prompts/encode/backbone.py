@@ -25,7 +25,7 @@ class BackboneEncoder:
         self.device = process_state().device
         self.model = model.requires_grad_(False).to(self.device).eval()
         freezing.half_frozen(self.model, type_of(mixed_precision(self.device)))
-        self.fits = (Fit(spec.image_size, spec.crop),)
+        self.fits: tuple[Fit, ...] = (Fit(spec.image_size, spec.crop),)
         self.about: dict[str, Any] = {"backbone": spec.to_dict()}
         self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.empty(0))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Interrogator:
         self.processor, self.tokenize, self.mode, self.about = processor, tokenize, mode, about or {}
         pixels = processor.image_processor
         side = pixels.size["height"]
-        self.fits = (Fit(side, squash=True), Fit(spec.image_size))
+        self.fits: tuple[Fit, ...] = (Fit(side, squash=True), Fit(spec.image_size))
         self.scales = [self._scale(pixels.image_mean, pixels.image_std), self._scale(spec.mean, spec.std)]
         self.labels = [label for kind in term_lists.KINDS for label in terms[kind]]
         places = [*([home / "terms"] if home else []), text_cache.path().with_name("terms")] if digest else []
@@ -91,7 +91,7 @@ class Interrogator:
             if end > start
         }
 
-    def _scale(self, mean: list[float], std: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scale(self, mean: Sequence[float], std: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(255 * torch.tensor(part, device=self.device).view(1, 3, 1, 1) for part in (mean, std))
 
     def _pixels(self, squares: list[torch.Tensor], number: int) -> torch.Tensor:

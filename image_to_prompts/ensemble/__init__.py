@@ -126,7 +126,8 @@ def _run(config: Config) -> pd.DataFrame:
     train_arrays = [array[rows.train] for array in arrays]
     scale = scale_of(train_arrays)
     joined, targets, truth = stacked(arrays, scale), rows.targets[rows.train], rows.targets[rows.valid]
-    ridge = tuple(part.astype(np.float32) for part in metrics.ridge(joined[rows.train], targets))
+    weight, bias = metrics.ridge(joined[rows.train], targets)
+    ridge = weight.astype(np.float32), bias.astype(np.float32)
     near = rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
     settings = config.part(loop.Settings)

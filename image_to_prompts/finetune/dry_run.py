@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import psutil
 import torch
 from torch import nn
 
+from ..data.images import ImageRows
 from ..models import backbones, freezing, metrics
 from ..models.fast_layers import faster
 from ..models.text_encoder import DIMENSION
@@ -106,13 +108,15 @@ def make(
         trained = frozen_features.over_cache(model)
         images = frozen_features.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
-    trainer = loop.Trainer(accelerator, model, trained, None, _random_rows(len(images)), schedule, Path())
+    trainer = loop.Trainer(
+        accelerator, model, trained, ImageRows([], size), _random_rows(len(images)), schedule, Path()
+    )
     freezing.set_training(trained, True)
 
     def step(count: int) -> None:
         trainer.step(images[:count], torch.arange(count), count, 0.0)
 
-    few, more = (_kept_by(model, lambda count=count: step(count)) for count in (PROBE, 2 * PROBE))
+    few, more = (_kept_by(model, partial(step, count)) for count in (PROBE, 2 * PROBE))
     an_image = (more - few) / PROBE
     tensors = list(model.parameters())
     own = [p for p in tensors if p.requires_grad]

@@ -112,7 +112,7 @@ def _blocks(paths: list[Path]) -> int | None:
         counts = [readers.count(path) for path in paths]
     except Exception:  # what is wrong with a file, its reader says
         return None
-    return None if None in counts else sum(-(-rows // formats.BLOCK) for rows in counts)
+    return sum(-(-rows // formats.BLOCK) for rows in counts if rows) if None not in counts else None
 
 
 def _facts(path: Path) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def clean(text: str) -> str:
     return " ".join(words).strip(" .,")
 
 
-class _InverseTransform(LogitsProcessor):
+class InverseTransform(LogitsProcessor):
     """A last processor that leaves one token a row: the one at which the cumulative probability passes a number."""
 
     def __init__(self, uniforms: torch.Tensor) -> None:
@@ -123,7 +123,7 @@ def sample(
         processors.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         processors.append(TopPLogitsWarper(sampling.top_p))
-    processors.append(_InverseTransform(uniforms.to(model.device)))
+    processors.append(InverseTransform(uniforms.to(model.device)))
 
     end = tokenizer.eos_token_id
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

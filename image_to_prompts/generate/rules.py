@@ -7,11 +7,10 @@ or "" where the row goes. A user's own rule is such a function; `load` finds it 
 from __future__ import annotations
 
 import html as entities
-import importlib.util
 import re
+import runpy
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -228,13 +227,13 @@ def load(name: str) -> Rule:
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
         raise UserError(f"--rules {name}: no such rule; choose from {', '.join(RULES)}, or give file.py:function")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return getattr(module, function)
+        found = runpy.run_path(file)
     except Exception as error:
         raise UserError(f"--rules {name}: {_said(error)}; correct the file") from error
+    if function not in found:
+        raise UserError(f"--rules {name}: no function {function!r} in {file}; correct the name")
+    return found[function]
 
 
 def _said(error: Exception) -> str:

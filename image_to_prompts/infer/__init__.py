@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -206,7 +208,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         strict=not config.fallback,
     )
     vectors = metrics.blend([np.nan_to_num(one) for one in found], rung.weights)
-    unreadable = ~vectors.any(1)  # no predictor had them
+    unreadable = np.asarray(~vectors.any(1))  # no predictor had them
     vectors[unreadable] = mean
     broken = [file for file, bad in zip(files[: max(reached)], unreadable, strict=False) if bad]
     result = Prediction(files, vectors, broken, len(files) - max(reached), rung.what)
@@ -267,7 +269,9 @@ def _tell(result: Prediction, reached: list[int]) -> None:
 
 
 def _checkpoint_rung(folders: list[Path], weights: list[float]) -> Rung:
-    loads = {str(folder): lambda folder=folder: predictors.checkpoint(folder) for folder in folders}
+    loads: dict[str, Callable[[], predictors.Predictor]] = {
+        str(folder): partial(predictors.checkpoint, folder) for folder in folders
+    }
     inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
     return Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, inputs)
 

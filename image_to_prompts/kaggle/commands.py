@@ -33,6 +33,10 @@ class Command:
     timeout: float = remote.TIMEOUT
     """Seconds to wait for an answer."""
 
+    def run(self) -> str:
+        """Does it; returns what to print."""
+        raise NotImplementedError
+
 
 @dataclass
 class Push(Command):
@@ -240,7 +244,7 @@ ACTIONS: dict[str, type[Command]] = {
     **{"push": Push, "status": Status, "output": Output, "submit": Submit},
     **{"wheels": Wheels, "weights": Weights, "metadata": Metadata, "embeddings": Embeddings},
 }
-Action = Union[tuple(Annotated[action, subcommand(name)] for name, action in ACTIONS.items())]  # noqa: UP007, of a tuple
+Action: Any = Union[tuple(Annotated[action, subcommand(name)] for name, action in ACTIONS.items())]  # noqa: UP007
 
 
 def run(action: Command) -> str:

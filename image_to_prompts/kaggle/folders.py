@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata as installed
 from pathlib import Path
 from types import MappingProxyType
@@ -104,7 +104,7 @@ def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, .
 def _filling(
     out: Path,
     which: str,
-    sources: dict[str, Path] = MappingProxyType({}),
+    sources: Mapping[str, Path] = MappingProxyType({}),
     more: tuple[str, ...] = ("dataset-metadata.json",),
 ) -> Iterator[None]:
     """Copies files into a dataset's folder, under the names given, before the block describes them.
@@ -164,9 +164,9 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
         copied = sorted(file for file in out.rglob("*") if file.is_file() and file.parent != out)
         sums = "\n".join(f"{sha256(file)}  {file.relative_to(out).as_posix()}" for file in copied)
         write_text(out / "SHA256SUMS", f"{sums}\n")
-        files = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
+        said = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
         subtitle = "Checkpoints and encoder weights of image-to-prompts"
-        return describe(out, owner, "weights", "Image to prompts weights", subtitle, files)
+        return describe(out, owner, "weights", "Image to prompts weights", subtitle, said)
 
 
 def _locate(name: str) -> Path:

@@ -39,7 +39,7 @@ def table() -> str:
         for mount in {mount for mount in holds for path in paths if path.is_relative_to(mount)}:
             holds[mount].append(what)
     lines = []
-    for mount, what in holds.items():
+    for mount, held in holds.items():
         sizes = [file.stat().st_size for file in mount.rglob("*") if file.is_file()]
-        lines.append(f"{mount}: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB: {', '.join(what) or 'nothing of ours'}")
+        lines.append(f"{mount}: {len(sizes)} files, {sum(sizes) / 1e9:.2f} GB: {', '.join(held) or 'nothing of ours'}")
     return "\n".join(lines) or f"nothing is attached under {folders.KAGGLE_INPUT}"

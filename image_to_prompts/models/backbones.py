@@ -126,8 +126,8 @@ def _pooled(spec: Spec) -> nn.Module:
     class Pooled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            settings = {key: value for key, value in spec.tower.items() if key != "model_type"}
-            self.model = AutoModel.from_config(AutoConfig.for_model(spec.tower["model_type"], **settings))
+            settings = dict(spec.tower or {})
+            self.model = AutoModel.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.model(images).pooler_output.flatten(1)

@@ -34,7 +34,7 @@ def _cached_digest(file: Path, size: int, modified: int) -> str:
     return sha256(file)
 
 
-def snapshot(repository: str, patterns: tuple[str, ...]) -> Path | None:
+def snapshot(repository: str, patterns: list[str]) -> Path | None:
     """Folder of a repository's files that fit `patterns`; None if the hub has none, or cannot be reached.
 
     Raises:
@@ -44,7 +44,7 @@ def snapshot(repository: str, patterns: tuple[str, ...]) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        folder = Path(snapshot_download(repository, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         log.info("hub %s: %s", repository, str(error).splitlines()[0])
         return None

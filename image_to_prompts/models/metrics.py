@@ -75,7 +75,7 @@ def best_k(features: np.ndarray, targets: np.ndarray, train_features: np.ndarray
     """The k of `NEIGHBOURS` that scores best on validation rows."""
     rows = _nearest(features, train_features, max(NEIGHBOURS))
     scores = {k: mean_cosine(train_targets[rows[:, :k]].mean(1), targets) for k in NEIGHBOURS}
-    return max(scores, key=scores.get)
+    return max(scores, key=scores.__getitem__)
 
 
 def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,9 +114,10 @@ def ridge(features: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.nda
     return weight, middle - centre @ weight
 
 
-def blend(predictions: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+def blend(predictions: Sequence[np.ndarray], weights: Sequence[float] | np.ndarray) -> np.ndarray:
     """Weighted sum of several models' predictions, each (n, 384), scaled to length 1 before and after."""
-    return unit(sum(weight * unit(vectors) for weight, vectors in zip(weights, predictions, strict=True)))
+    weighted = [weight * unit(vectors) for weight, vectors in zip(weights, predictions, strict=True)]
+    return unit(sum(weighted[1:], weighted[0]))
 
 
 def fit_weights(predictions: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:

@@ -73,8 +73,8 @@ class MiniLM:
         # What PyTorch's compiler makes of a product and its activation; private, hence the other way below.
         fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
         if fused and self.device.type == "cpu" and self.kind == torch.bfloat16:
-            said = (activation, [], "none" if activation == "gelu" else "")
-            return torch.cat([fused(block, *pair, *said) for block in blocks])
+            way = "none" if activation == "gelu" else ""
+            return torch.cat([fused(block, *pair, activation, [], way) for block in blocks])
         y = torch.cat([linear(block, *pair) for block in blocks])
         return gelu(y) if activation == "gelu" else y
 

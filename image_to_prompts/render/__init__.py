@@ -10,7 +10,7 @@ and writing go on while the next block is rendered.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Generator, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -187,13 +187,19 @@ def _backend(config: Config) -> Any:
     )
 
 
-def _drawn(config: Config, backend: Any, blocks: list[list[Row]], there: Set[str]) -> Iterator[Callable[[], Finished]]:
+def _drawn(
+    config: Config, backend: Any, blocks: list[list[Row]], there: Set[str]
+) -> Generator[Callable[[], Finished], None, None]:
     """What waits for each block's files; Ray's actors have a backend each."""
     if config.engine == "local":
         yield from backend.draw(blocks, there)
         return
     for finished in over_blocks(config, partial(_start, config), blocks):
-        yield lambda finished=finished: finished
+        yield partial(_given, finished)
+
+
+def _given(finished: Finished) -> Finished:
+    return finished
 
 
 def _start(config: Config) -> Callable[[list[Row]], Finished]:

@@ -29,7 +29,7 @@ def flag_of(image: Image.Image) -> str:
     """`blank` for an image of one colour, `near_uniform` for one that shows next to nothing, else ""."""
     if ImageStat.Stat(image.convert("L")).stddev[0] >= NEAR_UNIFORM_DEVIATION:
         return ""
-    return BLANK if all(low == high for low, high in image.getextrema()) else NEAR_UNIFORM
+    return BLANK if not any(ImageStat.Stat(image).var) else NEAR_UNIFORM
 
 
 def finish(image: Image.Image, flag: str, suffix: str) -> tuple[bytes, str]:
@@ -62,7 +62,7 @@ def run_ahead(produce: Iterable[Callable[[], T]], consume: Callable[[T], None], 
     Raises:
         Exception: The first one of `consume` or of a result; nothing is consumed after it.
     """
-    broken = []
+    broken: list[BaseException] = []
 
     def take(result: Callable[[], T]) -> None:
         if broken:

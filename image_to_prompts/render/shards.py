@@ -10,6 +10,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 from ..run.errors import UserError
 from ..run.files import atomic_path
@@ -38,7 +39,7 @@ class TarStore(FolderStore):
         super().__init__(out, settings, journal)
         self.unit, self.total = unit, total
         self._ends: dict[int, int] = {}
-        self._tar: tarfile.TarFile | None = None
+        self._tar: Any = None  # the open shard, a tarfile.TarFile
         self._number = -1
         self._finished: set[int] = set()
 
@@ -57,7 +58,7 @@ class TarStore(FolderStore):
     def shards(self, rows: list[Row]) -> list[tuple[int, list[Row]]]:
         """Number and rows of each shard of `rows`, which are whole shards."""
         units = [rows[start : start + self.unit] for start in range(0, len(rows), self.unit)]
-        return [(unit[0].index // self.unit, unit) for unit in units]
+        return [(unit[0].number // self.unit, unit) for unit in units]
 
     def adopt(self, folder: Path, rows: list[Row]) -> set[str]:
         """See `FolderStore.adopt`; a shard that was not finished there is copied, before `scan`, and goes on here."""
@@ -100,14 +101,14 @@ class TarStore(FolderStore):
             if record["image_name"] != row.name or not self.fits(record, inside):
                 raise UserError(
                     f"{path}: holds {record['image_name']!r} with seed {record['seed']} where the metadata has "
-                    f"{row.name!r} with seed {row.seed} or another prompt (image {row.index + 1}); add rows at the end "
-                    "only, choose another --out, or delete this shard"
+                    f"{row.name!r} with seed {row.seed} or another prompt (image {row.number + 1}); add rows at the "
+                    "end only, choose another --out, or delete this shard"
                 )
             self.records[row.name] = record
 
     def add(self, row: Row, data: bytes | None, flag: str) -> None:
         """See `FolderStore.add`; rows of a shard must come in order."""
-        number = row.index // self.unit
+        number = row.number // self.unit
         if number != self._number:
             self.close()
             self._open(number)
@@ -118,7 +119,7 @@ class TarStore(FolderStore):
         self._member(f"{stem}.json", json.dumps(record, ensure_ascii=False).encode())
         self._tar.fileobj.flush()
         self.records[row.name] = record
-        if row.index + 1 == number * self.unit + self.size(number):
+        if row.number + 1 == number * self.unit + self.size(number):
             self._finished.add(number)
             self.close()
 
@@ -172,7 +173,8 @@ def read_shard(path: Path, check: bool = True) -> tuple[list[Record], list[int]]
         with tarfile.open(path, "r:") as archive:
             image = None
             for member in archive:
-                data = archive.extractfile(member).read() if check or member.name.endswith(".json") else b""
+                file = archive.extractfile(member) if check or member.name.endswith(".json") else None
+                data = file.read() if file else b""
                 if not member.name.endswith(".json"):
                     image = data
                     continue

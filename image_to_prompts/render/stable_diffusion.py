@@ -160,12 +160,12 @@ class StableDiffusionBackend:
             UserError: If memory does not suffice for one image, or if the machine fails, whatever the row.
         """
         try:
-            return self._within_memory(rows, self.steps)
+            return [*self._within_memory(rows, self.steps)]
         except Exception as error:
             if explained(error):
                 raise
             log.warning("a batch failed (%s); its images are rendered one by one", error)
-        pictures = []
+        pictures: list[tuple[Image.Image | None, str]] = []
         for row in rows:
             try:
                 pictures += self._within_memory([row], self.steps)

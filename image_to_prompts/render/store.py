@@ -34,7 +34,7 @@ LOOSE_UNIT = 64  # rows of loose images that one process or --shard takes at a t
 class Row(NamedTuple):
     """One image to render: its number in the whole set, name in the manifest, prompt, seed and bare file name."""
 
-    index: int
+    number: int
     name: str
     prompt: str
     seed: int

@@ -37,14 +37,16 @@ def is_member(path: Path) -> bool:
 
 @lru_cache(maxsize=32)  # so many zip files stay open
 def _index(archive: Path, modified: int) -> Index:
+    file: zipfile.ZipFile | None = None
+    members: list[tuple[str, zipfile.ZipInfo | tarfile.TarInfo]]
     if archive.suffix == ".zip":
         file = zipfile.ZipFile(archive)
-        members = {Path(one.filename).name: one for one in file.infolist() if not one.is_dir()}
+        members = [(one.filename, one) for one in file.infolist() if not one.is_dir()]
     else:
-        file = None
         with tarfile.open(archive, "r:") as tar:
-            members = {Path(one.name).name: one for one in tar if one.isfile()}
-    return Index(file, {name: one for name, one in members.items() if name[0] != "." and not name.endswith(".json")})
+            members = [(one.name, one) for one in tar if one.isfile()]
+    by_name = {Path(name).name: one for name, one in members}
+    return Index(file, {name: one for name, one in by_name.items() if name[0] != "." and not name.endswith(".json")})
 
 
 def index(archive: Path) -> Index:
@@ -78,8 +80,8 @@ def read(path: Path) -> bytes:
             file.seek(member.offset_data)
             return file.read(member.size)
     try:
-        with index(path.parent).zip.open(member) as file:
-            return file.read(member.file_size)
+        with (index(path.parent).zip or zipfile.ZipFile(path.parent)).open(member) as whole:
+            return whole.read(member.file_size)
     except (*BROKEN, RuntimeError, EOFError) as error:
         raise OSError(f"{path.name} is damaged: {error}") from error
 

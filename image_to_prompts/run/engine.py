@@ -24,7 +24,8 @@ from urllib.parse import urlsplit
 from .errors import UserError
 
 log = logging.getLogger(__name__)
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass
@@ -43,7 +44,8 @@ class _Actor:
     """Gets ready with its first block, then works on one after the other."""
 
     def __init__(self, start: Callable[[], Callable[[Any], Any]]) -> None:
-        self.start, self.work = start, None
+        self.start = start
+        self.work: Callable[[Any], Any] | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         # Pickles go between this run's own processes alone, as all that Ray hands on does; no file is made of them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor
 
@@ -40,9 +41,9 @@ def explained(error: BaseException) -> UserError | None:
         if code in NO_ROOM or "no space left on device" in said:
             return UserError(f"{where}: no space left; free some: {AGAIN}")
         if code in NOT_ALLOWED:
-            return UserError(f"{where}: {one.strerror}; allow it, or choose another path: {AGAIN}")
+            return UserError(f"{where}: {os.strerror(code)}; allow it, or choose another path: {AGAIN}")
         if code == errno.EIO:
-            return UserError(f"{where}: the disk fails ({one.strerror}); copy the data to another one: {AGAIN}")
+            return UserError(f"{where}: the disk fails ({os.strerror(code)}); copy the data to another one: {AGAIN}")
         if isinstance(one, BrokenExecutor):
             return UserError(f"a helping process was ended, by a person or for want of memory: {AGAIN}")
         if isinstance(one, MemoryError) or code == errno.ENOMEM or any(text in said for text in NO_MEMORY):

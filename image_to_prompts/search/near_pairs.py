@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
     earlier: np.ndarray
     cosine: np.ndarray
 
-    def at(self, threshold: float) -> Pairs:
+    def at(self, threshold: float | np.float32) -> Pairs:
         """Those that reach a threshold."""
         enough = self.cosine >= np.float32(threshold)
         return Pairs(*(column[enough] for column in self))

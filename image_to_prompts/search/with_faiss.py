@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def leaders(vectors: np.ndarray, threshold: float, fixed: int = 0) -> tuple[np.n
     return leader, cosine, _missed(index, vectors, leader, threshold)
 
 
-def _missed(index: object, vectors: np.ndarray, leader: np.ndarray, threshold: float) -> float:
+def _missed(index: Any, vectors: np.ndarray, leader: np.ndarray, threshold: float) -> float:
     """Share of sampled rows that have another kept row within the threshold and for which the index names none."""
     kept = np.flatnonzero(leader == np.arange(len(leader)))
     rows = np.sort(np.random.default_rng(1).choice(len(vectors), min(SAMPLE, len(vectors)), replace=False))

@@ -123,9 +123,9 @@ def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path
     """
     frame, _, _ = read(folder)
     found = [images.join(frame["image_name"], images.find(one), one) for one in image_folders]
-    own = [next(filter(None, some), None) for some in zip(*found, strict=True)] or [None]
-    if None in own:
-        name = frame["image_name"][own.index(None)]
+    own = [next(filter(None, some), Path()) for some in zip(*found, strict=True)] or [Path()]
+    if Path() in own:
+        name = frame["image_name"][own.index(Path())]
         raise UserError(f"{folder}: no image of {name} in {', '.join(map(str, image_folders))}; give its image folders")
     spec = checkpoints.load(folder).spec
     features = [pretrained_features(spec, files) for files in (own, targets)]

@@ -146,7 +146,8 @@ def _run_block(
     import torch
 
     tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
-    with entering(first) if first is not None else contextlib.nullcontext([]) as taken:
+    collected: contextlib.AbstractContextManager[list[torch.Tensor]] = contextlib.nullcontext([])
+    with entering(first) if first is not None else collected as taken:
         found = metrics.extract(model.features, images, BATCH, device, workers, block, mixed)[block]
     stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
     if cache:

@@ -54,10 +54,10 @@ def build(
 
     torch.manual_seed(seed)
     model = checkpoints.build(spec)
-    if pretrained and init is None:
-        backbones.load_pretrained(model.backbone, spec, weights)
-    elif pretrained:
+    if init is not None:
         checkpoints.initialise(model, spec, init)
+    elif pretrained:
+        backbones.load_pretrained(model.backbone, spec, weights)
     names = freezing.unfreeze_last_quarter(model.backbone)
     freezing.half_frozen(model, type_of(accelerator.mixed_precision))
     if grad_checkpointing:

@@ -97,7 +97,7 @@ def test_drawn_tokens_follow_the_probabilities():
     generators = [torch.Generator().manual_seed(metadata.row_seed(str(i))) for i in range(4000)]
     uniforms = torch.stack([torch.rand(2, generator=g) for g in generators])
     uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])[:, None]
-    process = magicprompt._inverse_transform(uniforms)
+    process = magicprompt.InverseTransform(uniforms)
     for _ in range(2):
         drawn = process(None, scores).argmax(1)
         shares = torch.bincount(drawn, minlength=4) / 4000

@@ -20,7 +20,7 @@ def rows_of(count):
 
 def data_of(row):
     """Some bytes, of another length for each row; every seventh row failed."""
-    return None if row.index % 7 == 6 else hashlib.sha256(row.name.encode()).digest() * (1 + row.index * 13 % 40)
+    return None if row.number % 7 == 6 else hashlib.sha256(row.name.encode()).digest() * (1 + row.number * 13 % 40)
 
 
 def fill(store, rows):
