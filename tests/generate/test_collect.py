@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -246,6 +246,7 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
     st.sampled_from(list(readers.SOURCES)),
     st.sampled_from([(), ("words",), ("short", "html"), ("unicode",)]),
 )
+@example("a.csv", "prompt\nan owl\0\n".encode("utf-16"), "table", ("short", "html"))
 def test_whatever_is_in_a_file_there_is_one_clear_line(tmp_path, name, data, source, rule_names):
     path = tmp_path / name
     path.write_bytes(data)
