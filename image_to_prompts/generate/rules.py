@@ -71,7 +71,7 @@ def urls(frame: pl.DataFrame) -> pl.Series:
 
 
 def blank(frame: pl.DataFrame) -> pl.Series:
-    """Drops what says nothing: NULL, NaN, none, or no letter at all; takes out NUL characters, which no CSV may hold."""
+    """Drops what says nothing: NULL, NaN, none, no letter at all; takes out NUL characters, which no CSV may hold."""
     prompts = frame["prompt"].str.replace_all("\0", "", literal=True)
     nothing = prompts.str.strip_chars().str.to_lowercase().is_in(["null", "nan", "none", "n/a", "undefined"])
     return _kept(prompts, ~nothing & prompts.str.contains(r"\pL"))
