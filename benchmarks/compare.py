@@ -98,11 +98,11 @@ def _ways(
     scale, ridge = _fitted(train, targets)
     yield "ridge on all", _linear(scale, ridge)
     preset = PRESETS[config.preset]
-    settings = loop.Settings(preset.batch_size, preset.learning_rate, config.epochs, 0, seed)
+    settings = {**preset._asdict(), "epochs": config.epochs, "seed": seed}
     widths = [array.shape[1] for array in arrays]
-    network, _ = loop.fit(lambda: SeedFusion(widths), arrays, rows, settings)
+    network, _ = loop.fit(lambda: SeedFusion(widths), arrays, rows, **settings)
     yield "attention across images", lambda some: loop.predict(network, some, preset.batch_size)
-    ours, _ = loop.fit(lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, settings)
+    ours, _ = loop.fit(lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, **settings)
     yield "attention across embeddings", lambda some: loop.predict(ours, some)
 
 

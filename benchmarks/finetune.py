@@ -106,7 +106,7 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     every = np.arange(count)
     rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))
-    found = loop.Trainer(accelerator, model, trained, None, rows, config.part(loop.Schedule), Path())
+    found = loop.Trainer(accelerator, model, trained, None, rows, config, Path())
     freezing.set_training(trained, True)
     return found, images, torch.arange(count)
 
@@ -222,9 +222,7 @@ def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
                 trained = frozen_features.over_cache(model)
             elif way == "from memory":
                 source = InMemory(rows_images)
-            epochs[way] = loop.Trainer(
-                accelerator, model, trained, source, rows, config.part(loop.Schedule), folder / way
-            )
+            epochs[way] = loop.Trainer(accelerator, model, trained, source, rows, config, folder / way)
         seconds: dict[str, list[float]] = {way: [] for way in epochs}
         for number in range(options.rounds + 1):
             for way, ours in epochs.items():

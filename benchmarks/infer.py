@@ -74,7 +74,7 @@ def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
     progress.set_quiet(True)
     loaded = checkpoint(backbone, size)
     predictor = predictors.Predictor(loaded.mean, [BackboneEncoder(loaded.model, loaded.spec)])
-    viewing = predictors.Viewing(batch, 0, ("whole",))
+    viewing = predictors.Viewing(("whole",), batch)
     return lambda: predictors.predict(predictor, files, viewing)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import inspect
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import field, fields, make_dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from types import FunctionType
@@ -193,13 +195,14 @@ def parse(words: list[str]) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(forms, prog="image-to-prompts", description=ABOUT, args=words or ["--help"])
+            found = tyro.cli(forms, prog="image-to-prompts", description=ABOUT, args=words or ["--help"])
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
         # A frame with a title in its first line; of the frame itself no part has letters.
         framed = [word for line in said.getvalue().splitlines()[1:] for word in line.split()]
         raise UserError(" ".join(word for word in framed if any(map(str.isalnum, word)))) from None
+    return found.settings() if hasattr(found, "settings") else found
 
 
 def _check_known(word: str, known: Iterable[str]) -> None:
@@ -230,10 +233,25 @@ def _form(name: str, words: list[str]) -> Any:
 
         folder, profile = _place(words)
         default = profiles.default_config(name, folders.Run(folder), profile)
-        return Annotated[form, tyro.conf.subcommand(name, default=default)]
+        return Annotated[_grouped(name, default), tyro.conf.OmitArgPrefixes, tyro.conf.subcommand(name)]
     if name == "demo":
         return Annotated[form, tyro.conf.subcommand(name, default=form(*_place(words)))]
     return Annotated[form, tyro.conf.subcommand(name)]
+
+
+def _grouped(name: str, default: Any) -> Any:
+    """The settings of a stage as tyro takes them: a group for each class that they are made of, in that order."""
+
+    def settings(self: Any) -> Any:
+        parts = [getattr(self, one.name) for one in fields(self)]
+        return replace(default, **{one.name: getattr(part, one.name) for part in parts for one in fields(part)})
+
+    groups: list[Any] = []
+    for base in filter(inspect.get_annotations, type(default).__mro__):
+        part = functools.partial(base, **{one.name: getattr(default, one.name) for one in fields(base)})
+        groups.append((base.__name__.removesuffix("Config").lower(), base, field(default_factory=part)))
+    form: Any = make_dataclass(name, groups, namespace={"__doc__": type(default).__doc__, "settings": settings})
+    return form
 
 
 def _later(function: Callable[..., str]) -> Callable[..., Callable[[], str]]:

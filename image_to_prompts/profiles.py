@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from . import pipeline
-from .run.errors import UserError
+from .run.bounds import check
 from .run.folders import Run, on_kaggle, profile_called
 
 
@@ -23,18 +23,9 @@ class StageConfig:
     """No progress bars."""
 
     def __post_init__(self) -> None:
-        """Takes an old name of the profile for the new one."""
+        """Takes an old name of the profile for the new one; raises UserError where a field is below its bound."""
         self.profile = profile_called(self.profile)
-
-    def part(self, kind: Any) -> Any:
-        """A dataclass whose fields are some of these, filled from here."""
-        return kind(**{one.name: getattr(self, one.name) for one in fields(kind)})
-
-    def at_least(self, least: float, *names: str) -> None:
-        """Raises UserError where one of these fields is smaller."""
-        for name in names:
-            if not getattr(self, name) >= least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
+        check(self)
 
     def settings(self, *without: str) -> dict[str, Any]:
         """The fields on which a stage's outputs depend: all but those named, the shared ones, and who does the work."""

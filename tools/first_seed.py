@@ -132,10 +132,10 @@ def train(
     """
     table = _table(embeddings, arrays)
     rows, _ = load_rows(table, 0, 1)
-    found, size = list(table.arrays.values()), PRESETS[preset].batch_size
-    settings = loop.Settings(size, PRESETS[preset].learning_rate, epochs, 0, PRESETS[preset].seed)
-    network, history = loop.fit(lambda: SeedFusion([one.shape[1] for one in found]), found, rows, settings)
-    _save(out, network, size, table.arrays, [embeddings / f"{name}.npy" for name in table.arrays])
+    found = list(table.arrays.values())
+    how = PRESETS[preset]._asdict()
+    network, history = loop.fit(lambda: SeedFusion([one.shape[1] for one in found]), found, rows, epochs=epochs, **how)
+    _save(out, network, PRESETS[preset].batch_size, table.arrays, [embeddings / f"{name}.npy" for name in table.arrays])
     return f"{out}: validation cosine {history['cosine'].max():.4f} after {epochs} epochs"
 
 

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ import pandas as pd
 from ..data import metadata
 from ..models import text_encoder
 from ..profiles import StageConfig
+from ..run.bounds import AtLeast
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.resume import Stamp, alone, writing
@@ -36,8 +38,8 @@ FATES = 1000  # rows of which float32's verdict is computed where the vectors ar
 
 
 @dataclass
-class Config(EngineConfig, StageConfig):
-    """Drops prompts that are nearly the same as an earlier one."""
+class Main:
+    """What it compares, and what counts as a copy."""
 
     prompts: tuple[Path, ...] = ()
     """CSVs with a `prompt` column (and optional `image_name`, `seed`, `source`, ...); earlier files win."""
@@ -49,13 +51,24 @@ class Config(EngineConfig, StageConfig):
     """Cosine from which a prompt counts as a copy of an earlier one."""
     prefer: tuple[str, ...] = ()
     """Sources whose rows win over those of later and unnamed ones; left out: the first row wins."""
-    search: str = "auto"
+    folds: Annotated[int, AtLeast(2)] = 5
+    """Number of folds."""
+
+
+@dataclass
+class Speed:
+    """How it compares."""
+
+    search: Literal["auto", "exact", "faiss"] = "auto"
     """exact, faiss (approximate; for many millions of rows), or auto."""
     fast: bool = False
     """Embed in half precision, and only what is removed, with what removed it, in float32 too: for sets of which few
     rows will be trained on, since training embeds in float32."""
-    folds: int = 5
-    """Number of folds."""
+
+
+@dataclass
+class Config(Main, Speed, EngineConfig, StageConfig):
+    """Drops prompts that are nearly the same as an earlier one."""
 
 
 def hold_out(frame: pd.DataFrame, folds: Sequence[int], train: Path, test: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -106,9 +119,6 @@ def read(config: Config) -> tuple[pd.DataFrame, int]:
         raise UserError("dedupe: no input; give --prompts A.csv [B.csv ...]")
     if not 0 < config.threshold <= 1:
         raise UserError(f"--threshold {config.threshold}: must lie above 0 and at most 1")
-    config.at_least(2, "folds")
-    if config.search not in ("auto", "exact", "faiss"):
-        raise UserError(f"--search {config.search}: must be auto, exact or faiss")
     if config.out.suffix != ".csv":
         raise UserError(f"--out {config.out}: must end with .csv")
     columns = ["image_name", "prompt", "seed", "source", "_file", "_row"]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -32,6 +32,7 @@ from ..encode import encoders
 from ..models import hub, metrics, text_encoder, weights
 from ..predict import predictors
 from ..profiles import StageConfig
+from ..run.bounds import Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
 from ..run.files import make_folder, shown
@@ -46,8 +47,8 @@ TABLES = (".csv", ".jsonl")
 
 
 @dataclass
-class Config(StageConfig):
-    """Says the prompts of images; does only those that are not done yet."""
+class Main:
+    """What it describes, and where the prompts go."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
     """Image files, and folders with all that is below them."""
@@ -57,24 +58,29 @@ class Config(StageConfig):
     """Write a .txt beside each image."""
     overwrite: bool = False
     """Replace files that are not from here, or were edited."""
-    prompts: tuple[Path, ...] = ()
-    """CSVs of known prompts; left out: those that the run was trained on."""
+    top: Positive = 5
+    """How many of the nearest known prompts to tell."""
+
+
+@dataclass
+class Words:
+    """What prompts are made of."""
+
     checkpoint: tuple[Path, ...] = ()
     """Checkpoint folders, blended; left out: the newest of finetune and of ensemble, in this run or attached."""
-    views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole", "centre", "mirror")
-    """What is shown of each image; the predictions of several are averaged."""
-    top: int = 5
-    """How many of the nearest known prompts to tell."""
+    prompts: tuple[Path, ...] = ()
+    """CSVs of known prompts; left out: those that the run was trained on."""
     vocabulary: Path | None = None
     """Folder of own phrases: subjects, mediums, movements, flavors or artists .txt, one a line."""
     artists: bool = True
     """Let prompts name artists."""
-    most_words: int = 30
+    most_words: Positive = 30
     """Words of a prompt."""
-    batch_size: int = 32
-    """Images at once."""
-    loader_workers: int = 0
-    """Threads that decode images; 0: one a core."""
+
+
+@dataclass
+class Config(Main, Words, predictors.Viewing, StageConfig):
+    """Says the prompts of images; does only those that are not done yet."""
 
 
 class Describer:
@@ -130,8 +136,7 @@ class Describer:
             if seen.vectors.shape[1] == 1:  # none can be read
                 return np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32), [""] * len(files)
             return seen.vectors, seen.texts or []
-        viewing = config.part(predictors.Viewing)
-        found = [predictors.predict(predictor, files, viewing) for predictor in self.predictors]
+        found = [predictors.predict(predictor, files, config) for predictor in self.predictors]
         return metrics.blend(found, self.weights), []
 
 
@@ -216,10 +221,6 @@ def run(config: Config) -> list[Description]:
         raise UserError("give image files or folders to describe")
     if config.out and config.out.suffix.lower() not in TABLES:
         raise UserError(f"--out {config.out}: must end in {' or '.join(TABLES)}")
-    if not config.views:
-        raise UserError("--views: give at least one")
-    config.at_least(1, "top", "most_words", "batch_size")
-    config.at_least(0, "loader_workers")
     files = image_files(config.paths)
     if config.txt:
         check_places(files)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +26,7 @@ from ..encode.encoders import Encoded
 from ..models import hub, text_encoder, weights
 from ..profiles import StageConfig
 from ..run import resume
+from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
@@ -37,17 +38,31 @@ BLOCK = 512  # images a file of half-done work
 
 
 @dataclass
-class Config(EngineConfig, StageConfig):
-    """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
+class Main:
+    """What it embeds, and with what."""
 
     images: tuple[Path, ...] = ()
     """Folders of images or tar shards; with --metadata one a CSV, or one for all."""
     metadata: tuple[Path, ...] = ()
     """Metadata CSVs; left out: each folder's manifest.csv."""
-    encoders: tuple[str, ...] = ("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite2", "classes")
+    out: Path = Path("embeddings")
+    """Folder to write."""
+    encoders: Annotated[tuple[str, ...], AtLeast(1)] = (
+        *("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite2", "classes"),
+    )
     """open_clip:<model or folder>, timm:<model>, transformers:<model or folder>, interrogator, classes."""
-    image_size: int = 224
+    image_size: Positive = 224
     """Side of the backbones' input in px."""
+    batch_size: Positive = 32
+    """Images at once."""
+    loader_workers: NotNegative = 0
+    """Threads that decode images; 0: one a core."""
+
+
+@dataclass
+class Texts:
+    """What the interrogator says."""
+
     caption: str = "blip-large"
     """The interrogator's BLIP model: blip-large, or a folder."""
     ranker: str = "open_clip:ViT-H-14"
@@ -58,12 +73,11 @@ class Config(EngineConfig, StageConfig):
     """Folder of own term lists (artists.txt, flavors.txt, mediums.txt, movements.txt, trendings.txt)."""
     artists: bool = True
     """Let the interrogator name artists."""
-    out: Path = Path("embeddings")
-    """Folder to write."""
-    batch_size: int = 32
-    """Images at once."""
-    loader_workers: int = 0
-    """Threads that decode images; 0: one a core."""
+
+
+@dataclass
+class Config(Main, Texts, EngineConfig, StageConfig):
+    """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
 
 
 def slug(name: str) -> str:
@@ -80,9 +94,6 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     Raises:
         UserError: On bad input, terms or weights, or if no image can be read.
     """
-    config.at_least(1, "image_size", "batch_size")
-    if not config.encoders:
-        raise UserError("--encoders: name at least one")
     tables = dataset.tables(config.metadata, config.images)
     with alone(config.out):
         return _run(config, tables)
@@ -139,7 +150,7 @@ def _write(
 
 
 def _build(config: Config) -> list[encoders.Encoder]:
-    chosen = {name: getattr(config, name) for name in ("caption", "ranker", "mode", "terms", "artists")}
+    chosen = {one.name: getattr(config, one.name) for one in fields(Texts)}
     return weights.all_of(*(partial(encoders.build, name, config.image_size, **chosen) for name in config.encoders))
 
 

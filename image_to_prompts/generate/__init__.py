@@ -23,6 +23,7 @@ import pandas as pd
 from .. import pipeline
 from ..data import metadata
 from ..profiles import StageConfig
+from ..run.bounds import NotNegative, Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
 from ..run.progress import Estimate, progress_to
@@ -35,23 +36,27 @@ Collected = Literal["diffusiondb", "diffusiondb-parts", "captions-tsv", "laion-c
 
 
 @dataclass
-class Config(StageConfig):
-    """Writes new prompts with MagicPrompt (GPT-2) or the embedded grammar, or collects them from a public source."""
+class Main:
+    """What it writes."""
 
     source: Literal["grammar", "magicprompt", Collected] = "grammar"
     """Who writes the prompts, or the format of --input: DiffusionDB's metadata or image parts, Conceptual Captions,
     LAION-COCO, COCO and VizWiz, or any table (CSV, TSV, JSONL, JSON, Parquet, text)."""
-    input: tuple[str, ...] = ()
-    """Files of a source, folders of DiffusionDB's parts, or hf://datasets/<owner>/<name>/<path>."""
-    count: int = 3800
+    count: Positive = 3800
     """How many different prompts to write; a source gives all that it has."""
     seed: int = 0
     """Seed of the whole set; prompt i depends on (seed, i)."""
     out: Path = Path("prompts/generated.csv")
     """CSV to write: image_name, prompt, seed, source."""
+
+
+@dataclass
+class Writing:
+    """How MagicPrompt writes."""
+
     weights: Path | None = None
     """Folder of the MagicPrompt weights; left out: Kaggle input, then hub."""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """Prompts that the language model writes at once; the prompts do not depend on it."""
     temperature: float = 1.0
     """Divides the language model's logits; below 1 the prompts are more alike."""
@@ -61,14 +66,27 @@ class Config(StageConfig):
     """Draw from the likeliest tokens that make up this share of the probability."""
     starts: Path | None = None
     """Text file with one phrase a line to start prompts from, taken in turn (magicprompt)."""
-    name: str = ""
-    """What the column source says of collected prompts; left out: the name of the source."""
+
+
+@dataclass
+class Collecting:
+    """What is read of a source, and how it is cleaned."""
+
+    input: tuple[str, ...] = ()
+    """Files of a source, folders of DiffusionDB's parts, or hf://datasets/<owner>/<name>/<path>."""
     prompt_column: str = "prompt"
     """Column of the prompts in a table."""
+    name: str = ""
+    """What the column source says of collected prompts; left out: the name of the source."""
     rules: tuple[str, ...] = ()
     """Rules that clean collected prompts, in their order, or file.py:function; left out: those of the source."""
-    limit: int = 0
+    limit: NotNegative = 0
     """Collect at most so many prompts; 0: all."""
+
+
+@dataclass
+class Config(Main, Writing, Collecting, StageConfig):
+    """Writes new prompts with MagicPrompt (GPT-2) or the embedded grammar, or collects them from a public source."""
 
 
 def read_starts(path: Path) -> tuple[str, ...]:
@@ -173,7 +191,6 @@ def _fill(config: Config, stamp: Stamp) -> Distinct:
 
 
 def _stamp(config: Config) -> Stamp:
-    config.at_least(1, "count", "batch_size")
     if config.starts and config.source != "magicprompt":
         raise UserError("--starts needs --source magicprompt; the grammar knows no start phrases")
     if config.input or config.rules or config.limit or config.name:
@@ -189,7 +206,6 @@ def _collect(config: Config) -> pd.DataFrame:
 
     if not config.input:
         raise UserError(f"--source {config.source}: no input; give --input FILE [FILE ...]")
-    config.at_least(0, "limit")
     if config.starts:
         raise UserError("--starts needs --source magicprompt; a source has its own prompts")
     if rank_and_processes()[1] > 1:

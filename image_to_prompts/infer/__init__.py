@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +25,7 @@ from ..models import metrics, text_encoder
 from ..predict import predictors
 from ..predict.predictors import Rung
 from ..profiles import StageConfig
+from ..run.bounds import Amount
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
@@ -39,31 +39,30 @@ LEAST_TO_FIT = 20  # images on which weights are fitted
 
 
 @dataclass
-class Config(EngineConfig, StageConfig):
-    """Predicts 384 numbers an image and writes the submission; with --key it also scores them."""
+class Main:
+    """What it predicts, and with what."""
 
     images: Path = Path("images")
     """Folder of images, sub-folders too."""
     checkpoint: tuple[Path, ...] = ()
     """Checkpoint folders, blended; left out: the newest of finetune and of ensemble, in this run or attached."""
-    blend: tuple[float, ...] = ()
-    """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
-    views: tuple[Literal["whole", "centre", "mirror"], ...] = ("whole", "centre", "mirror")
-    """What is shown of each image; the predictions of several are averaged, which takes as many times as long."""
     out: Path = Path("submission/submission.csv")
     """Submission CSV to write."""
     key: Path | None = None
     """CSV with the images' true prompts (image_name or image, prompt), to score against."""
     bank: Path | None = None
     """CSV of prompts; the nearest one to each image goes to <out>.prompts.csv."""
+    blend: tuple[float, ...] = ()
+    """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
     fallback: bool = False
     """Where none is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
-    max_hours: float = 0.0
+    max_hours: Amount = 0.0
     """Give the images that are left the mean prediction before the process is this old; 0: never."""
-    batch_size: int = 32
-    """Images at once."""
-    loader_workers: int = 0
-    """Threads that decode images; 0: one a core."""
+
+
+@dataclass
+class Config(Main, predictors.Viewing, EngineConfig, StageConfig):
+    """Predicts 384 numbers an image and writes the submission; with --key it also scores them."""
 
 
 @dataclass
@@ -173,9 +172,6 @@ def run(config: Config) -> Prediction:
     Raises:
         UserError: If there are no images, no usable checkpoint, a bad key or bank, or two images with one stem.
     """
-    config.at_least(1, "batch_size")
-    if not config.views:
-        raise UserError("--views: give at least one")
     files = images.find(config.images)
     stems = submission.check_stems(files)
     with alone(config.out):
@@ -204,7 +200,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
     stamp.claim(outputs)
     rung, found, mean, reached = predictors.climb(
-        *(rungs, files, config.part(predictors.Viewing), config, stamp.work_folder(), config.max_hours),
+        *(rungs, files, config, config, stamp.work_folder(), config.max_hours),
         strict=not config.fallback,
     )
     vectors = metrics.blend([np.nan_to_num(one) for one in found], rung.weights)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
 from ..models import checkpoints, ensemble, metrics, text_encoder, weights
 from ..run import resume
+from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
@@ -67,19 +69,16 @@ class Rung:
     inputs: list[Path]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Viewing:
-    """How images are looked at.
+    """How images are looked at."""
 
-    Attributes:
-        batch_size: Images at once.
-        loader_workers: Threads that decode images; 0: one a core.
-        views: What is shown of each image, names of `images.VIEWS`; their predictions are averaged.
-    """
-
-    batch_size: int
-    loader_workers: int
-    views: tuple[str, ...]
+    views: Annotated[tuple[Literal["whole", "centre", "mirror"], ...], AtLeast(1)] = ("whole", "centre", "mirror")
+    """What is shown of each image; the predictions of several are averaged, which takes as many times as long."""
+    batch_size: Positive = 32
+    """Images at once."""
+    loader_workers: NotNegative = 0
+    """Threads that decode images; 0: one a core."""
 
 
 def checkpoint(folder: Path) -> Predictor:

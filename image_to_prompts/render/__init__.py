@@ -23,6 +23,7 @@ from .. import pipeline
 from ..data import metadata
 from ..data.metadata import FAILED
 from ..profiles import StageConfig
+from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
@@ -40,8 +41,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(EngineConfig, StageConfig):
-    """Renders one image a prompt: Stable Diffusion 2 at 768 px downsized to 512, or embedded scenes."""
+class Main:
+    """What it renders."""
 
     metadata: Path = Path("data_meta/prompts.csv")
     """Metadata CSV: image_name, prompt and optional seed."""
@@ -49,36 +50,59 @@ class Config(EngineConfig, StageConfig):
     """Folder for the images and manifest.csv."""
     backend: Literal["scenes", "sd2"] = "scenes"
     """Who draws."""
-    family: Literal["twemoji", "openmoji"] = "twemoji"
-    """Drawing family of the embedded scenes; openmoji is for testing only."""
-    weights: Path | None = None
-    """Folder or single file of the Stable Diffusion 2 weights; left out: Kaggle input, then hub."""
-    fast: bool = False
-    """DPM-Solver++ in 20 steps instead of DDIM in 50 (sd2)."""
-    steps: int = 0
-    """Denoising steps (sd2); 0: 50, with --fast 20."""
-    batch_size: int = 0
-    """Images that Stable Diffusion renders at once; 0: as many as fit into memory, at most 16."""
-    workers: int = 0
-    """Processes that draw embedded scenes; 0: one a core."""
-    seeds: int = 1
+    seeds: Positive = 1
     """Images a prompt: the row's own seed, then others derived from it."""
     format: Literal["png", "jpg", "webp"] = "png"
     """File format; jpg is written at quality 95, webp at 90."""
-    per_tar: int = 0
+    per_tar: NotNegative = 0
     """Images a tar shard (webdataset layout); 0: loose files."""
-    shard: str = "1/1"
-    """i/n: render the i-th of n parts only, for example on one of n machines."""
-    max_hours: float = 0.0
-    """Stop cleanly before this process has run for so many hours; 0: no limit."""
-    max_gb: float = 0.0
-    """Stop cleanly before the run's folder (or --out, if elsewhere) holds so many GB (10^9 bytes); 0: no limit."""
-    any_model: bool = False
-    """Take weights of another Stable Diffusion than 2.0 at 768 px, and render at their own size (sd2)."""
-    adopt: tuple[Path, ...] | None = None
-    """Folders in which an earlier run's images count as done; left out: Kaggle inputs of the same folder name."""
     verify: bool = False
     """Only check --out against its manifest and list what is missing or damaged; without this flag it is repaired."""
+
+
+@dataclass
+class Diffusion:
+    """Stable Diffusion 2 (sd2)."""
+
+    weights: Path | None = None
+    """Folder or single file of the Stable Diffusion 2 weights; left out: Kaggle input, then hub."""
+    fast: bool = False
+    """DPM-Solver++ in 20 steps instead of DDIM in 50."""
+    steps: NotNegative = 0
+    """Denoising steps; 0: 50, with --fast 20."""
+    batch_size: NotNegative = 0
+    """Images at once; 0: as many as fit into memory, at most 16."""
+    any_model: bool = False
+    """Take weights of another Stable Diffusion than 2.0 at 768 px, and render at their own size."""
+
+
+@dataclass
+class Scenes:
+    """The embedded scenes."""
+
+    family: Literal["twemoji", "openmoji"] = "twemoji"
+    """Drawing family of the embedded scenes; openmoji is for testing only."""
+    workers: NotNegative = 0
+    """Processes that draw embedded scenes; 0: one a core."""
+
+
+@dataclass
+class Parts:
+    """Part of a set, and where to stop."""
+
+    shard: str = "1/1"
+    """i/n: render the i-th of n parts only, for example on one of n machines."""
+    max_hours: Amount = 0.0
+    """Stop cleanly before this process has run for so many hours; 0: no limit."""
+    max_gb: Amount = 0.0
+    """Stop cleanly before the run's folder (or --out, if elsewhere) holds so many GB (10^9 bytes); 0: no limit."""
+    adopt: tuple[Path, ...] | None = None
+    """Folders in which an earlier run's images count as done; left out: Kaggle inputs of the same folder name."""
+
+
+@dataclass
+class Config(Main, Diffusion, Scenes, Parts, EngineConfig, StageConfig):
+    """Renders one image a prompt: Stable Diffusion 2 at 768 px downsized to 512, or embedded scenes."""
 
 
 def expand(frame: pd.DataFrame, seeds: int, suffix: str, path: Path) -> tuple[pd.DataFrame, list[Row]]:
@@ -172,11 +196,6 @@ def verify(out: Path) -> pd.DataFrame:
     return bad[["image_name", "file"]]
 
 
-def _check(config: Config) -> None:
-    config.at_least(0, "batch_size", "steps", "workers", "per_tar", "max_hours", "max_gb")
-    config.at_least(1, "seeds")
-
-
 def _backend(config: Config) -> Any:
     if config.backend == "scenes":
         return pipeline.embedded("scenes")(config.family, config.format, config.workers)
@@ -222,7 +241,6 @@ def _store(config: Config, settings: dict[str, Any], rows: list[Row], journal: s
 
 
 def _run(config: Config) -> pd.DataFrame:
-    _check(config)
     if config.metadata.resolve() == (config.out / MANIFEST).resolve():
         raise UserError(f"{config.metadata}: is read here; choose another --out, or copy it and give the copy")
     part, parts = part_of(config.shard)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from .bounds import NotNegative
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,13 +31,13 @@ R = TypeVar("R")
 
 @dataclass
 class EngineConfig:
-    """Flags of the stages that work row by row."""
+    """A cluster, for those who outgrow one machine."""
 
     engine: Literal["local", "ray"] = "local"
     """Who works on the rows: this process (and those of accelerate launch), or actors of a Ray cluster."""
     address: str = ""
     """Ray cluster, as ray.init takes it; left out: one is started on this machine."""
-    actors: int = 0
+    actors: NotNegative = 0
     """Ray actors, each with the models of its own; 0: one a GPU of the cluster, without GPUs one a core."""
 
 

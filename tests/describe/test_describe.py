@@ -250,7 +250,7 @@ def test_what_an_image_gets_does_not_depend_on_its_company(kind, small_checkpoin
         "neighbours": lambda: predictors.neighbours(small_embeddings),
         "classes": lambda: predictors.Predictor(np.zeros(384), [encoders.build("classes", 224)]),
     }[kind]()
-    viewing = predictors.Viewing(32, 0, ("whole", "mirror"))
+    viewing = predictors.Viewing(("whole", "mirror"))
 
     def seen(files):
         return predictors.predict(predictor, files, viewing)

@@ -211,7 +211,7 @@ def test_of_several_views_the_mean_counts(tmp_path):
     predictor = predictors.Predictor(np.zeros(384, np.float32), [Sides()], lambda arrays: 2 * arrays[0])
 
     def predict(chosen, *views):
-        return predictors.predict(predictor, chosen, predictors.Viewing(2, 0, views))
+        return predictors.predict(predictor, chosen, predictors.Viewing(views, 2))
 
     whole = predict(files, "whole")
     np.testing.assert_allclose(whole[:, :2], metrics.unit(np.array([[200, 10], [np.nan, np.nan], [200, 90]])))

@@ -198,7 +198,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
         source = images.ImageRows(rows.paths, 64)
         trainer = loop.Trainer(
             *(accelerator, model_, model_, source, replace(rows, weights=weights)),
-            *(settings.part(loop.Schedule), tmp_path / "no-state"),
+            *(settings, tmp_path / "no-state"),
         )
         batch, numbers = source.collate([source[row] for row in which])
         trainer._gradients(batch, numbers, planned, True)
@@ -466,7 +466,7 @@ def trainer(small_run, tiny_open_clip, tmp_path):
     accelerator = models.accelerator_for(True)
     model_, _ = models.build(backbones.describe(settings.backbone, 64), accelerator, pretrained=False)
     source = images.ImageRows(rows.paths, 64)
-    return loop.Trainer(accelerator, model_, model_, source, rows, settings.part(loop.Schedule), tmp_path / "state.pt")
+    return loop.Trainer(accelerator, model_, model_, source, rows, settings, tmp_path / "state.pt")
 
 
 def test_gradients_that_are_not_finite_are_told_with_their_images(trainer, monkeypatch):
