@@ -4,8 +4,6 @@ The flags of most commands are the fields of a `Config`, which the function `run
 small ones here are the arguments of a function. Only the module of the command that was asked for is loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools

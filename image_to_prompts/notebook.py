@@ -1,7 +1,5 @@
 """What the first cell of a notebook needs."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The chain, one row a stage: the command line, notebooks, kernels, README table and tests follow this file."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What every stage's settings share, and the defaults that depend on the profile and the run's folder."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 image-to-prompts catalogue [--data data_meta]
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Pictures of a run: galleries, strips that compare a prediction with the truth, a histogram of cosines."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The phrases that an interrogator chooses from: CLIP Interrogator's lists (MIT), from its wheel, or one's own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType

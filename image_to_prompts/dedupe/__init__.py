@@ -10,8 +10,6 @@ result.py      what is kept and removed, and why, at any threshold
 pictures.py    pictures and tables to judge a threshold by, and the fate of one prompt
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

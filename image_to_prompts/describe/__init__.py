@@ -10,8 +10,6 @@ image a line. In Python:
     describe("cat.png").prompt
 """
 
-from __future__ import annotations
-
 import logging
 import sys
 import tempfile

@@ -5,8 +5,6 @@ dropped, swapped or added, it goes on with the one of largest cosine. Phrases co
 vocabulary; those are tried whose own embedding lies in the direction that is missing (docs/log.md).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Files that were written from here are known by their hash, so that those of others and edited ones are not replaced.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

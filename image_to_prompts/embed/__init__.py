@@ -6,8 +6,6 @@ The reference's three: CLIP ViT-B/32, ConvNeXt-Tiny, and CLIP Interrogator's tex
 `encoders` for others and `embeddings` for the files. The interrogator's texts stand in its names.csv.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator

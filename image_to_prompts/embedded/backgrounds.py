@@ -1,7 +1,5 @@
 """One background a place, painted from gradients and simple shapes; a plain gradient where no place is named."""
 
-from __future__ import annotations
-
 import colorsys
 import math
 import random

@@ -1,7 +1,5 @@
 """How much of a prompt an embedded scene shows: the highest score that a model of its pictures can reach."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

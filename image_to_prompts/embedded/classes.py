@@ -1,7 +1,5 @@
 """The interrogator of the embedded profile: ImageNet classes, and the words of the grammar that are nearest to them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm

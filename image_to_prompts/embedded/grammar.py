@@ -4,8 +4,6 @@ A `Scene` is what a picture shows; `write` says it in words, one of many ways, a
 `parse` reads a scene back from any text. The renderer sees only the text.
 """
 
-from __future__ import annotations
-
 import csv
 import random
 import re

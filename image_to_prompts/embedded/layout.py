@@ -1,7 +1,5 @@
 """Where the things of a scene stand: boxes by relation, copies inside a box by count."""
 
-from __future__ import annotations
-
 import math
 import random
 

@@ -4,8 +4,6 @@ It gets the prompt and the row's seed and nothing else. Pictures come from Twemo
 from a second drawing family, OpenMoji (CC-BY-SA 4.0).
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import io

@@ -1,7 +1,5 @@
 """One image filter a style, applied to the finished 512-px picture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

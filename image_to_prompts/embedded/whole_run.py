@@ -5,8 +5,6 @@ both models, score beside the constant, kNN and ceiling; the same on the held-ou
 (OpenMoji) never trained on.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

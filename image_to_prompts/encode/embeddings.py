@@ -3,8 +3,6 @@
 How an array was made stands in `<name>.json`. Arrays are joined by name, never by order.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ The embeddings of the terms are kept beside the weights, by the hash of weights 
 weights go; in the folder of `text_cache` where nothing can be written there.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import time

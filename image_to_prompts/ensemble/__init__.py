@@ -7,8 +7,6 @@ holds all three and the weights of their blend, fitted on the validating fold, w
 least as good as the best of them. `models.networks` has the networks, `loop` the training.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training loop of `ensemble`: all rows in memory as tensors, in the hardware's half precision."""
 
-from __future__ import annotations
-
 import copy
 import math
 import time

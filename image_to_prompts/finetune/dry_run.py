@@ -1,7 +1,5 @@
 """What a training would do, need and take, found out without doing it: `finetune --dry-run`."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

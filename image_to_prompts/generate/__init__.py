@@ -9,8 +9,6 @@ Candidate i depends on the seed and i alone. Empty candidates and exact repetiti
 many prompts as were asked for; asking for more later keeps the ones already written.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterator

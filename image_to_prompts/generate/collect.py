@@ -7,8 +7,6 @@ Work goes block by block, so that millions of rows need no more memory than thou
 the last whole block. Of equal prompts the first stays, but where each row is an image.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

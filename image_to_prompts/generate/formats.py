@@ -1,7 +1,5 @@
 """Files of rows, whatever they hold: Parquet, CSV, TSV, JSON and text, read as blocks; what is broken is skipped."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

@@ -6,8 +6,6 @@ transformers then decodes greedily. Weights stay in float32: in float16 the batc
 change tokens.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

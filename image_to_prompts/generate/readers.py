@@ -4,8 +4,6 @@ A block is a Polars frame with `prompt` and `source_id`, the source's own name o
 says: `image_name`, `seed`, `width`, `height`, `image_nsfw`, `prompt_nsfw`, `rejected`.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import zipfile

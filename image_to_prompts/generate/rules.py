@@ -4,8 +4,6 @@ A rule takes a Polars frame with `prompt` (text, never null) and what else the s
 or "" where the row goes. A user's own rule is such a function; `load` finds it by `file.py:function`.
 """
 
-from __future__ import annotations
-
 import html as entities
 import re
 import runpy

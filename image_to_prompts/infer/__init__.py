@@ -8,8 +8,6 @@ embeddings or the mean prompt embedding. With a key the predictions are scored; 
 of each image is written beside the submission.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Format: header `imgId_eId,val`; for each image, sorted by its file's stem, 384 rows `<stem>_<0..383>` in numeric order.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice

@@ -1,7 +1,5 @@
 """`image-to-prompts kaggle ...`: push, status, output, submit for kernels; wheels, weights, metadata, embeddings."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

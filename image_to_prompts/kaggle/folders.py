@@ -1,7 +1,5 @@
 """Folders that become Kaggle datasets: wheels for kernels without internet, weights, metadata, embeddings."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Kernel folders as `make kernels` builds them, and the chain that they are."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """What is attached to a Kaggle kernel, as a table: the first thing to look at when something is not found."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..models import weights

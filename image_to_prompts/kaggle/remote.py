@@ -4,8 +4,6 @@ A refused source, a kernel that lands under another name and a file that failed 
 is an error, and every request has a time limit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -103,11 +103,7 @@ def initialise(model: nn.Module, spec: backbones.Spec, folder: Path) -> None:
     found = load(folder)
     if found.spec.name != spec.name:
         raise UserError(f"{folder}: a checkpoint of {found.spec.name}, not {spec.name}; correct --init or --backbone")
-    try:
-        model.load_state_dict(found.model.state_dict())
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()
-        raise UserError(f"{folder}: weights of another shape: {detail}; correct --init or --image-size") from error
+    backbones.fill(model, found.model.state_dict(), str(folder), "; correct --init or --image-size")
 
 
 def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarray) -> None:
@@ -183,11 +179,8 @@ def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
         raise UserError(f"{file}: no checkpoint of {spec.name}: without {missing}; correct --backbone")
     prefix, weight = min(fitting, key=len), weights[-1]
     bias = state.get(weight.removesuffix("weight") + "bias", torch.zeros(DIMENSION))
-    try:
-        model.backbone.load_state_dict({name: state[prefix + name] for name in names})
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip()
-        raise UserError(f"{file}: weights of another shape: {detail}; correct --backbone or --image-size") from error
+    tower = {name: state[prefix + name] for name in names}
+    backbones.fill(model.backbone, tower, str(file), "; correct --backbone or --image-size")
     with torch.no_grad():
         model.head.weight.copy_(state[weight])
         model.head.bias.copy_(bias)
@@ -227,10 +220,7 @@ def load(folder: Path) -> Checkpoint:
         spec = backbones.Spec(**config["backbone"])
         mean = state.pop("mean_target").numpy()
         model = build(spec)
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        said = " ".join(str(error).splitlines()[:2])
-        raise UserError(f"{folder}: weights of another shape than config.json says: {said}") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder}: not a checkpoint of an image tower: {error!r}; run finetune again") from error
+    backbones.fill(model, state, str(folder), "; run finetune again")
     return Checkpoint(model.eval(), spec, config, mean)

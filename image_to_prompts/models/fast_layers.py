@@ -1,7 +1,5 @@
 """A layer that trains faster on CPUs than PyTorch's own: same parameters, same sums in another order."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Files of the Hugging Face hub, and what identifies weights: their SHA-256."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import logging

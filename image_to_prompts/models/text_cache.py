@@ -4,8 +4,6 @@ One SQLite file in ~/.cache/image-to-prompts, or in the folder that IMAGE_TO_PRO
 there with a checksum. Delete it at will.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

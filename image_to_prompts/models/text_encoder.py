@@ -74,8 +74,15 @@ def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | No
     keys = [text_cache.key(encoder, text) for text in texts]
     with contextlib.closing(text_cache.TextCache(DIMENSION)) as cache:
         vectors, there = cache.read(keys)
-        if not there.all():
-            _fill(partial(_start, precision), engine or EngineConfig(), texts, keys, vectors, there, cache)
+        by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+        blocks = [by_length[first : first + BLOCK] for first in range(0, len(texts), BLOCK)]  # the same however many
+        blocks = list(filter(None, ([row for row in block if not there[row]] for block in blocks)))  # are there already
+        work = ([texts[row] for row in block] for block in blocks)
+        found = over_blocks(engine or EngineConfig(), partial(_start, precision), work)
+        with progress_to(len(texts), "encode prompts", int(there.sum())) as advance:
+            for block, vectors[block] in zip(blocks, found, strict=True):
+                cache.write([keys[row] for row in block], vectors[block])
+                advance(len(block))
     return vectors if len(texts) == len(prompts) else vectors[rows]
 
 
@@ -91,26 +98,6 @@ def _start(precision: str) -> Callable[[list[str]], np.ndarray]:
         return vectors
 
     return work
-
-
-def _fill(
-    start: Callable[[], Callable[[list[str]], np.ndarray]],
-    engine: EngineConfig,
-    texts: list[str],
-    keys: list[bytes],
-    vectors: np.ndarray,
-    there: np.ndarray,
-    cache: text_cache.TextCache,
-) -> None:
-    """Embeds the texts that are not there, blocks of like length one after the other."""
-    by_characters = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    blocks = [by_characters[first : first + BLOCK] for first in range(0, len(texts), BLOCK)]
-    blocks = [rows for block in blocks if (rows := [row for row in block if not there[row]])]
-    found = over_blocks(engine, start, ([texts[row] for row in block] for block in blocks))
-    with progress_to(len(texts), "encode prompts", int(there.sum())) as advance:
-        for block, vectors[block] in zip(blocks, found, strict=True):
-            cache.write([keys[row] for row in block], vectors[block])
-            advance(len(block))
 
 
 def encode_once(texts: Sequence[str]) -> np.ndarray:

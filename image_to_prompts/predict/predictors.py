@@ -3,8 +3,6 @@
 A submission kernel so scores on its first push, before anything is trained.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import logging

@@ -7,8 +7,6 @@ whole list alone: so a row's picture does not depend on what was done before, on
 and writing go on while the next block is rendered.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Generator, Set
 from contextlib import closing

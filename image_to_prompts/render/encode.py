@@ -1,7 +1,5 @@
 """From a finished picture to bytes and a flag, and writing that goes on while the next pictures are made."""
 
-from __future__ import annotations
-
 import io
 from collections import deque
 from collections.abc import Callable, Iterable

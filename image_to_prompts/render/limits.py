@@ -1,7 +1,5 @@
 """Time and room: what a render run has used, whether the next block still fits, and what the rest will take."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """Tar shards in webdataset's layout, which grow image by image and go on after a kill."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

@@ -6,8 +6,6 @@ Stability-AI/stablediffusion, configs/stable-diffusion/v2-inference-v.yaml. Of 2
 since the reference takes the last but one layer's output. The tokenizer is that of `models/clip_tokenizer.py`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

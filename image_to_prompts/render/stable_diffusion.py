@@ -4,8 +4,6 @@ Memory-efficient attention is PyTorch's scaled_dot_product_attention, which diff
 one image at a time: four at once need three times the memory and save a quarter of a percent (docs/log.md).
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterator, Set

@@ -4,8 +4,6 @@ Tar shards are in webdataset's layout, zip files are DiffusionDB's parts. Readin
 shuffled; the webdataset library reads the same tar files as a stream.
 """
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import tarfile

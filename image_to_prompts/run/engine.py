@@ -9,8 +9,6 @@ its files stay in the process that was started. All nodes need this package and 
 (docs/scale.md).
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import pickle

@@ -1,7 +1,5 @@
 """The one exception that a user can cause, and the one line it becomes."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator

@@ -1,13 +1,11 @@
 """The only module that knows where things lie: a run's folder, and Kaggle's input and working folders."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 from .files import make_folder, write_json
@@ -46,36 +44,30 @@ def package_folder(name: str) -> Path | None:
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
 
-@dataclass(frozen=True)
 class Run:
     """One run's folder and everything in it."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        """Takes the folder."""
+        self.folder = folder
+        self.prompts = folder / "prompts" / "generated.csv"
+        self.metadata = folder / "data_meta" / "prompts.csv"
+        self.train_metadata = self.metadata.with_name("train.csv")
+        self.test_metadata = self.metadata.with_name("test.csv")
+        self.images = folder / "images" / "prompts"
+        self.train_images = self.images.with_name("train")
+        self.test_images = self.images.with_name("test")
+        self.embeddings = folder / "embeddings"
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoint = self.checkpoints / "convnext"
+        self.ensemble = self.checkpoints / "ensemble"
+        self.submission = folder / "submission" / "submission.csv"
+        self.report = folder / "report"
 
     def have(self, path: Path) -> Path:
         """`path`, or where nothing is there what an attached Kaggle kernel left in the same place of its run."""
         attached = [] if path.exists() else kaggle_inputs(path.relative_to(self.folder).as_posix())
         return max(attached, key=lambda found: found.stat().st_mtime, default=path)
-
-    @property
-    def prompts(self) -> Path:
-        return self.folder / "prompts" / "generated.csv"
-
-    @property
-    def metadata(self) -> Path:
-        return self.folder / "data_meta" / "prompts.csv"
-
-    @property
-    def train_metadata(self) -> Path:
-        return self.metadata.with_name("train.csv")
-
-    @property
-    def test_metadata(self) -> Path:
-        return self.metadata.with_name("test.csv")
-
-    @property
-    def images(self) -> Path:
-        return self.folder / "images" / "prompts"
 
     def rendered(self, images: Path) -> tuple[Path, ...]:
         """`images` and the attached folders of the same name: parts of one set that several kernel runs rendered."""
@@ -85,42 +77,10 @@ class Run:
         """The first of some folders that was rendered, here or in an attached kernel; the first if none was."""
         return next((f for f in folders if (self.rendered(f)[0] / MANIFEST).is_file()), folders[0])
 
-    @property
-    def train_images(self) -> Path:
-        return self.images.with_name("train")
-
-    @property
-    def test_images(self) -> Path:
-        return self.images.with_name("test")
-
-    @property
-    def embeddings(self) -> Path:
-        return self.folder / "embeddings"
-
     def target_images(self) -> Path | None:
         """The images that matter in the end: those held out, else the competition's if it is attached."""
         held_out = [folder for folder in self.rendered(self.test_images) if folder.is_dir()]
         return next(iter([*held_out, *_competitions()]), None)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.checkpoints / "convnext"
-
-    @property
-    def ensemble(self) -> Path:
-        return self.checkpoints / "ensemble"
-
-    @property
-    def submission(self) -> Path:
-        return self.folder / "submission" / "submission.csv"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report"
 
     def newest_checkpoints(self) -> list[Path]:
         """The checkpoint folders that finetune and ensemble wrote last, in this run or in an attached Kaggle input.
@@ -140,19 +100,20 @@ class Run:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder/config.json` is one of ours and not some other model's."""
-    return bool({"backbone", "ensemble"} & _keys(folder / "config.json"))
+    return bool(_read(folder / "config.json").keys() & {"backbone", "ensemble"})
 
 
 def is_ensemble(folder: Path) -> bool:
     """Whether a folder holds a checkpoint of `ensemble`."""
-    return "ensemble" in _keys(folder / "config.json")
+    return "ensemble" in _read(folder / "config.json")
 
 
-def _keys(path: Path) -> set[str]:
+def _read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none or it is damaged."""
     try:
-        return set(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        return set()
+        return {}
 
 
 def profile_of(folder: Path, explicit: str | None = None) -> str:
@@ -162,8 +123,8 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
         UserError: If the profile is unknown or run.json is damaged.
     """
     file = folder / "run.json"
-    stored = _stored_profile(file)
-    if file.is_file() and stored is None:
+    stored = _read(file).get("profile")
+    if file.is_file() and stored not in (*PROFILES, *OLD_NAMES):
         raise UserError(f"{file}: not a run file; delete it or choose another --run folder")
     return profile_called(explicit or stored or ("full" if on_kaggle() else "embedded"))
 
@@ -173,15 +134,6 @@ def profile_called(name: str) -> str:
     if name not in (*PROFILES, *OLD_NAMES):
         raise UserError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
     return OLD_NAMES.get(name, name)
-
-
-def _stored_profile(path: Path) -> str | None:
-    """What a run.json says; None if it is missing or damaged."""
-    try:
-        profile = json.loads(path.read_text(encoding="utf-8"))["profile"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return profile if profile in (*PROFILES, *OLD_NAMES) else None
 
 
 def _competitions() -> list[Path]:

@@ -1,7 +1,5 @@
 """How far a stage is: one log and one progress bar for all of them, and an estimate before a long one starts."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

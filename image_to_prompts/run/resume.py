@@ -4,8 +4,6 @@ Whatever a stage finds of an earlier run carries a checksum, so that what a disk
 the lines of a journal, the sealed files of half-done work, the outputs that a stamp lists.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

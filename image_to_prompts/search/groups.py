@@ -1,7 +1,5 @@
 """Which rows stand for others that are near to them: by the exact engine or by FAISS, and as groups and folds."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """FAISS for deduplication: an index for more rows than the exact engine is made for."""
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any

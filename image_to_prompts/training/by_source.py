@@ -5,8 +5,6 @@ prompts. So a source's score stands beside what is reached without that source, 
 validating images are from those that matter.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Rows to train on: metadata, images and targets, split by fold."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
