@@ -34,7 +34,7 @@ chaos: install ## the failure suite in full, about half an hour; writes docs/rel
 
 PRELOADED := accelerate diffusers faiss matplotlib.pyplot open_clip polars pyarrow scipy.optimize sentence_transformers sklearn.pipeline sympy timm
 MODULES := training.dataset models.metrics data.metadata search.nearest search.groups infer.submission training.loop training.state search.near_pairs dedupe.result embedded.ceiling
-FUNCTIONS := data.images.x_join infer.x_blend_weights predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁ_call
+FUNCTIONS := data.images.x_join infer.x_blend_weights predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁcall
 mutants: install ## one-line faults where they cost most, and which of them no test notices (two hours)
 	rm -rf mutants
 	PYTEST_ADDOPTS="-p no:unraisableexception -p no:threadexception -p no:xdist" \
@@ -55,7 +55,10 @@ notebooks: install ## build and execute the notebooks on the embedded profile
 kernels: install ## build the Kaggle kernels from the notebooks' sources
 	$(VENV)/bin/python notebooks/build.py kernels
 
-fix: install ## format and lint
+fix: install ## format
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
-.PHONY: help install run quick test test-kaggle chaos mutants bench bench-table notebooks kernels fix
+check: install ## lint and types
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+.PHONY: help install check run quick test test-kaggle chaos mutants bench bench-table notebooks kernels fix

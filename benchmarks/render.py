@@ -90,7 +90,7 @@ def diffusion(rounds: int, count: int) -> dict:
         pipeline = stable_diffusion.load(weights)
         stable_diffusion.load = lambda path, fast, *_: pipeline
         stable_diffusion.finish = recorded(stable_diffusion.finish, encoding)
-        stable_diffusion.StableDiffusionBackend._call = recorded(stable_diffusion.StableDiffusionBackend._call, drawing)
+        stable_diffusion.StableDiffusionBackend.call = recorded(stable_diffusion.StableDiffusionBackend.call, drawing)
         bare_loop(pipeline, frame_of(BATCH, 99), Path(name))  # warm-up
         for number in range(rounds):
             frame = frame_of(count, number)

@@ -109,7 +109,7 @@ def viewer(
     def show(files: list[Path], view: str) -> list[Encoded]:
         nonlocal limit
         rows = FittedRows(files, fits, view)
-        (seen, where), limit = within_memory(lambda count: _see(count, encoders, rows, workers), limit, limit)
+        (seen, where), limit = within_memory(lambda count: see(count, encoders, rows, workers), limit, limit)
         return [_encoded(parts, where, len(files)) for parts in seen]
 
     return show
@@ -131,7 +131,7 @@ def rows_at_once(fits: Sequence[Fit], batch_size: int) -> int:
     return max(1, min(batch_size, ON_CPU // largest**2))
 
 
-def _see(
+def see(
     batch_size: int, encoders: Sequence[Encoder], rows: FittedRows, workers: int
 ) -> tuple[list[list[np.ndarray | list[str]]], np.ndarray]:
     """What each encoder sees, batch by batch, and the row numbers of all readable images."""

@@ -96,7 +96,7 @@ class Interrogator:
         mean, std = self.scales[number]
         return ((squares[number].to(self.device).float() - mean) / std).to(self.type)
 
-    def _texts(self, texts: list[str]) -> torch.Tensor:
+    def embed_texts(self, texts: list[str]) -> torch.Tensor:
         """Unit vectors of texts: (n, d)."""
         parts = []
         for start in range(0, len(texts), TEXTS):
@@ -114,7 +114,7 @@ class Interrogator:
         with torch.inference_mode(), progress_to(len(labels), "embed terms", len(labels) - left) as advance:
             if left:
                 begun = time.perf_counter()
-                trial = self._texts(labels[:TRIAL])
+                trial = self.embed_texts(labels[:TRIAL])
                 took = (time.perf_counter() - begun) / len(trial)
                 estimate = Estimate("terms to embed", len(labels), left, took, 2 * trial.shape[1])
                 log.info("%s, kept in %s", estimate, places[0] if places else "memory alone")
@@ -122,7 +122,7 @@ class Interrogator:
                 if file:
                     parts.append(np.load(file))
                     continue
-                parts.append(self._texts(block).half().cpu().numpy())
+                parts.append(self.embed_texts(block).half().cpu().numpy())
                 _keep(parts[-1], name, places)
                 advance(len(block))
         return np.concatenate(parts)
@@ -180,17 +180,17 @@ class Interrogator:
         chained = self._chain(image, caption)
         one = image[None]
         candidates = [caption, *self._classic(one, [caption], TERMS), *self._fast(one, [caption]), chained]
-        return candidates[int((self._texts(candidates) @ image).argmax())]
+        return candidates[int((self.embed_texts(candidates) @ image).argmax())]
 
     def _chain(self, image: torch.Tensor, caption: str) -> str:
         """Adds to a caption, one by one, the term that makes it most similar to the image."""
         left = list(dict.fromkeys(self._ranked(image[None], None, CANDIDATES)[0]))
         now = best = caption
-        now_similarity = best_similarity = float(self._texts([caption])[0] @ image)
+        now_similarity = best_similarity = float(self.embed_texts([caption])[0] @ image)
         for step in range(MOST_STEPS):
             if not left:
                 break
-            similarities = self._texts([f"{now}, {term}" for term in left]) @ image
+            similarities = self.embed_texts([f"{now}, {term}" for term in left]) @ image
             chosen = int(similarities.argmax())
             similarity = float(similarities[chosen])
             if similarity <= now_similarity and step >= LEAST_STEPS:

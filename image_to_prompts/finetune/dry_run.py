@@ -114,7 +114,7 @@ def make(
     def step(count: int) -> None:
         trainer.step(images[:count], torch.arange(count), count, 0.0)
 
-    few, more = (_kept_by(model, partial(step, count)) for count in (PROBE, 2 * PROBE))
+    few, more = (kept_by(model, partial(step, count)) for count in (PROBE, 2 * PROBE))
     an_image = (more - few) / PROBE
     tensors = list(model.parameters())
     own = [p for p in tensors if p.requires_grad]
@@ -156,7 +156,7 @@ def _random_rows(count: int) -> dataset.Rows:
     return dataset.Rows(names, [], targets, nobody, nobody, 0, np.ones(count, np.float32))
 
 
-def _kept_by(model: nn.Module, step: Callable[[], None]) -> int:
+def kept_by(model: nn.Module, step: Callable[[], None]) -> int:
     """Bytes that a step keeps between its passes forward and backward, parameters not counted."""
     kept: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -81,10 +81,11 @@ def collect(
     work, reports, total = stamp.work_folder(), [], 0
     seen = Seen(("image_name",) if kind.pairs else ("prompt", "image_name"))
     readings = [Reading(path, column) for path in paths]
-    for number, block in enumerate(progress(_read(kind, readings), f"blocks of {name or source}", _blocks(paths))):
+    what = f"blocks of {name or source}"
+    for number, block in enumerate(progress(read_blocks(kind, readings), what, _blocks(paths))):
         part = work / f"part-{number:06d}.csv"
         if not is_sealed(part, part.with_suffix(".npy"), part.with_suffix(".json")):
-            _write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block))
+            write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block))
         hashes = np.load(part.with_suffix(".npy"))
         seen.add(hashes)
         total += hashes.shape[1]
@@ -124,7 +125,8 @@ def _frame(report: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(report, columns=["rule", "rows", "changed", "dropped", "examples"])
 
 
-def _read(kind: Source, readings: list[Reading]) -> Iterator[pl.DataFrame]:
+def read_blocks(kind: Source, readings: list[Reading]) -> Iterator[pl.DataFrame]:
+    """The rows of all files of a source, block by block."""
     for reading in readings:
         yield from kind.read(reading)
 
@@ -161,7 +163,7 @@ class Seen:
         return new, hashes
 
 
-def _write_block(
+def write_block(
     block: pl.DataFrame, chosen: dict[str, rules.Rule], name: str, seen: Seen, part: Path, most: int
 ) -> None:
     """Cleans a block, and writes its rows, the hashes of their keys, and last what the rules did."""

@@ -188,13 +188,13 @@ class StableDiffusionBackend:
 
         def work(at_once: int) -> list[tuple[Image.Image, str]]:
             chunks = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
-            return [picture for chunk in chunks for picture in self._call(chunk, steps)]
+            return [picture for chunk in chunks for picture in self.call(chunk, steps)]
 
         remedy = f"an image of {RENDER_SIZE} px is too large for this device"
         pictures, self.limit = devices.within_memory(work, self.limit, len(rows), remedy=remedy)
         return pictures
 
-    def _call(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
+    def call(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
         """One pipeline call; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
         own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor if self.any_model else RENDER_SIZE
         result = self.pipeline(

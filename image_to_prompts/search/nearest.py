@@ -81,7 +81,7 @@ def open_index(csvs: Sequence[Path]) -> Index:
             stamp = Stamp(folder / ".index.done", "index", {"encoder": text_encoder.NAME}, csvs)
             if not all(path.is_file() for path in csvs) or not stamp.is_current():
                 stamp.claim([texts, vectors])
-                _build(_prompts(csvs), texts, vectors)
+                build(_prompts(csvs), texts, vectors)
                 stamp.write([texts, vectors])
             column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"].combine_chunks()
             return Index(column, np.load(vectors, mmap_mode="c"))
@@ -98,7 +98,7 @@ def _prompts(csvs: Sequence[Path]) -> list[str]:
     return prompts
 
 
-def _build(prompts: list[str], texts: Path, vectors: Path) -> None:
+def build(prompts: list[str], texts: Path, vectors: Path) -> None:
     """Writes the two files of an index."""
     import pyarrow as pa
 

@@ -248,7 +248,7 @@ class Trainer:
             group["lr"] = schedule.learning_rate * factor
         seed = np.random.SeedSequence((schedule.seed, standing.epoch, standing.step, self.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
-        loss = self._within_memory(images, rows, planned) if len(rows) else self._nothing()
+        loss = self._within_memory(images, rows, planned) if len(rows) else self.no_gradients()
         norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
         if norm is not None and not self.accelerator.scaler and not torch.isfinite(norm):
             self._stop(rows, f"the gradients' norm is {norm.item()}")
@@ -263,13 +263,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             pieces = -(-len(rows) // at_once)
             split = zip(images.tensor_split(pieces), rows.tensor_split(pieces), strict=True)
-            return sum(self._gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split))
+            return sum(self.gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split))
 
         alone = self.processes == 1
         loss, self.micro = within_memory(work, self.micro, len(rows), alone, "lower --micro-batch")
         return loss
 
-    def _nothing(self) -> float:
+    def no_gradients(self) -> float:
         """A gradient of 0 for a share none of whose images can be read: other processes wait for one."""
         import torch
 
@@ -278,7 +278,7 @@ class Trainer:
         self.accelerator.backward(0 * self.wrapped(blank).float().sum())
         return 0.0
 
-    def _gradients(self, images: torch.Tensor, rows: torch.Tensor, planned: int, last: bool) -> float:
+    def gradients(self, images: torch.Tensor, rows: torch.Tensor, planned: int, last: bool) -> float:
         """Adds a piece's part of the gradient of the batch's mean loss; processes meet at the last piece."""
         import torch
         from torch.nn.functional import cosine_similarity

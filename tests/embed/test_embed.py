@@ -74,7 +74,7 @@ def test_an_unreadable_image_has_no_row(small_run, tmp_path, caplog):
 
 def interrupted(config, monkeypatch):
     """Stops a run after two blocks; returns how many images each block had, and goes on counting in later runs."""
-    seen, see, limit = [], encoders._see, 2
+    seen, see, limit = [], encoders.see, 2
 
     def counted(batch_size, built, rows, workers):
         if len(seen) == limit:
@@ -82,7 +82,7 @@ def interrupted(config, monkeypatch):
         seen.append(len(rows))
         return see(batch_size, built, rows, workers)
 
-    monkeypatch.setattr(encoders, "_see", counted)
+    monkeypatch.setattr(encoders, "see", counted)
     with pytest.raises(KeyboardInterrupt):
         embed.run(config)
     limit = None

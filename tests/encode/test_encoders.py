@@ -172,7 +172,7 @@ def test_embeddings_of_terms_are_kept_beside_the_weights(tiny_encoders, tmp_path
     moved = tmp_path / "attached" / "clip"
     shutil.copytree(clip, moved)
     monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "two"))
-    monkeypatch.setattr(interrogator.Interrogator, "_texts", lambda self, texts: pytest.fail("embedded again"))
+    monkeypatch.setattr(interrogator.Interrogator, "embed_texts", lambda self, texts: pytest.fail("embedded again"))
     np.testing.assert_array_equal(first.features, load(tiny_encoders, ranker=f"open_clip:{moved}").features)
 
 
@@ -180,7 +180,7 @@ def test_terms_that_are_embedded_in_part_go_on(tiny_encoders, tmp_path, monkeypa
     monkeypatch.setattr(interrogator, "TEXTS", 4)
     clip = tmp_path / "clip"
     shutil.copytree(tiny_encoders["clip"], clip, ignore=shutil.ignore_patterns("terms"))
-    plain, asked = interrogator.Interrogator._texts, []
+    plain, asked = interrogator.Interrogator.embed_texts, []
 
     def killed(self, texts):
         if len(asked) == 2:
@@ -189,11 +189,11 @@ def test_terms_that_are_embedded_in_part_go_on(tiny_encoders, tmp_path, monkeypa
         return plain(self, texts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(interrogator.Interrogator, "_texts", killed)
+        patch.setattr(interrogator.Interrogator, "embed_texts", killed)
         with pytest.raises(KeyboardInterrupt):
             load(tiny_encoders, ranker=f"open_clip:{clip}")
     monkeypatch.setattr(
-        interrogator.Interrogator, "_texts", lambda self, texts: asked.append(texts) or plain(self, texts)
+        interrogator.Interrogator, "embed_texts", lambda self, texts: asked.append(texts) or plain(self, texts)
     )
     whole = load(tiny_encoders, ranker=f"open_clip:{clip}")
     assert sum(len(texts) for texts in asked if len(texts) <= 4) == len(whole.labels)
@@ -205,6 +205,6 @@ def test_a_folder_that_cannot_be_written_leaves_terms_to_the_cache(tiny_encoders
     (clip / "terms").write_text("in the way, as a read-only mount would be")
     monkeypatch.setenv("IMAGE_TO_PROMPTS_CACHE", str(tmp_path / "cache"))
     first = load(tiny_encoders, ranker=f"open_clip:{clip}")
-    monkeypatch.setattr(interrogator.Interrogator, "_texts", lambda self, texts: pytest.fail("embedded again"))
+    monkeypatch.setattr(interrogator.Interrogator, "embed_texts", lambda self, texts: pytest.fail("embedded again"))
     np.testing.assert_array_equal(first.features, load(tiny_encoders, ranker=f"open_clip:{clip}").features)
     assert (clip / "terms").read_text().startswith("in the way")

@@ -40,7 +40,7 @@ def test_activations_grow_with_the_batch_and_are_those_of_the_trained_part(small
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     everything = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64)).train()
-    assert sizes[0] < dry_run._kept_by(everything, lambda: everything(images))
+    assert sizes[0] < dry_run.kept_by(everything, lambda: everything(images))
     few, many = (planned(small_run, batch_size=size, cache_features=False, micro_batch=4) for size in (4, 64))
     assert few.memory == many.memory
 

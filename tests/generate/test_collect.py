@@ -208,7 +208,7 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
     (tmp_path / "a.txt").write_text("\n".join(f"a red fox beside {number % 17} birds" for number in range(40)))
     given_ = ("table", (str(tmp_path / "a.txt"),))
     collect.collect(*given_, tmp_path / "whole.csv")
-    real, written = collect._write_block, []
+    real, written = collect.write_block, []
 
     def torn(*arguments):
         real(*arguments)
@@ -216,7 +216,7 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
         if len(written) % 2 == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect, "_write_block", torn)
+    monkeypatch.setattr(collect, "write_block", torn)
     for _ in range(9):
         try:
             collect.collect(*given_, tmp_path / "torn.csv")
@@ -227,10 +227,10 @@ def test_stopped_anywhere_and_started_again_it_ends_the_same(tmp_path, monkeypat
     for name in ("{}.csv", "{}.rules.json"):
         assert (tmp_path / name.format("torn")).read_bytes() == (tmp_path / name.format("whole")).read_bytes()
     assert not list(tmp_path.glob(".torn.done-*"))
-    real_read = collect._read
-    monkeypatch.setattr(collect, "_read", lambda *arguments: pytest.fail("read again"))
+    real_read = collect.read_blocks
+    monkeypatch.setattr(collect, "read_blocks", lambda *arguments: pytest.fail("read again"))
     collect.collect(*given_, tmp_path / "torn.csv")
-    monkeypatch.setattr(collect, "_read", real_read)
+    monkeypatch.setattr(collect, "read_blocks", real_read)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

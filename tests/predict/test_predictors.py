@@ -85,15 +85,15 @@ def test_images_not_reached_in_time_get_the_mean(small_run, small_checkpoint, tm
     assert submission.check(config.out, config.images) == len(whole.files)
     assert f"{short.unreached} of {len(whole.files)} images not reached in time" in caplog.text
     monkeypatch.setattr(predictors.Deadline, "passed", lambda self: False)
-    computed, see = [], encoders._see
-    monkeypatch.setattr(encoders, "_see", lambda size, e, rows, n: computed.append(len(rows)) or see(size, e, rows, n))
+    computed, see = [], encoders.see
+    monkeypatch.setattr(encoders, "see", lambda size, e, rows, n: computed.append(len(rows)) or see(size, e, rows, n))
     again = infer.run(config)  # goes on from the blocks that were done
     assert not again.unreached and sum(computed) == 3 * short.unreached
     np.testing.assert_allclose(again.vectors, whole.vectors, atol=1e-6)
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller_once(small_run, small_checkpoint, tmp_path, monkeypatch):
-    sizes, see = [], encoders._see
+    sizes, see = [], encoders.see
 
     def short_of_memory(batch_size, built, rows, workers):
         sizes.append(batch_size)
@@ -101,7 +101,7 @@ def test_a_batch_that_does_not_fit_is_made_smaller_once(small_run, small_checkpo
             raise RuntimeError("CUDA out of memory.")
         return see(batch_size, built, rows, workers)
 
-    monkeypatch.setattr(encoders, "_see", short_of_memory)
+    monkeypatch.setattr(encoders, "see", short_of_memory)
     monkeypatch.setattr(predictors, "BLOCK", 16)  # four blocks
     config = infer.Config(images=small_run.images, checkpoint=(small_checkpoint,), out=tmp_path / "s.csv")
     config.views = ("whole",)

@@ -109,7 +109,7 @@ def out_of_memory(backend, monkeypatch, fits):
     """Lets every call with more than `fits` images fail as CUDA does."""
     import torch
 
-    call, tried = backend._call, []
+    call, tried = backend.call, []
 
     def limited(rows, steps):
         tried.append((len(rows), steps))
@@ -117,7 +117,7 @@ def out_of_memory(backend, monkeypatch, fits):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return call(rows, steps)
 
-    monkeypatch.setattr(backend, "_call", limited)
+    monkeypatch.setattr(backend, "call", limited)
     return tried
 
 
@@ -140,7 +140,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_pictures(tiny_sd2, monkeyp
 def test_the_batch_is_sized_to_memory_with_one_step(tiny_sd2, monkeypatch, device, expected):
     nothing = SimpleNamespace(device=SimpleNamespace(type=device))
     monkeypatch.setattr(stable_diffusion, "load", lambda *_: nothing)
-    monkeypatch.setattr(StableDiffusionBackend, "_call", lambda self, rows, steps: [(None, "")] * len(rows))
+    monkeypatch.setattr(StableDiffusionBackend, "call", lambda self, rows, steps: [(None, "")] * len(rows))
     backend = StableDiffusionBackend(tiny_sd2)
     tried = out_of_memory(backend, monkeypatch, fits=4)
     backend.start()
@@ -148,14 +148,14 @@ def test_the_batch_is_sized_to_memory_with_one_step(tiny_sd2, monkeypatch, devic
 
 
 def test_one_bad_row_is_flagged(tiny_sd2, monkeypatch, tmp_path, caplog):
-    call = StableDiffusionBackend._call
+    call = StableDiffusionBackend.call
 
     def failing(self, rows, steps):
         if any("poison" in row.prompt for row in rows):
             raise ValueError("no such token")
         return call(self, rows, steps)
 
-    monkeypatch.setattr(StableDiffusionBackend, "_call", failing)
+    monkeypatch.setattr(StableDiffusionBackend, "call", failing)
     csv = tmp_path / "m.csv"
     metadata.write_table(csv, pd.DataFrame({"image_name": list("abcd"), "prompt": ["x", "poison", "y", "z"]}))
     values = {"backend": "sd2", "weights": tiny_sd2, "batch_size": 2, "steps": 2}
@@ -172,7 +172,7 @@ def test_one_bad_row_is_flagged(tiny_sd2, monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize("said", ["CUDA error: unspecified launch failure", "could not create a primitive"])
 def test_a_machine_that_fails_leaves_no_row_failed(said, per_tar, tiny_sd2, monkeypatch, tmp_path):
     """A GPU that is lost fails every row from then on; memory that is short is told at once."""
-    call, calls = StableDiffusionBackend._call, []
+    call, calls = StableDiffusionBackend.call, []
 
     def failing(self, rows, steps):
         calls.append(rows)
@@ -186,7 +186,7 @@ def test_a_machine_that_fails_leaves_no_row_failed(said, per_tar, tiny_sd2, monk
     values = {"metadata": csv, "backend": "sd2", "weights": tiny_sd2, "batch_size": 1, "steps": 1, "per_tar": per_tar}
     render.run(render.Config(out=tmp_path / "whole", **values))
     with monkeypatch.context() as patch, pytest.raises((UserError, RuntimeError), match=said):
-        patch.setattr(StableDiffusionBackend, "_call", failing)
+        patch.setattr(StableDiffusionBackend, "call", failing)
         render.run(render.Config(out=tmp_path / "torn", **values))
     assert len(calls) == (4 if "primitive" in said else 6)  # the batch, its row alone, an empty prompt
     render.run(render.Config(out=tmp_path / "torn", **values))

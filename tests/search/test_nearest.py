@@ -123,7 +123,7 @@ def test_two_processes_with_one_index_do_not_mix_its_files(tmp_path, monkeypatch
     monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / "cache"))
     csv = write(tmp_path / "one.csv", ["a red fox", "two boats"])
     building, version = threading.Event(), []
-    build = nearest._build
+    build = nearest.build
 
     def slow(csvs, texts, vectors):
         build(csvs, texts, vectors)
@@ -131,7 +131,7 @@ def test_two_processes_with_one_index_do_not_mix_its_files(tmp_path, monkeypatch
         time.sleep(0.5)
         version.append("built")
 
-    monkeypatch.setattr(nearest, "_build", slow)
+    monkeypatch.setattr(nearest, "build", slow)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(nearest.open_index, [csv])
         building.wait()

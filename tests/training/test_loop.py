@@ -73,7 +73,7 @@ def test_a_batch_in_pieces_is_the_same_batch(small_run, tiny_open_clip, tmp_path
 
 
 def test_out_of_memory_halves_the_pieces(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
-    plain = loop.Trainer._gradients
+    plain = loop.Trainer.gradients
 
     def limited(self, images, rows, planned, last):
         if len(rows) > 4:
@@ -81,12 +81,12 @@ def test_out_of_memory_halves_the_pieces(small_run, tiny_open_clip, tmp_path, mo
         return plain(self, images, rows, planned, last)
 
     finetune.run(config(small_run, tmp_path / "a", tiny_open_clip))
-    monkeypatch.setattr(loop.Trainer, "_gradients", limited)
+    monkeypatch.setattr(loop.Trainer, "gradients", limited)
     finetune.run(config(small_run, tmp_path / "b", tiny_open_clip))
     assert caplog.text.count("out of memory") == 2  # 16 -> 8 -> 4, then never again
     assert difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) < 1e-4
     monkeypatch.setattr(
-        loop.Trainer, "_gradients", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+        loop.Trainer, "gradients", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )
     with pytest.raises(UserError, match=r"memory does not suffice for one image: .*; lower --micro-batch"):
         finetune.run(config(small_run, tmp_path / "c", tiny_open_clip))
@@ -148,14 +148,14 @@ def test_no_better_epoch_stops_early(small_run, tiny_open_clip, tmp_path):
 
 
 def test_nan_names_the_batch_and_keeps_the_checkpoint(small_run, tiny_open_clip, tmp_path, monkeypatch):
-    plain = loop.Trainer._gradients
+    plain = loop.Trainer.gradients
 
     def poisoned(self, images, rows, planned, last):
         if self.standing.epoch == 2:
             self.parameters[0].data.fill_(float("nan"))
         return plain(self, images, rows, planned, last)
 
-    monkeypatch.setattr(loop.Trainer, "_gradients", poisoned)
+    monkeypatch.setattr(loop.Trainer, "gradients", poisoned)
     names = set(metadata.read(small_run.metadata)["image_name"])
     with pytest.raises(UserError, match=r"epoch 2, step 1: the loss is not a number \(images ") as raised:
         finetune.run(config(small_run, tmp_path / "c", tiny_open_clip, epochs=3, batch_size=4))
@@ -201,7 +201,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
             *(settings, tmp_path / "no-state"),
         )
         batch, numbers = source.collate([source[row] for row in which])
-        trainer._gradients(batch, numbers, planned, True)
+        trainer.gradients(batch, numbers, planned, True)
         return [parameter.grad for parameter in trainer.parameters]
 
     which = rows.train[:8]
@@ -217,7 +217,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
 def test_a_large_gradient_is_clipped(small_run, tiny_open_clip, tmp_path, monkeypatch):
     """AdamW hides the size of a gradient that never changes; what it is given shows it."""
     norms, settings = [], config(small_run, tmp_path / "x", tiny_open_clip)
-    monkeypatch.setattr(loop.Trainer, "_gradients", blown_up(loop.Trainer._gradients))
+    monkeypatch.setattr(loop.Trainer, "gradients", blown_up(loop.Trainer.gradients))
     plain = torch.optim.AdamW.step
 
     def watched(self, *values, **named):
@@ -252,10 +252,10 @@ def test_a_resumed_training_takes_the_micro_batch_that_is_asked_for(small_run, t
     """As the error of several processes that run out of memory advises."""
     settings, sizes = config(small_run, tmp_path / "a", tiny_open_clip), []
     stopped_after(monkeypatch, 1, settings)
-    plain = loop.Trainer._gradients
+    plain = loop.Trainer.gradients
     monkeypatch.setattr(
         loop.Trainer,
-        "_gradients",
+        "gradients",
         lambda self, images, rows, *rest: sizes.append(len(rows)) or plain(self, images, rows, *rest),
     )
     finetune.run(replace(settings, micro_batch=3))
@@ -510,7 +510,7 @@ def test_the_loss_is_one_minus_the_cosine_and_its_gradient_the_batches_mean(trai
     predicted = trainer.model(batch)
     cosines = torch.nn.functional.cosine_similarity(predicted, torch.from_numpy(trainer.rows.targets)[rows])
     expected = torch.autograd.grad((1 - cosines).mean(), trainer.parameters)
-    loss = trainer._gradients(batch, rows, 4, True)
+    loss = trainer.gradients(batch, rows, 4, True)
     assert loss == pytest.approx(float((1 - cosines).sum()), abs=1e-4)
     for parameter, gradient in zip(trainer.parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-3)
@@ -569,5 +569,5 @@ def test_a_loss_that_is_no_number_names_five_images_at_most(trainer, count, more
 
 def test_a_share_without_images_gives_a_gradient_of_zero(trainer):
     assert trainer.step(torch.empty(0), torch.empty(0, dtype=torch.int64), 4, 0.0) == 0.0
-    trainer._nothing()
+    trainer.no_gradients()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.parameters)
