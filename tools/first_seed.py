@@ -153,9 +153,7 @@ def predict(
     table = _table(embeddings, about["arrays"])
     widths = [one.shape[1] for one in table.arrays.values()]
     if widths != about["widths"]:
-        raise UserError(
-            f"{embeddings}: arrays of {widths} numbers; {checkpoint} needs {about['widths']}, in this order"
-        )
+        raise UserError(f"{embeddings}: arrays of {widths} numbers; {checkpoint} needs {about['widths']}")
     vectors = ensemble.predict(network, list(table.arrays.values()), about["batch_size"])
     with writing(out.with_name(f".{out.stem}.done"), "first_seed predict", [out], [checkpoint / FILES[0]]):
         submission.write(out, [metadata.stem(name) for name in table.frame["image_name"]], metrics.unit(vectors))

@@ -172,9 +172,7 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     if config.fast:
         result = _as_float32(result)
     if not len(result.kept_rows):
-        raise UserError(
-            f"{config.prompts[0]}: every row resembles one of --against at {config.threshold}; give new rows"
-        )
+        raise UserError(f"{config.prompts[0]}: every row resembles one of --against; give new rows")
     kept = with_groups(result.kept, result.groups(), config.folds)
     metadata.check_names(kept, config.out)
     metadata.write_table(removed_path(config.out), result.removed)

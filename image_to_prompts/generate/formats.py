@@ -56,10 +56,8 @@ def parquet_blocks(
             there = file.schema_arrow.names
             for column in required:
                 if column not in there:
-                    raise UserError(
-                        f"{reading.path}: no column {column!r}, found {', '.join(there)}; correct --source "
-                        "or --prompt-column"
-                    )
+                    found = ", ".join(there)
+                    raise UserError(f"{reading.path}: no column {column!r}, found {found}; correct --prompt-column")
             chosen, start = [column for column in columns if column in there], 0
             groups = range(file.num_row_groups)  # one by one, for a reader of all keeps all that it has read
             for batch in (one for group in groups for one in file.iter_batches(BLOCK, [group], chosen)):
@@ -67,10 +65,8 @@ def parquet_blocks(
                 block = pl.DataFrame(pl.from_arrow(batch)).rename({column: columns[column] for column in chosen})
                 types = {name: kind for name, kind in _types().items() if name in block.columns}
                 block = block.with_columns(pl.col(name).cast(kind, strict=False) for name, kind in types.items())
-                if block["prompt"].dtype != pl.String:
-                    raise UserError(
-                        f"{reading.path}: the prompts are {block['prompt'].dtype}, not text; correct --prompt-column"
-                    )
+                if (kind := block["prompt"].dtype) != pl.String:
+                    raise UserError(f"{reading.path}: the prompts are {kind}, not text; correct --prompt-column")
                 if numbered:
                     ids = [str(row) for row in range(start + 1, start + 1 + len(block))]
                     block = block.with_columns(pl.Series("source_id", ids, pl.String))

@@ -59,9 +59,7 @@ def read(folder: Path) -> Kernel:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not what make kernels writes ({error!r}); run it again") from error
     if PLACEHOLDER in json.dumps(metadata):
-        raise UserError(
-            f"{path}: {PLACEHOLDER!r} is a placeholder; put your Kaggle name into owner.json and run make kernels"
-        )
+        raise UserError(f"{path}: {PLACEHOLDER!r} is a placeholder; put your Kaggle name into owner.json, make kernels")
     if not owned:
         raise UserError(f"{path}: id {metadata['id']!r}: must be owner/slug; correct owner.json and run make kernels")
     if not code.is_file():

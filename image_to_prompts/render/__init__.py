@@ -130,10 +130,8 @@ def expand(frame: pd.DataFrame, seeds: int, suffix: str, path: Path) -> tuple[pd
     twice = pd.Series(files).duplicated()
     if twice.any():
         row = int(twice.argmax())
-        raise UserError(
-            f"{path}: row {row // seeds + 1}: image file {files[row]} would be written twice; rename "
-            f"{whole['image_name'][row]!r}"
-        )
+        file, name = files[row], whole["image_name"][row]
+        raise UserError(f"{path}: row {row // seeds + 1}: {file} would be written twice; rename {name!r}")
     columns = (whole["image_name"], whole["prompt"], whole["seed"], files)
     return whole, [Row(i, *values) for i, values in enumerate(zip(*columns, strict=True))]
 
@@ -186,10 +184,8 @@ def verify(out: Path) -> pd.DataFrame:
     for file in bad["file"]:
         log.warning("%s: missing or damaged", out / file)
     if len(bad):
-        raise UserError(
-            f"{out}: {len(bad)} of {len(manifest)} images are missing or damaged, first {bad['file'].iloc[0]}; "
-            "the same command without --verify renders them again"
-        )
+        said = f"{len(bad)} of {len(manifest)} images are missing or damaged, first {bad['file'].iloc[0]}"
+        raise UserError(f"{out}: {said}; the same command without --verify renders them again")
     log.info("%s: all %d images are as the manifest says", out, len(manifest))
     return bad[["image_name", "file"]]
 
@@ -231,10 +227,8 @@ def _store(config: Config, settings: dict[str, Any], rows: list[Row], journal: s
         return FolderStore(config.out, settings, journal)
     for row in rows:
         if {".", "/"} & set(metadata.stem(row.file)):
-            raise UserError(
-                f"{config.metadata}: image name {row.name!r}: names in a tar shard end at the first dot and have no "
-                "folders; rename it, or leave --per-tar out"
-            )
+            said = "a tar shard ends names at the first dot and has no folders; rename it, or leave --per-tar out"
+            raise UserError(f"{config.metadata}: image name {row.name!r}: {said}")
     return TarStore(config.out, settings, journal, config.per_tar, len(rows))
 
 

@@ -97,11 +97,10 @@ class TarStore(FolderStore):
         for row, record in zip(rows, records, strict=False):
             inside = row._replace(file=f"{path.name.removesuffix('.part')}/{row.file}")
             if record["image_name"] != row.name or not self.fits(record, inside):
-                raise UserError(
-                    f"{path}: holds {record['image_name']!r} with seed {record['seed']} where the metadata has "
-                    f"{row.name!r} with seed {row.seed} or another prompt (image {row.number + 1}); add rows at the "
-                    "end only, choose another --out, or delete this shard"
-                )
+                there = f"{record['image_name']!r} with seed {record['seed']}"
+                wanted = f"{row.name!r} with seed {row.seed} or another prompt (image {row.number + 1})"
+                said = "add rows at the end only, choose another --out, or delete this shard"
+                raise UserError(f"{path}: holds {there} where the metadata has {wanted}; {said}")
             self.records[row.name] = record
 
     def add(self, row: Row, data: bytes | None, flag: str) -> None:

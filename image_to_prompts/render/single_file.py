@@ -29,10 +29,8 @@ def load(path: Path, dtype: torch.dtype, any_model: bool = False) -> StableDiffu
         UserError: If the name does not say that it is the 768-px model: the 512-px one has the very same tensors.
     """
     if not any_model and ("768" not in path.name or "2-1" in path.name):  # 2.1's is v2-1_768-ema-pruned
-        raise UserError(
-            f"{path}: the tensors do not tell the 768-px v_prediction model 2.0 from the 512-px one and 2.1; if it is "
-            "the former, give it its name, 768-v-ema; otherwise take it with --any-model"
-        )
+        said = "its tensors do not tell the 768-px model 2.0 from the 512-px one and 2.1"
+        raise UserError(f"{path}: {said}; if it is the first, name it 768-v-ema; otherwise take it with --any-model")
     return StableDiffusionPipeline.from_single_file(
         str(path),
         config=str(SETTINGS),

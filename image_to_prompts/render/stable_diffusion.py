@@ -48,10 +48,8 @@ def check_model(pipeline: StableDiffusionPipeline) -> None:
     prediction = pipeline.scheduler.config.get("prediction_type", "epsilon")
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
     if prediction != "v_prediction" or size != RENDER_SIZE:
-        raise UserError(
-            f"found a {size}-px {prediction} model, need the {RENDER_SIZE}-px v_prediction one "
-            f"(stable-diffusion-2, not -base); {OTHER_WEIGHTS}"
-        )
+        need = f"need the {RENDER_SIZE}-px v_prediction one (stable-diffusion-2, not -base)"
+        raise UserError(f"found a {size}-px {prediction} model, {need}; {OTHER_WEIGHTS}")
 
 
 def load(path: Path, fast: bool = False, any_model: bool = False) -> StableDiffusionPipeline:

@@ -101,10 +101,10 @@ class FolderStore:
             if str(found.get(key, "")) != str(value):
                 if record["flag"] == FAILED:
                     return False
-                raise UserError(
-                    f"{self.out}: {record['image_name']} was rendered with {key} {found.get(key) or 'none'}, not "
-                    f"{value or 'none'}; choose another --out or the old settings, or delete the folder"
+                said = (
+                    f"{record['image_name']} was rendered with {key} {found.get(key) or 'none'}, not {value or 'none'}"
                 )
+                raise UserError(f"{self.out}: {said}; choose another --out or the old settings, or delete the folder")
         if record["flag"] not in FLAGS:
             return False
         file = row.file if record["flag"] != FAILED else ""

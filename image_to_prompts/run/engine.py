@@ -123,10 +123,8 @@ def _connected(config: EngineConfig) -> Any:
         ray.init(config.address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         said = str(error).splitlines()[0]
-        raise UserError(
-            f"--address {config.address}: no Ray cluster there: {said}; correct it, run this on one of its nodes, "
-            "or, if it asks for a token, set RAY_AUTH_MODE=token"
-        ) from error
+        remedy = "correct it, run this on one of its nodes, or, if it asks for a token, set RAY_AUTH_MODE=token"
+        raise UserError(f"--address {config.address}: no Ray cluster there: {said}; {remedy}") from error
     where = config.address or "a cluster on this machine"
     log.info("Ray %s, %s: connected in %.1f s", ray.__version__, where, time.monotonic() - begun)
     return ray

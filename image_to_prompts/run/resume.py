@@ -116,10 +116,8 @@ def check_whole(folder: Path, *names: str) -> None:
         outputs = _read_stamp(stamp)["outputs"]
         for path in (folder / name for name in names if outputs.get(name)):
             if path.is_file() and sha256(path) != outputs[path.name]:
-                raise UserError(
-                    f"{path}: damaged: not what the stage that made it wrote; run that stage again, or delete {stamp} "
-                    "if you have changed the file yourself"
-                )
+                remedy = f"run that stage again, or delete {stamp} if you have changed the file yourself"
+                raise UserError(f"{path}: damaged: not what the stage that made it wrote; {remedy}")
 
 
 @contextlib.contextmanager

@@ -177,9 +177,8 @@ def _announce(model: nn.Module, count: int, side: int, device: torch.device, mix
     free = shutil.disk_usage(work).free + there
     log.info("cached features of %d images: %.2f GB in %s (%.0f GB free)", count, size / 1e9, work, free / 1e9)
     if size > free:
-        raise UserError(
-            f"{work}: cached features need {size / 1e9:.1f} GB, {free / 1e9:.1f} are free; use --no-cache-features"
-        )
+        need = f"cached features need {size / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        raise UserError(f"{work}: {need}; use --no-cache-features")
 
 
 def over_cache(model: nn.Module) -> nn.Module:

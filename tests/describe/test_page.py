@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.server
 import os
 import shutil
 import socket
@@ -217,7 +218,19 @@ def test_no_file_outside_the_uploads_can_be_read(server, trained_run, pictures):
         for form in (f"file={path}", f"file/{path}", f"file=%2e%2e/{path.name}"):
             answer = httpx.get(f"{server.url}/gradio_api/{form}")
             assert answer.status_code in (403, 404), (form, answer.status_code)
+    asked = []  # whatever version of Gradio there is, it must not fetch an address for a user
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+    elsewhere = http.server.HTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
     for claim in (
+        {"path": f"http://127.0.0.1:{elsewhere.server_port}/a.png"},
         {"path": str(secret)},
         {"path": "secret.txt"},
         {"path": str(secret), "url": f"file://{secret}"},
@@ -230,6 +243,8 @@ def test_no_file_outside_the_uploads_can_be_read(server, trained_run, pictures):
         if call.status_code == 200:
             text = httpx.get(f"{server.url}/gradio_api/call/describe/{call.json()['event_id']}", timeout=60).text
         assert "error" in text and "secret\n" not in text, (claim, text)
+    assert not asked
+    elsewhere.shutdown()
     assert server.describe(pictures[0])[0]  # it keeps serving
 
 
