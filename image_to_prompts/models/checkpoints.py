@@ -220,7 +220,7 @@ def load(folder: Path) -> Checkpoint:
         spec = backbones.Spec(**config["backbone"])
         mean = state.pop("mean_target").numpy()
         model = build(spec)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: not a checkpoint of an image tower: {error!r}; run finetune again") from error
     backbones.fill(model, state, str(folder), "; run finetune again")
     return Checkpoint(model.eval(), spec, config, mean)

@@ -60,8 +60,8 @@ WEIGHTS = {name: Weights(**values) for name, values in tomllib.loads(_LISTED).it
 
 
 @contextlib.contextmanager
-def reading(path: Path, what: str, remedy: str = "download it again") -> Iterator[None]:
-    """Turns any failure to load what lies at `path` into one line that names the damaged file, if one is found."""
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns any failure to load the weights at `path` into one line that names the damaged file, if one is found."""
     if "transformers" in sys.modules:  # a stage has one bar, its own
         sys.modules["transformers"].utils.logging.disable_progress_bar()
     try:
@@ -71,7 +71,7 @@ def reading(path: Path, what: str, remedy: str = "download it again") -> Iterato
     except Exception as error:  # each library raises its own kind for a missing, foreign or torn file
         for file in sorted(path.rglob("*.safetensors") if path.is_dir() else [path]):
             if file.suffix == ".safetensors" and (problem := _damage(file)):
-                raise UserError(f"{file}: damaged ({problem}); {remedy}") from error
+                raise UserError(f"{file}: damaged ({problem}); download it again") from error
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: not {what}: {said[0]}") from error
 
