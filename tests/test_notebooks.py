@@ -95,15 +95,13 @@ def test_generate_and_render_run_on_the_kaggle_profile(tiny_gpt2, tiny_sd2, tmp_
     run = folders.Run(tmp_path / "working")
     values = {"run_folder": str(run.folder), "profile": "full"}
 
-    written = build.execute("01_generate_prompts", tmp_path / "01.ipynb", {**values, "count": 300}, tmp_path)
+    build.execute("01_generate_prompts", tmp_path / "01.ipynb", {**values, "count": 300}, tmp_path)
     prompts = metadata.read(run.prompts)
     assert len(prompts) == 300 and prompts["source"].eq("magicprompt").all()
-    assert "300 prompts, " in said(written) and " GB in all" in said(written)
 
     metadata.write_table(run.train_metadata, prompts.head(4))
     metadata.write_table(run.test_metadata, prompts.tail(1))
-    drawn = build.execute("03_render_images", tmp_path / "03.ipynb", {**values, "fast": True, "seeds": 2}, tmp_path)
-    assert "train: 8 images, 7 to do, " in said(drawn) and " GB in all" in said(drawn)
+    build.execute("03_render_images", tmp_path / "03.ipynb", {**values, "fast": True, "seeds": 2}, tmp_path)
     manifest = pd.read_csv(run.train_images / "manifest.csv", keep_default_na=False)
     assert manifest["scheduler"].eq("DPM-Solver++").all() and len(manifest) == 8
     assert manifest["file"].str.startswith("00000.tar/").all()
