@@ -106,8 +106,3 @@ def test_generate_and_render_run_on_the_kaggle_profile(tiny_gpt2, tiny_sd2, tmp_
     assert manifest["scheduler"].eq("DPM-Solver++").all() and len(manifest) == 8
     assert manifest["file"].str.startswith("00000.tar/").all()
     assert (run.report / "gallery_train.png").is_file()
-
-
-def said(notebook) -> str:
-    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    return "\n".join(o.text for o in outputs if o.output_type == "stream")

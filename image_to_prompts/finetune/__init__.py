@@ -110,10 +110,7 @@ def plan(config: Config) -> dry_run.Plan:
     frames = map(metadata.read, dataset.tables(config.metadata, config.images))
     # A table without folds gets eight from `dataset.split`.
     rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
-    return dry_run.make(
-        *(backbones.describe(config.backbone, config.image_size), rows, config),
-        *(config.precision == "auto", config.cache_features, config.grad_checkpointing),
-    )
+    return dry_run.make(backbones.describe(config.backbone, config.image_size), rows, config)
 
 
 def run(config: Config) -> pd.DataFrame:

@@ -80,63 +80,36 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def make(
-    spec: backbones.Spec, rows: int, schedule: loop.Schedule, mixed: bool, cache: bool, grad_checkpointing: bool
-) -> Plan:
+def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     """Builds the model with random weights, counts, and measures a step at the batch size if it fits.
 
     Args:
         spec: Its backbone.
         rows: Rows that would train.
         schedule: How it would train.
-        mixed: In the hardware's half precision.
-        cache: With cached features.
-        grad_checkpointing: Computing activations twice.
     """
     _, processes = rank_and_processes()
-    size = spec.image_size
     micro = schedule.micro_batch or -(-schedule.batch_size // processes)
-    accelerator = models.accelerator_for(mixed)
-    free = free_memory(accelerator.device)
-    model, trained_names = models.build(spec, accelerator, pretrained=False, grad_checkpointing=grad_checkpointing)
-    groups = freezing.layer_groups(model.backbone)
-    images = torch.randint(0, 256, (2 * PROBE, 3, size, size), dtype=torch.uint8)
+    accelerator = models.accelerator_for(schedule.precision == "auto")
+    free, again = free_memory(accelerator.device), schedule.grad_checkpointing
+    model, trained_names = models.build(spec, accelerator, pretrained=False, grad_checkpointing=again)
+    images = torch.randint(0, 256, (2 * PROBE, 3, spec.image_size, spec.image_size), dtype=torch.uint8)
     trained = faster(model)
-    if cache:
+    if schedule.cache_features:
         trained = frozen_features.over_cache(model)
         images = frozen_features.activations(model, images.to(accelerator.device)).float()
     images = images[torch.arange(max(micro, 2 * PROBE)) % (2 * PROBE)]
-    trainer = loop.Trainer(
-        accelerator, model, trained, ImageRows([], size), _random_rows(len(images)), schedule, Path()
-    )
+    made_up = _random_rows(len(images))
+    trainer = loop.Trainer(accelerator, model, trained, ImageRows([], spec.image_size), made_up, schedule, Path())
     freezing.set_training(trained, True)
 
     def step(count: int) -> None:
         trainer.step(images[:count], torch.arange(count), count, 0.0)
 
     few, more = (kept_by(model, partial(step, count)) for count in (PROBE, 2 * PROBE))
-    an_image = (more - few) / PROBE
-    tensors = list(model.parameters())
-    own = [p for p in tensors if p.requires_grad]
-    trained_groups = sum(not set(trained_names).isdisjoint(group) for group in groups)
-    numbers = sum(p.numel() for p in own)
-    plan = Plan(
-        counts={
-            "groups": (trained_groups, len(groups)),
-            "tensors": (len(own), len(tensors)),
-            "parameters": (numbers, sum(p.numel() for p in tensors)),
-        },
-        memory={
-            "weights": sum(p.nbytes for p in tensors),
-            "gradients": BYTES * numbers,
-            "optimizer": OPTIMIZER_COPIES * BYTES * numbers,
-            "activations": round(few + (micro - PROBE) * an_image),
-        },
-        micro=micro,
-        free=free,
-        steps=schedule.epochs * math.ceil(rows / schedule.batch_size),
-        seconds=None,
-    )
+    memory = needed(model, round(few + (micro - PROBE) * (more - few) / PROBE))
+    steps = schedule.epochs * math.ceil(rows / schedule.batch_size)
+    plan = Plan(_counts(model, trained_names), memory, micro, free, steps, None)
     if not plan.fits:
         return plan
     times = []
@@ -147,6 +120,25 @@ def make(
             torch.cuda.synchronize(accelerator.device)
         times.append(time.perf_counter() - start)
     return replace(plan, seconds=min(times) * schedule.batch_size / (micro * processes))
+
+
+def needed(model: nn.Module, activations: int) -> dict[str, int]:
+    """Bytes at the peak of a step, by what they are for; `activations` are those kept for the way back."""
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.nbytes for p in model.parameters())
+    optimizer = OPTIMIZER_COPIES * BYTES * numbers
+    return {"weights": weights, "gradients": BYTES * numbers, "optimizer": optimizer, "activations": activations}
+
+
+def _counts(model: nn.Module, trained_names: list[str]) -> dict[str, tuple[int, int]]:
+    """Of groups of layers, tensors and parameters: how many train, and how many there are."""
+    groups, tensors = freezing.layer_groups(model.backbone), list(model.parameters())
+    own = [p for p in tensors if p.requires_grad]
+    return {
+        "groups": (sum(not set(trained_names).isdisjoint(group) for group in groups), len(groups)),
+        "tensors": (len(own), len(tensors)),
+        "parameters": (sum(p.numel() for p in own), sum(p.numel() for p in tensors)),
+    }
 
 
 def _random_rows(count: int) -> dataset.Rows:

@@ -110,15 +110,28 @@ def features(
         UserError: If the cache does not fit on the disk, if the backbone's frozen part cannot be cached, if no image
             can be read, or if processes do not see each other's files.
     """
+    import torch
     from safetensors.torch import load_file
 
     model.eval()
     if cache:
         _announce(model, len(only), images.size, device, mixed, work)
 
+    tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
+
     def make(blocks: Iterable[range]) -> Iterator[dict[str, torch.Tensor]]:
         for rows in blocks:
-            yield _run_block(model, images, only[rows.start : rows.stop], device, cache, mixed, workers)
+            block = only[rows.start : rows.stop]
+            with entering(first) as taken:
+                part = metrics.extract(model.features, images, BATCH, device, workers, block, mixed)[block]
+            whole = np.broadcast_to(part, (len(block), model.width)).copy()  # one column where no image can be read
+            stored = {"features": torch.from_numpy(whole)}
+            if cache:
+                kind = _stored_type(mixed, device)
+                stored["activations"] = torch.cat([one.to(kind) for one in taken]) if taken else torch.empty(0)
+            if taken:
+                _compare(tail, stored["activations"], part, device)
+            yield {name: tensor.contiguous() for name, tensor in stored.items()}
 
     files = resume.blocks(work, len(only), BLOCK, make)
     found = np.full((len(images), model.width), np.nan, np.float32)
@@ -131,31 +144,6 @@ def features(
     position = np.full(len(images), -1)
     position[readable] = np.arange(len(readable))
     return found, CachedRows(files, position)
-
-
-def _run_block(
-    model: nn.Module,
-    images: ImageRows,
-    block: np.ndarray,
-    device: torch.device,
-    cache: bool,
-    mixed: bool,
-    workers: int,
-) -> dict[str, torch.Tensor]:
-    """Features and, if asked for, activations of some rows."""
-    import torch
-
-    tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
-    collected: contextlib.AbstractContextManager[list[torch.Tensor]] = contextlib.nullcontext([])
-    with entering(first) if first is not None else collected as taken:
-        found = metrics.extract(model.features, images, BATCH, device, workers, block, mixed)[block]
-    stored = {"features": torch.from_numpy(np.broadcast_to(found, (len(block), model.width)).copy())}
-    if cache:
-        type_ = _stored_type(mixed, device)
-        stored["activations"] = torch.cat([part.to(type_) for part in taken]) if taken else torch.empty(0)
-        if taken:
-            _compare(tail, stored["activations"], found, device)
-    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def _stored_type(mixed: bool, device: torch.device) -> torch.dtype:
@@ -200,14 +188,15 @@ def activations(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def entering(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects what enters a module, on the CPU, one tensor a forward pass."""
+def entering(module: nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """Collects what enters a module, on the CPU, one tensor a forward pass; nothing without a module."""
     taken: list[torch.Tensor] = []
-    hook = module.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].cpu().clone()))
+    hook = module and module.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].cpu().clone()))
     try:
         yield taken
     finally:
-        hook.remove()
+        if hook:
+            hook.remove()
 
 
 def _compare(tail: nn.Module, activations: torch.Tensor, found: np.ndarray, device: torch.device) -> None:
