@@ -207,11 +207,21 @@ VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 class ImageRows:
-    """A torch map-style dataset: item i is (uint8 array (3, size, size), i), or (None, i) for a broken image."""
+    """A torch map-style dataset: item i is (uint8 array (3, size, size), i), or (None, i) for a broken image.
 
-    def __init__(self, paths: list[Path], size: int, view: str = "whole", augment_seed: int | None = None) -> None:
+    With `fits` an item has a list of arrays in the place of one: the squares to make of an image.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        size: int = 0,
+        view: str = "whole",
+        augment_seed: int | None = None,
+        fits: Sequence[Fit] = (),
+    ) -> None:
         """Takes image files, the side to fit them to, one of `VIEWS`, and a seed if each epoch is to vary them."""
-        self.paths, self.size, self.view = paths, size, VIEWS[view]
+        self.paths, self.size, self.view, self.fits = paths, size, VIEWS[view], fits
         self.augment_seed, self.epoch = augment_seed, 0
         self.broken: dict[Path, str] = {}
 
@@ -221,50 +231,31 @@ class ImageRows:
     def __getitem__(self, row: int) -> tuple[Any, int]:
         try:
             image = self.view(read(self.paths[row]))
-            if self.augment_seed is not None:
-                image = vary(image, random.Random(f"augment {self.augment_seed} {self.epoch} {row}"))
-            pixels = self._pixels(image)
         except BrokenImageError as error:
-            pixels = None
             self.broken[self.paths[row]] = str(error)
-        return pixels, row
-
-    def _pixels(self, image: Image.Image) -> Any:
-        return np.ascontiguousarray(fit(image, self.size))
+            return None, row
+        if self.augment_seed is not None:
+            image = vary(image, random.Random(f"augment {self.augment_seed} {self.epoch} {row}"))
+        squares = [np.ascontiguousarray(fit(image, *one)) for one in self.fits or (Fit(self.size),)]
+        return squares if self.fits else squares[0], row
 
     @staticmethod
     def collate(items: list[tuple[Any, int]]) -> tuple[Any, torch.Tensor]:
         """Batches the readable images of `items`.
 
         Returns:
-            (uint8 tensor (m, 3, size, size), int64 tensor (m,) of row numbers); m may be below the batch size, even 0.
+            (uint8 tensor (m, 3, size, size), or a list of them, one a fit; int64 tensor (m,) of row numbers); m may be
+            below the batch size, even 0.
         """
         import torch
 
         good = [(pixels, row) for pixels, row in items if pixels is not None]
         rows = torch.tensor([row for _, row in good], dtype=torch.int64)
-        return torch.from_numpy(np.stack([pixels for pixels, _ in good])) if good else torch.empty(0), rows
-
-
-class FittedRows(ImageRows):
-    """The same with several squares of each image: item i is (one uint8 array a `Fit`, i), or (None, i)."""
-
-    def __init__(self, paths: list[Path], fits: Sequence[Fit], view: str = "whole") -> None:
-        """Takes image files, the squares to make of each, and one of `VIEWS`."""
-        super().__init__(paths, 0, view)
-        self.fits = fits
-
-    def _pixels(self, image: Image.Image) -> list[np.ndarray]:
-        return [np.ascontiguousarray(fit(image, *one)) for one in self.fits]
-
-    @staticmethod
-    def collate(items: list[tuple[Any, int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Like `ImageRows.collate`, with a tensor for each fit; none if no image can be read."""
-        import torch
-
-        good = [(pixels, row) for pixels, row in items if pixels is not None]
-        squares = zip(*(pixels for pixels, _ in good), strict=True)
-        return [torch.from_numpy(np.stack(square)) for square in squares], torch.tensor([row for _, row in good]).long()
+        if not good:
+            return torch.empty(0), rows
+        if isinstance(good[0][0], list):
+            return [torch.from_numpy(np.stack(some)) for some in zip(*(all_ for all_, _ in good), strict=True)], rows
+        return torch.from_numpy(np.stack([pixels for pixels, _ in good])), rows
 
 
 class Readable(Protocol):

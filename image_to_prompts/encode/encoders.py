@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .. import pipeline
-from ..data.images import Fit, FittedRows, load
+from ..data.images import Fit, ImageRows, load
 from ..models import text_encoder
 from ..run.devices import local_device, within_memory
 from ..run.errors import UserError
@@ -108,7 +108,7 @@ def viewer(
 
     def show(files: list[Path], view: str) -> list[Encoded]:
         nonlocal limit
-        rows = FittedRows(files, fits, view)
+        rows = ImageRows(files, view=view, fits=fits)
         (seen, where), limit = within_memory(lambda count: see(count, encoders, rows, workers), limit, limit)
         return [_encoded(parts, where, len(files)) for parts in seen]
 
@@ -132,7 +132,7 @@ def rows_at_once(fits: Sequence[Fit], batch_size: int) -> int:
 
 
 def see(
-    batch_size: int, encoders: Sequence[Encoder], rows: FittedRows, workers: int
+    batch_size: int, encoders: Sequence[Encoder], rows: ImageRows, workers: int
 ) -> tuple[list[list[np.ndarray | list[str]]], np.ndarray]:
     """What each encoder sees, batch by batch, and the row numbers of all readable images."""
     import torch

@@ -107,13 +107,8 @@ def _filling(
 ) -> Iterator[None]:
     """Copies files into a dataset's folder, under the names given, before the block describes them.
 
-    What an earlier call of the same kind has put there, and this one does not, goes; nothing of others is touched.
-
-    Args:
-        out: The folder; its stamp lies beside it, since all that is in it is published.
-        which: Kind of the files.
-        sources: The files, by their name below `out`.
-        more: Names of what the block writes.
+    What an earlier call of the same kind has put there, and this one does not, goes; nothing of others is touched. The
+    stamp lies beside the folder, since all that is in it is published.
     """
     outputs = [out / name for name in (*sources, *more)]
     with writing(out.with_name(f".{out.name}.{which}.done"), f"kaggle {which}", outputs, sources.values()):

@@ -87,11 +87,7 @@ def dataset_files(given: str) -> list[Path]:
 
 
 def _check_download(file: Path) -> None:
-    """Compares a large file of the hub's cache with its SHA-256, after which the cache names it.
-
-    Raises:
-        UserError: If it is another file.
-    """
+    """Compares a large file of the hub's cache with its SHA-256, after which the cache names it."""
     blob = file.resolve()
     if file.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and (found := _file_digest(file)) != blob.name:
         raise UserError(f"{file}: SHA-256 is {found}, the hub said {blob.name}; delete {blob} and start again")

@@ -152,11 +152,7 @@ def _stored_type(mixed: bool, device: torch.device) -> torch.dtype:
 
 
 def _announce(model: nn.Module, count: int, side: int, device: torch.device, mixed: bool, work: Path) -> None:
-    """Says how large the cache will be, found out with one image.
-
-    Raises:
-        UserError: If there is less room.
-    """
+    """Says how large the cache will be, found out with one image; raises UserError if there is less room."""
     import torch
 
     one = activations(model, torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
