@@ -121,7 +121,7 @@ def test_the_file_is_what_the_competition_reads(tmp_path):
 
 def test_two_images_of_one_stem_are_both_named(tmp_path):
     files = [tmp_path / name for name in ("x.png", "a.png", "sub/a.jpg", "b.png")]
-    with pytest.raises(UserError, match=r"'a': .*/a\.png, .*/sub/a\.jpg; a submission"):
+    with pytest.raises(UserError, match=r"'a': .*/a\.png, .*/sub/a\.jpg; rename one"):
         submission.check_stems(files)
     assert submission.check_stems(files[:2]) == ["x", "a"]
 
