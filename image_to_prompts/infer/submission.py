@@ -27,7 +27,7 @@ def check_stems(files: Sequence[Path]) -> list[str]:
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         both = ", ".join(str(file) for file in files if file.stem == twice[0])
-        raise UserError(f"two images share the stem {twice[0]!r}, which a submission cannot hold: {both}; rename one")
+        raise UserError(f"two images share the stem {twice[0]!r}: {both}; rename one, a submission holds stems alone")
     return stems
 
 
