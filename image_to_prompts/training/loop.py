@@ -12,17 +12,17 @@ import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..data.images import load
 from ..models import freezing
-from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import rank_and_processes, within_memory
 from ..run.errors import UserError
 from ..run.progress import Deadline, progress_to
 from . import state as state_file
+from .schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -36,47 +36,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 WEIGHT_DECAY, CLIP_NORM = 1e-4, 1.0  # the reference's
 NAMED = 5  # images of a bad batch that an error names
-
-
-@dataclass
-class Steps:
-    """How it trains."""
-
-    epochs: Positive = 4
-    """Passes over the training rows."""
-    batch_size: Positive = 32
-    """Images an optimizer step, over all processes."""
-    learning_rate: float = 5e-4
-    """Peak learning rate of AdamW."""
-    cycles: Positive = 1
-    """Cosine cycles of the learning rate over all epochs (warm restarts)."""
-    seed: int = 0
-    """Seed of the shuffling."""
-
-
-@dataclass
-class Limits:
-    """Memory and time."""
-
-    micro_batch: NotNegative = 0
-    """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
-    grad_checkpointing: bool = False
-    """Compute activations twice to keep fewer of them."""
-    cache_features: bool = True
-    """Run the frozen part once and keep its output on disk (20 KB an image for EfficientNet-Lite2 at 224 px)."""
-    precision: Literal["auto", "fp32"] = "auto"
-    """auto: bf16 or fp16 where the hardware has it."""
-    loader_workers: NotNegative = 0
-    """Threads that decode images; 0: one a core."""
-    max_hours: Amount = 0.0
-    """Save and stop before the process is this old; 0: never."""
-    save_minutes: Amount = 10.0
-    """Save the state at least so often."""
-
-
-@dataclass
-class Schedule(Steps, Limits):
-    """All that the loop has to know."""
 
 
 @dataclass

@@ -1,0 +1,47 @@
+"""How `finetune` trains: the flags that the training loop has to know."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..run.bounds import Amount, NotNegative, Positive
+
+
+@dataclass
+class Steps:
+    """How it trains."""
+
+    epochs: Positive = 4
+    """Passes over the training rows."""
+    batch_size: Positive = 32
+    """Images an optimizer step, over all processes."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    cycles: Positive = 1
+    """Cosine cycles of the learning rate over all epochs (warm restarts)."""
+    seed: int = 0
+    """Seed of the shuffling."""
+
+
+@dataclass
+class Limits:
+    """Memory and time."""
+
+    micro_batch: NotNegative = 0
+    """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
+    grad_checkpointing: bool = False
+    """Compute activations twice to keep fewer of them."""
+    cache_features: bool = True
+    """Run the frozen part once and keep its output on disk (20 KB an image for EfficientNet-Lite2 at 224 px)."""
+    precision: Literal["auto", "fp32"] = "auto"
+    """auto: bf16 or fp16 where the hardware has it."""
+    loader_workers: NotNegative = 0
+    """Threads that decode images; 0: one a core."""
+    max_hours: Amount = 0.0
+    """Save and stop before the process is this old; 0: never."""
+    save_minutes: Amount = 10.0
+    """Save the state at least so often."""
+
+
+@dataclass
+class Schedule(Steps, Limits):
+    """All that the loop has to know."""
