@@ -59,9 +59,7 @@ def find(folder: Path) -> list[Path]:
             passed[path.suffix.lower()] += 1
         elif archives.is_archive(path):
             try:
-                found += [
-                    path / name for name in archives.index(path).members if Path(name).suffix.lower() in IMAGE_SUFFIXES
-                ]
+                found += [path / name for name in archives.index(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
             except OSError as error:
                 raise UserError(f"{path}: {error}; render or download it again, or delete it") from error
     if passed := +passed:
@@ -220,7 +218,7 @@ class ImageRows:
         augment_seed: int | None = None,
         fits: Sequence[Fit] = (),
     ) -> None:
-        """Takes image files, the side to fit them to, one of `VIEWS`, and a seed if each epoch is to vary them."""
+        """Takes image files, the side or the squares to fit them to, one of `VIEWS`, a seed if epochs are to vary."""
         self.paths, self.size, self.view, self.fits = paths, size, VIEWS[view], fits
         self.augment_seed, self.epoch = augment_seed, 0
         self.broken: dict[Path, str] = {}
@@ -254,7 +252,8 @@ class ImageRows:
         if not good:
             return torch.empty(0), rows
         if isinstance(good[0][0], list):
-            return [torch.from_numpy(np.stack(some)) for some in zip(*(all_ for all_, _ in good), strict=True)], rows
+            by_fit = zip(*(squares for squares, _ in good), strict=True)
+            return [torch.from_numpy(np.stack(squares)) for squares in by_fit], rows
         return torch.from_numpy(np.stack([pixels for pixels, _ in good])), rows
 
 

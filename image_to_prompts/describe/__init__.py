@@ -260,11 +260,11 @@ def _work(config: Config, known: Known, outputs: Written) -> None:
     done = {file: known.of(file, config.top) for file in known.keys}
     todo = [file for file, one in done.items() if not one]
     if todo:
-        describe_ = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS))).describe
+        describer = Describer(replace(config, top=max(config.top, compose.NEIGHBOURS)))
     stay = [outputs.beside(one) for one in done.values() if one and config.txt]
     with progress_to(len(done), "describe", len(done) - len(todo)) as advance:
         for start in range(0, len(todo), BLOCK):
-            found = describe_(todo[start : start + BLOCK])
+            found = describer.describe(todo[start : start + BLOCK])
             known.keep(found)
             stay += [outputs.beside(one) for one in found if config.txt]
             advance(len(found))

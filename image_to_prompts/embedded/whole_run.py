@@ -8,6 +8,7 @@ both models, score beside the constant, kNN and ceiling; the same on the held-ou
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Chain:
         Stamp(folder / ".timings.done", "run", {}).claim([self.path])
         self.table: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
 
-    def __call__(self, stage: str, which: str = "", rows: int = 0, **flags: Any) -> Any:
+    def __call__(self, stage: str, which: str = "", rows: Callable[[Any], int] = len, **flags: Any) -> Any:
         """Runs a stage with some flags; its time counts only if it renewed its stamp, that is, if it did anything."""
         pipeline.announce(stage)
         config = profiles.default_config(stage, self.run, "embedded", quiet=self.config.quiet, **flags)
@@ -63,7 +64,7 @@ class Chain:
         before, begun = _changed(stamp), time.perf_counter()
         result = pipeline.load(f"{stage}:run")(config)
         if _changed(stamp) != before:
-            self.note(f"{stage} {which}".strip(), begun, rows or len(result))
+            self.note(f"{stage} {which}".strip(), begun, int(rows(result)))
         return result
 
     def note(self, name: str, begun: float, rows: int) -> None:
@@ -106,16 +107,17 @@ def run(config: Config) -> str:
 
     few: dict[str, Any] = {"epochs": 2} if config.quick else {}
     train, epochs = len(kept) - len(test), {"epochs": config.epochs} if config.epochs else few
-    chain("finetune", rows=train, images=(of.train_images,), **epochs)
-    chain("embed", rows=train, images=(of.train_images,))
-    chain("ensemble", rows=train, **few)
+    chain("finetune", rows=lambda history: history["epoch"].max() * train, images=(of.train_images,), **epochs)
+    chain("embed", rows=lambda _: train, images=(of.train_images,))
+    chain("ensemble", rows=lambda _: train, **few)
 
     models = (of.checkpoint, of.ensemble)
     both: dict[str, Any] = {"checkpoint": models, "key": of.test_metadata, "bank": of.train_metadata}
     outs = {"test": of.submission, "test-openmoji": of.submission.with_name("openmoji.csv")}
     folders = {"test": of.test_images, "test-openmoji": openmoji}
     found = {
-        name: chain("infer", name, rows=len(test), images=folders[name], out=out, **both) for name, out in outs.items()
+        name: chain("infer", name, rows=lambda one: len(one.files), images=folders[name], out=out, **both)
+        for name, out in outs.items()
     }
     inputs = [*(one / "model.safetensors" for one in models), both["key"], of.submission, both["bank"]]
     stamp, begun = Stamp(of.report / ".report.done", "run", {}, inputs), time.perf_counter()
@@ -165,7 +167,9 @@ def _evaluate(chain: Chain, predictions: dict[str, infer.Prediction], test: pd.D
     cosines = (metrics.unit(text_encoder.encode(nearest)) * targets).sum(1)
     metadata.write_table(predicted, rows.assign(prompt=nearest).reset_index()[["image_name", "prompt", "seed"]])
     again = of.folder / "images" / "predicted"
-    render.run(profiles.default_config("render", of, "embedded", quiet=True, metadata=predicted, out=again))
+    pipeline.announce("render")
+    quiet = chain.config.quiet
+    render.run(profiles.default_config("render", of, "embedded", quiet=quiet, metadata=predicted, out=again))
     strips = [
         pictures.strip(file, prompt, cosine, near, again / file.name)
         for file, prompt, cosine, near in zip(found.files, prompts, cosines, nearest, strict=True)

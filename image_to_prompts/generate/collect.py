@@ -111,7 +111,8 @@ def _blocks(paths: list[Path]) -> int | None:
         counts = [readers.count(path) for path in paths]
     except Exception:  # what is wrong with a file, its reader says
         return None
-    return sum(-(-rows // formats.BLOCK) for rows in counts if rows) if None not in counts else None
+    known = [rows for rows in counts if rows is not None]
+    return sum(-(-rows // formats.BLOCK) for rows in known) if len(known) == len(counts) else None
 
 
 def _facts(path: Path) -> tuple[int, ...]:

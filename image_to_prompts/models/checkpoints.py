@@ -103,7 +103,7 @@ def initialise(model: nn.Module, spec: backbones.Spec, folder: Path) -> None:
     found = load(folder)
     if found.spec.name != spec.name:
         raise UserError(f"{folder}: a checkpoint of {found.spec.name}, not {spec.name}; correct --init or --backbone")
-    backbones.fill(model, found.model.state_dict(), str(folder), "; correct --init or --image-size")
+    backbones.fill(model, found.model.state_dict(), folder, "; correct --init or --image-size")
 
 
 def save(folder: Path, model: nn.Module, config: dict[str, Any], mean: np.ndarray) -> None:
@@ -180,7 +180,7 @@ def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
     prefix, weight = min(fitting, key=len), weights[-1]
     bias = state.get(weight.removesuffix("weight") + "bias", torch.zeros(DIMENSION))
     tower = {name: state[prefix + name] for name in names}
-    backbones.fill(model.backbone, tower, str(file), "; correct --backbone or --image-size")
+    backbones.fill(model.backbone, tower, file, "; correct --backbone or --image-size")
     with torch.no_grad():
         model.head.weight.copy_(state[weight])
         model.head.bias.copy_(bias)
@@ -222,5 +222,5 @@ def load(folder: Path) -> Checkpoint:
         model = build(spec)
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: not a checkpoint of an image tower: {error!r}; run finetune again") from error
-    backbones.fill(model, state, str(folder), "; run finetune again")
+    backbones.fill(model, state, folder, "; run finetune again")
     return Checkpoint(model.eval(), spec, config, mean)

@@ -74,9 +74,12 @@ def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | No
     keys = [text_cache.key(encoder, text) for text in texts]
     with contextlib.closing(text_cache.TextCache(DIMENSION)) as cache:
         vectors, there = cache.read(keys)
+        if there.all():
+            return vectors if len(texts) == len(prompts) else vectors[rows]
         by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        blocks = [by_length[first : first + BLOCK] for first in range(0, len(texts), BLOCK)]  # the same however many
-        blocks = list(filter(None, ([row for row in block if not there[row]] for block in blocks)))  # are there already
+        # The same blocks however many texts are there already.
+        blocks = [by_length[first : first + BLOCK] for first in range(0, len(texts), BLOCK)]
+        blocks = list(filter(None, ([row for row in block if not there[row]] for block in blocks)))
         work = ([texts[row] for row in block] for block in blocks)
         found = over_blocks(engine or EngineConfig(), partial(_start, precision), work)
         with progress_to(len(texts), "encode prompts", int(there.sum())) as advance:

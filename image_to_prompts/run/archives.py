@@ -1,7 +1,7 @@
 """Images inside archives, named as if an archive were a folder: `00003.tar/abc.png`, `part-000001.zip/abc.png`.
 
-Tar shards are in webdataset's layout, zip files are DiffusionDB's parts. Reading is by offset, so that rows can be
-shuffled; the webdataset library reads the same tar files as a stream.
+Tar shards are in webdataset's layout, zip files are DiffusionDB's parts. Members are read in any order, so that rows
+can be shuffled; the webdataset library reads the same tar files as a stream.
 """
 
 import hashlib
@@ -9,18 +9,11 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, zlib.error)
-
-
-class Index(NamedTuple):
-    """An open zip file, or None for a tar file; and the members by name."""
-
-    zip: zipfile.ZipFile | None
-    members: dict[str, zipfile.ZipInfo | tarfile.TarInfo]
+Member = zipfile.ZipInfo | tarfile.TarInfo
 
 
 def is_archive(path: Path) -> bool:
@@ -33,21 +26,23 @@ def is_member(path: Path) -> bool:
     return is_archive(path.parent) and path.parent.is_file()
 
 
-@lru_cache(maxsize=32)  # so many zip files stay open
-def _index(archive: Path, modified: int) -> Index:
-    file: zipfile.ZipFile | None = None
-    members: list[tuple[str, zipfile.ZipInfo | tarfile.TarInfo]]
+@lru_cache(maxsize=32)  # so many stay open
+def _zip(archive: Path, modified: int) -> zipfile.ZipFile:
+    return zipfile.ZipFile(archive)
+
+
+@cache
+def _index(archive: Path, modified: int) -> dict[str, Member]:
+    members: dict[str, Member]
     if archive.suffix == ".zip":
-        file = zipfile.ZipFile(archive)
-        members = [(one.filename, one) for one in file.infolist() if not one.is_dir()]
+        members = {Path(one.filename).name: one for one in _zip(archive, modified).infolist() if not one.is_dir()}
     else:
         with tarfile.open(archive, "r:") as tar:
-            members = [(one.name, one) for one in tar if one.isfile()]
-    by_name = {Path(name).name: one for name, one in members}
-    return Index(file, {name: one for name, one in by_name.items() if name[0] != "." and not name.endswith(".json")})
+            members = {Path(one.name).name: one for one in tar if one.isfile()}
+    return {name: member for name, member in members.items() if not name.startswith(".") and not name.endswith(".json")}
 
 
-def index(archive: Path) -> Index:
+def index(archive: Path) -> dict[str, Member]:
     """Every member but hidden ones and the JSON records, by its bare name; of equal names the last.
 
     Raises:
@@ -59,8 +54,8 @@ def index(archive: Path) -> Index:
         raise OSError(f"not a whole archive: {error}") from error
 
 
-def _member(path: Path) -> zipfile.ZipInfo | tarfile.TarInfo:
-    member = index(path.parent).members.get(path.name)
+def _member(path: Path) -> Member:
+    member = index(path.parent).get(path.name)
     if member is None:
         raise OSError(f"no readable member {path.name}")
     return member
@@ -78,7 +73,7 @@ def read(path: Path) -> bytes:
             file.seek(member.offset_data)
             return file.read(member.size)
     try:
-        with (index(path.parent).zip or zipfile.ZipFile(path.parent)).open(member) as whole:
+        with _zip(path.parent, path.parent.stat().st_mtime_ns).open(member) as whole:
             return whole.read(member.file_size)
     except (*BROKEN, RuntimeError, EOFError) as error:
         raise OSError(f"{path.name} is damaged: {error}") from error
