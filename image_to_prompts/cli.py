@@ -42,6 +42,7 @@ REPLACED = {
     ("ensemble", "--preset"): "give --batch-size 256 --learning-rate 1e-3 for 43k and 93k (10k is the default)",
     ("ensemble", "--attention"): "python tools/first_seed.py train has the first seed's attention",
     ("import-checkpoint", "--ensemble"): "python tools/first_seed.py import-checkpoint FILE --out DIR",
+    ("kaggle", "output"): "kaggle kernels output OWNER/KERNEL -p DIR, of the kaggle package itself, downloads it",
     ("import-embeddings",): "python tools/first_seed.py import-embeddings FILE... --images LIST --out DIR",
     ("export-embeddings",): "python tools/first_seed.py export-embeddings DIR --out DIR",
 }

@@ -113,7 +113,7 @@ def benchmark_files() -> dict[str, str]:
 
     said = """# Benchmark
 
-Run once on a GPU. Download `gpu.json` (`image-to-prompts kaggle output benchmark --out benchmarks`), then
+Run once on a GPU. Download `gpu.json` (`kaggle kernels output OWNER/image-to-prompts-benchmark -p benchmarks`), then
 `make bench-table` puts it into the README."""
     cells = [new_markdown_cell(said, id="b-00")]
     for number, name in enumerate(("turns", "finetune", "infer", "gpu"), start=1):

@@ -24,7 +24,6 @@ class Stub:
         replies: By route: a JSON value, or a function of the request that returns one; (status, value) for an error.
         calls: (route, request) of every call, in order.
         uploads: Bytes by path of every PUT.
-        files: Bytes by path of what GET answers.
         datasets: Those that exist, `owner/slug`.
         absent: Slugs of kernels that do not exist.
         not_found: The answer for what does not exist.
@@ -34,7 +33,6 @@ class Stub:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict]] = []
         self.uploads: dict[str, bytes] = {}
-        self.files: dict[str, bytes] = {}
         self.delays: dict[str, float] = {}
         self.upload_status = 200
         self.datasets: set[str] = set()
@@ -45,7 +43,6 @@ class Stub:
             "GetKernelSessionStatus": lambda asked: (
                 self.not_found if asked["kernelSlug"] in self.absent else {"status": "COMPLETE"}
             ),
-            "ListKernelSessionOutput": {"files": [], "log": ""},
             "GetDatasetStatus": lambda asked: (
                 {"status": "ready"}
                 if f"{asked['ownerSlug']}/{asked['datasetSlug']}" in self.datasets
@@ -90,11 +87,6 @@ def handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
         def do_PUT(self) -> None:
             stub.uploads[urlsplit(self.path).path] = self.body()
             self.answer(stub.upload_status, b"{}")
-
-        def do_GET(self) -> None:
-            path = urlsplit(self.path).path
-            found = stub.files.get(path)
-            self.answer(404 if found is None else 200, found or b"no such file", "application/octet-stream")
 
         def log_message(self, *_: object) -> None:
             pass

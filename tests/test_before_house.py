@@ -90,7 +90,11 @@ def test_finished_work_stays(name, place, packed):
     assert_taken_over(case, packed / "finished" / name / "run", name in EXACT)
 
 
-HELP = [path for path in sorted(THERE.glob("help/*.txt")) if path.stem != "all" and (path.stem,) not in cli.REPLACED]
+HELP = [
+    path
+    for path in sorted(THERE.glob("help/*.txt"))
+    if path.stem != "all" and path.stem not in map("-".join, cli.REPLACED)
+]
 REPLACED = {flag for _, *flags in cli.REPLACED for flag in (*flags, *(f"--no{flag[1:]}" for flag in flags))}
 
 

@@ -1,4 +1,4 @@
-"""`image-to-prompts kaggle ...`: push, status, output, submit for kernels; wheels, weights, metadata, embeddings."""
+"""`image-to-prompts kaggle ...`: push, status, submit for kernels; wheels, weights, metadata, embeddings."""
 
 import json
 import logging
@@ -124,22 +124,6 @@ class Status(Command):
 
 
 @dataclass
-class Output(Command):
-    """Downloads what a kernel's last run wrote."""
-
-    stage: Positional[str] = "infer"
-    """Stage."""
-    out: Path = Path("kaggle_output")
-    """Folder to write to."""
-
-    def run(self) -> str:
-        """Downloads; returns the files."""
-        kernel = _chosen(self.kernels, self.stage, False)[0]
-        files = remote.output(remote.connect(self.timeout), kernel.id, self.out, self.timeout)
-        return "\n".join(map(str, files)) or f"{kernel.id}: no output"
-
-
-@dataclass
 class Submit(Command):
     """Submits the inference kernel's submission.csv to the competition."""
 
@@ -239,7 +223,7 @@ class Embeddings(Dataset):
 
 
 ACTIONS: dict[str, type[Command]] = {
-    **{"push": Push, "status": Status, "output": Output, "submit": Submit},
+    **{"push": Push, "status": Status, "submit": Submit},
     **{"wheels": Wheels, "weights": Weights, "metadata": Metadata, "embeddings": Embeddings},
 }
 Action: Any = Union[tuple(Annotated[action, subcommand(name)] for name, action in ACTIONS.items())]  # noqa: UP007

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..run.errors import UserError
-from ..run.files import atomic_path, write_text
-from ..run.resume import writing
 from .folders import DESCRIPTION
 from .kernels import PLACEHOLDER, Kernel
 
@@ -184,50 +182,6 @@ def _session(api: Any, kernel: str) -> Any:
     request.user_name, _, request.kernel_slug = kernel.partition("/")
     with api.build_kaggle_client() as client:
         return client.kernels.kernels_api_client.get_kernel_session_status(request)
-
-
-def output(api: Any, kernel: str, folder: Path, timeout: float = TIMEOUT) -> list[Path]:
-    """Downloads what a kernel's last run wrote, and its log, each file whole or not at all.
-
-    Returns:
-        The files.
-
-    Raises:
-        UserError: If a file cannot be had, or its name leads out of the folder.
-    """
-    import requests
-    from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
-
-    owner, _, slug = kernel.partition("/")
-
-    def page(token: str) -> Any:
-        request = ApiListKernelSessionOutputRequest()
-        request.user_name, request.kernel_slug, request.page_token = owner, slug, token
-        with api.build_kaggle_client() as client:
-            return client.kernels.kernels_api_client.list_kernel_session_output(request)
-
-    def fetch(url: str, path: Path) -> None:
-        with requests.get(url, stream=True) as reply:
-            reply.raise_for_status()
-            with atomic_path(path) as part, part.open("wb") as file:
-                for piece in reply.iter_content(1 << 20):
-                    file.write(piece)
-
-    pages = [call(f"output of {kernel}", page, "", timeout=timeout)]
-    while pages[-1].next_page_token:
-        pages.append(call(f"output of {kernel}", page, pages[-1].next_page_token, timeout=timeout))
-    urls = {folder / item.file_name: item.url for found in pages for item in found.files or []}
-    for path in urls:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            name = path.relative_to(folder)
-            raise UserError(f"output of {kernel}: the name {str(name)!r} leads out of {folder}")
-    said = {folder / f"{slug}.log": pages[0].log} if pages[0].log else {}
-    with writing(folder / f".{slug}.done", f"kaggle output of {kernel}", [*urls, *said]):
-        for path, url in urls.items():
-            call(f"downloading {path.name}", fetch, url, path, timeout=timeout)
-        for path, text in said.items():
-            write_text(path, text)
-    return [*urls, *said]
 
 
 def submit(api: Any, kernel: str, version: int, competition: str, message: str, timeout: float = TIMEOUT) -> str:

@@ -257,7 +257,7 @@ def _render(
     store.scan(mine)
     there = adopted | store.records.keys()
     inside = config.run if config.out.resolve().is_relative_to(config.run.resolve()) else config.out
-    limits = Limits(config.out, inside, config.max_hours, config.max_gb, len(mine), len(there))
+    limits = Limits(inside, config.max_hours, config.max_gb, len(mine), len(there))
 
     blocks = []
     if len(there) < len(mine):

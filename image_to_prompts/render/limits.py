@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..run.progress import Deadline, Estimate
-from ..run.resume import append_line
 
 T = TypeVar("T")
 FIRST_GUESS = 500_000  # bytes an image before any is written; a 512-px PNG of a photo has about that
@@ -27,18 +26,17 @@ def folder_bytes(folder: Path) -> int:
 class Limits:
     """Counts one run's images, seconds and bytes; `stopped` says which limit ended it, if one did."""
 
-    def __init__(self, out: Path, inside: Path, max_hours: float, max_gb: float, total: int, before: int) -> None:
+    def __init__(self, inside: Path, max_hours: float, max_gb: float, total: int, before: int) -> None:
         """Takes the limits.
 
         Args:
-            out: Folder that is filled and gets the log.
             inside: Folder whose room is limited.
             max_hours: Hours that this process may live; 0: any.
             max_gb: GB that `inside` may hold; 0: any.
             total: Images of this process.
             before: How many of them were there at the beginning.
         """
-        self.out, self.inside, self.max_hours, self.max_gb = out, inside, max_hours, max_gb
+        self.inside, self.max_hours, self.max_gb = inside, max_hours, max_gb
         self.total, self.before = total, before
         self.images = self.bytes = self.blocks = 0
         self.drawing_since = self.last = 0.0
@@ -70,9 +68,8 @@ class Limits:
         return bool(self.stopped)
 
     def block(self, images: int, size: int) -> None:
-        """Notes a written block, in the log file too."""
+        """Notes a written block."""
         now = time.monotonic()
-        append_line(self.out / "render.log", {"images": images, "bytes": size, "seconds": round(now - self.last, 3)})
         self.images, self.bytes, self.blocks, self.last = self.images + images, self.bytes + size, self.blocks + 1, now
 
     def estimate(self) -> Estimate:

@@ -366,29 +366,13 @@ def test_no_answer_ends_within_the_time_limit(kaggle):
     assert code == 2 and "no answer from Kaggle within 1 s" in err
 
 
-def test_status_output_and_submission(kaggle, tmp_path):
+def test_status_and_submission(kaggle):
     kaggle.stub.absent = {"02-dedupe-prompts"}
     code, out, _ = kaggle("status")
     assert code == 0 and "ada/02-dedupe-prompts: not on Kaggle\n" in out and "ada/07-infer-submission: complete" in out
     code, out, _ = kaggle("status", "infer")
     assert (code, out) == (0, "ada/07-infer-submission: complete\n")
-    stub, content = kaggle.stub, b"imgId_eId,val\n" * 1000
-    stub.files["/files/submission.csv"] = content
-    stub.replies["ListKernelSessionOutput"] = {
-        "files": [{"url": stub.url("submission.csv"), "fileName": "submission.csv"}],
-        "log": "all well",
-    }
-    code, out, err = kaggle("output", "infer", "--out", tmp_path / "got")
-    assert code == 0, err
-    assert (tmp_path / "got" / "submission.csv").read_bytes() == content
-    assert (tmp_path / "got" / "07-infer-submission.log").read_text() == "all well"
-
-    assert kaggle("output", "infer", "--out", tmp_path / "got")[0] == 0  # again: its own files
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "submission.csv").write_text("mine")
-    code, _, err = kaggle("output", "infer", "--out", tmp_path / "other")
-    assert code == 2 and str(tmp_path / "other" / "submission.csv") in err
-    assert (tmp_path / "other" / "submission.csv").read_text() == "mine"
+    stub = kaggle.stub
 
     code, _, err = kaggle("submit")
     assert code == 2 and "was not pushed from here" in err
@@ -402,17 +386,6 @@ def test_status_output_and_submission(kaggle, tmp_path):
     stub.replies["GetKernelSessionStatus"] = {"status": "ERROR", "failureMessage": "out of memory"}
     code, _, err = kaggle("submit")
     assert code == 2 and "is error, out of memory" in err
-
-
-@pytest.mark.parametrize("name", ["missing.csv", "../escape.csv"])
-def test_an_output_that_cannot_be_had_is_an_error(kaggle, tmp_path, name):
-    stub = kaggle.stub
-    if name.startswith(".."):
-        stub.files["/files/missing.csv"] = b"x"
-    stub.replies["ListKernelSessionOutput"] = {"files": [{"url": stub.url("missing.csv"), "fileName": name}]}
-    code, _, err = kaggle("output", "infer", "--out", tmp_path / "got")
-    assert code == 2 and name in err and ("leads out of" in err) == name.startswith("..")
-    assert not (tmp_path / "got" / name).exists()
 
 
 def test_the_pre_commit_check_keeps_credentials_out(tmp_path):
