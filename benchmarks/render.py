@@ -25,7 +25,6 @@ from PIL import Image
 from image_to_prompts import render
 from image_to_prompts.data import metadata
 from image_to_prompts.embedded import grammar, scenes
-from image_to_prompts.render import stable_diffusion
 from image_to_prompts.run import devices
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +41,8 @@ def frame_of(count: int, seed: int) -> pd.DataFrame:
 def bare_loop(pipeline: object, frame: pd.DataFrame, folder: Path) -> None:
     """Baseline: pipeline calls, nothing checked, nothing noted, everything in turn."""
     import torch
+
+    from image_to_prompts.render import stable_diffusion
 
     for start in range(0, len(frame), BATCH):
         rows = frame.iloc[start : start + BATCH]
@@ -81,6 +82,8 @@ def diffusion(rounds: int, count: int) -> dict:
     """Seconds of the bare loop and of the stage, in turns, and how much of the encoding ran beside the pipeline."""
     sys.path.insert(0, str(ROOT / "tests"))
     from tiny_models import save_diffusion
+
+    from image_to_prompts.render import stable_diffusion  # here, for the processes that draw import this module too
 
     seconds: dict[str, list[float]] = {"bare loop": [], "stage": []}
     encoding: list[Interval] = []
