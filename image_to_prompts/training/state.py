@@ -52,6 +52,8 @@ def forget(state: Path) -> None:
         if path != state:
             log.warning("%s: removed, an unfinished training of other settings", path)
         path.unlink(missing_ok=True)
+    for part in state.parent.glob(".unfinished-*.pt.*.part"):  # of one that was killed while it saved
+        part.unlink(missing_ok=True)
 
 
 def adopt(state: Path) -> None:

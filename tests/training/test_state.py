@@ -18,3 +18,12 @@ def test_a_state_is_read_back_or_told_to_be_damaged(tmp_path, caplog):
     assert state.read(path, "cpu") is None and f"{path}: damaged" in caplog.text
     path.write_bytes(b"no archive")
     assert state.read(path, "cpu") is None and caplog.text.count("damaged") == 2
+
+
+def test_nothing_is_left_of_a_training_that_has_ended(tmp_path, caplog):
+    names = ("unfinished-1.pt", "unfinished-2.pt", ".unfinished-1.pt.77.part", ".unfinished-3.pt.78.part")
+    for name in (*names, "history.csv", ".history.csv.77.part"):
+        (tmp_path / name).write_text("x")
+    state.forget(tmp_path / "unfinished-1.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"history.csv", ".history.csv.77.part"}
+    assert caplog.text.count("removed") == 1 and "unfinished-2.pt" in caplog.text
