@@ -24,7 +24,7 @@ import torch
 
 from image_to_prompts import finetune, profiles, render
 from image_to_prompts.data import metadata
-from image_to_prompts.data.images import ImageRows
+from image_to_prompts.data.rows import ImageRows
 from image_to_prompts.models import checkpoints, freezing, metrics, text_encoder
 from image_to_prompts.run import progress
 from image_to_prompts.run.files import make_folder, write_json

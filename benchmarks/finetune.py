@@ -195,7 +195,7 @@ class InMemory:
 def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of an epoch of the embedded model over scenes, in three ways."""
     from image_to_prompts import finetune
-    from image_to_prompts.data.images import ImageRows
+    from image_to_prompts.data.rows import ImageRows
     from image_to_prompts.models import backbones
     from image_to_prompts.models.fast_layers import faster
     from image_to_prompts.run import progress
@@ -267,7 +267,7 @@ def reference_batches(files: list[Path], size: int, batch: int, workers: int) ->
 
 def bench_loader(options: argparse.Namespace) -> dict[str, Any]:
     """Images a second of 512-px PNG files, resized to 384 px."""
-    from image_to_prompts.data.images import ImageRows, load
+    from image_to_prompts.data.rows import ImageRows, load
 
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:

@@ -38,7 +38,7 @@ def read(files: list[Path], size: int, as_jpeg: bool) -> Any:
     import torch
     from PIL import Image
 
-    from image_to_prompts.data import images
+    from image_to_prompts.data.rows import fit
 
     batch = []
     for file in files:
@@ -46,7 +46,7 @@ def read(files: list[Path], size: int, as_jpeg: bool) -> Any:
         if as_jpeg:
             picture.save(file.with_suffix(".jpg"))
             picture = Image.open(file.with_suffix(".jpg"))
-        batch.append(images.fit(picture, size))
+        batch.append(fit(picture, size))
     return torch.from_numpy(np.stack(batch))
 
 
@@ -75,7 +75,7 @@ def ours(backbone: str, size: int, batch: int, files: list[Path]) -> Prepared:
     loaded = checkpoint(backbone, size)
     predictor = predictors.Predictor(loaded.mean, [BackboneEncoder(loaded.model, loaded.spec)])
     viewing = predictors.Viewing(("whole",), batch)
-    return lambda: predictors.predict(predictor, files, viewing)
+    return lambda: predictors.predict(predictor, files, viewing).vectors
 
 
 def main() -> None:

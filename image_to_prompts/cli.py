@@ -23,7 +23,6 @@ import tyro
 
 from . import __version__, pipeline
 from .run import folders, progress
-from .run.devices import rank_and_processes
 from .run.errors import UserError, causes, explained
 
 STAGES = {stage.name for stage in pipeline.STAGES}
@@ -168,12 +167,14 @@ def _run(words: list[str]) -> str:
     if isinstance(found, functools.partial):
         return found()
     module = sys.modules[type(found).__module__]
+    if name == "describe":  # leaves no folder of a run where there is none
+        pipeline.announce(name)
+        module.run(found, None if found.out else lambda some: progress.say(module.printed(some)))
+        return ""
     if name in STAGES:
         folders.open_run(found.run, found.profile)
         pipeline.announce(name)
     result = module.run(found)
-    if name == "describe" and rank_and_processes()[0] == 0:
-        return module.printed(result)
     return result if isinstance(result, str) else ""
 
 

@@ -206,12 +206,11 @@ class Case:
     def contents(self) -> dict[str, bytes]:
         """All files of the run: finished ones with what is in them, and the names of all others, so of leftovers too.
 
-        Without locks, the log of seconds, and what `describe` keeps of images for other settings.
+        Without locks, and the log of seconds.
         """
         found = {}
         for path in self.run.rglob("*"):
-            kept = path.parent.name == "described" and path.suffix == ".jsonl"
-            if path.is_file() and path.suffix not in (".log", ".lock") and not kept:
+            if path.is_file() and path.suffix not in (".log", ".lock"):
                 inside = path.relative_to(self.run)
                 hidden = any(part.startswith(".") for part in inside.parts)
                 found[str(inside)] = b"" if hidden else path.read_bytes()

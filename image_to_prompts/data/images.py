@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import random
 import struct
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 from ..run import archives
 from ..run.devices import cores
@@ -23,21 +23,24 @@ from ..run.files import shown
 from .metadata import IMAGE_SUFFIXES, stem
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB
-OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # images that are passed over
-AHEAD = 2  # batches read before they are asked for
+OTHER_SUFFIXES = (".jp2", ".jxl", ".psd", ".svg")  # images that are passed over
 
 
 class BrokenImageError(ValueError):
     """An image that cannot be read; reported and skipped, never fatal."""
 
 
-def find(folder: Path) -> list[Path]:
-    """All images below a folder and in the archives there, hidden files left out, sorted by path relative to it.
+def find(folder: Path, recursive: bool = True) -> list[Path]:
+    """All images in a folder, below it, and in the archives there, without hidden files, sorted by path relative to it.
+
+    Args:
+        folder: The folder.
+        recursive: Whether to look into its sub-folders.
 
     Returns:
         Paths that `read` accepts; an image in an archive is called `<shard>.tar/<name>`.
@@ -49,7 +52,7 @@ def find(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no such folder; give a folder of images")
     found: list[Path] = []
     passed: Counter[str] = Counter()
-    for path in folder.rglob("*"):
+    for path in folder.rglob("*") if recursive else folder.iterdir():
         if path.name.startswith(".") or not path.is_file():
             passed["dangling link"] += path.is_symlink() and not path.exists()
             continue
@@ -70,6 +73,20 @@ def find(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+@cache
+def _know_heic() -> None:
+    """Teaches Pillow to read HEIC, which telephones write."""
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+
+def opened(path: Path) -> Image.Image:
+    """An image as Pillow opens it, its pixels not read yet; it may lie in an archive."""
+    _know_heic()
+    return Image.open(io.BytesIO(archives.read(path)) if archives.is_member(path) else path)
+
+
 def read(path: Path) -> Image.Image:
     """Reads an image as RGB.
 
@@ -82,7 +99,7 @@ def read(path: Path) -> Image.Image:
     try:
         if archives.stat(path)[0] > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")
-        with Image.open(io.BytesIO(archives.read(path)) if archives.is_member(path) else path) as file:
+        with opened(path) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"{file.width} x {file.height} px, more than {MOST_PIXELS}")
             file.seek(0)
@@ -154,138 +171,3 @@ def _eight_bit(values: np.ndarray) -> np.ndarray:
     values = values.astype(np.float64)
     scale = 255 / 65535 if values.max(initial=0) > 255 else 1
     return np.clip(values * scale, 0, 255).astype(np.uint8)
-
-
-def vary(image: Image.Image, rng: random.Random) -> Image.Image:
-    """Weak augmentation: a crop of 85 to 100 % of each side, brightness and contrast within 10 %.
-
-    No flip: it cost the competition's 3rd team points, as left and right are part of many prompts.
-    """
-    wide, high = (side * rng.uniform(0.85, 1) for side in image.size)
-    left, top = rng.uniform(0, image.width - wide), rng.uniform(0, image.height - high)
-    image = image.crop((round(left), round(top), round(left + wide), round(top + high)))
-    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.9, 1.1))
-    return ImageEnhance.Contrast(image).enhance(rng.uniform(0.9, 1.1))
-
-
-class Fit(NamedTuple):
-    """How an image becomes a square: its side in px, the share of the shorter side that is seen, or all squashed."""
-
-    size: int
-    crop: float = 1.0
-    squash: bool = False
-
-
-def fit(image: Image.Image, size: int, crop: float = 1.0, squash: bool = False) -> np.ndarray:
-    """Resizes (bicubic) so that the centre `crop` of the shorter side has `size` px, and cuts that square out.
-
-    Returns:
-        uint8 array (3, size, size).
-    """
-    whole = int(size / crop)  # cut off, as in transformers
-    if squash:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    elif image.size != (whole, whole):
-        image = ImageOps.fit(image, (whole, whole), Image.Resampling.BICUBIC)
-    edge = (image.width - size) // 2
-    return np.asarray(image.crop((edge, edge, edge + size, edge + size)) if edge else image).transpose(2, 0, 1)
-
-
-def _centre(image: Image.Image) -> Image.Image:
-    wide, high = (round(0.05 * side) for side in image.size)
-    return image.crop((wide, high, image.width - wide, image.height - high))
-
-
-VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "whole": lambda image: image,
-    "centre": _centre,
-    "mirror": ImageOps.mirror,
-}
-"""What test-time augmentation shows a model of an image; `centre` is the middle 90 % of each side."""
-
-
-class ImageRows:
-    """A torch map-style dataset: item i is (uint8 array (3, size, size), i), or (None, i) for a broken image.
-
-    With `fits` an item has a list of arrays in the place of one: the squares to make of an image.
-    """
-
-    def __init__(
-        self,
-        paths: list[Path],
-        size: int = 0,
-        view: str = "whole",
-        augment_seed: int | None = None,
-        fits: Sequence[Fit] = (),
-    ) -> None:
-        """Takes image files, the side or the squares to fit them to, one of `VIEWS`, a seed if epochs are to vary."""
-        self.paths, self.size, self.view, self.fits = paths, size, VIEWS[view], fits
-        self.augment_seed, self.epoch = augment_seed, 0
-        self.broken: dict[Path, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> tuple[Any, int]:
-        try:
-            image = self.view(read(self.paths[row]))
-        except BrokenImageError as error:
-            self.broken[self.paths[row]] = str(error)
-            return None, row
-        if self.augment_seed is not None:
-            image = vary(image, random.Random(f"augment {self.augment_seed} {self.epoch} {row}"))
-        squares = [np.ascontiguousarray(fit(image, *one)) for one in self.fits or (Fit(self.size),)]
-        return squares if self.fits else squares[0], row
-
-    @staticmethod
-    def collate(items: list[tuple[Any, int]]) -> tuple[Any, torch.Tensor]:
-        """Batches the readable images of `items`.
-
-        Returns:
-            (uint8 tensor (m, 3, size, size), or a list of them, one a fit; int64 tensor (m,) of row numbers); m may be
-            below the batch size, even 0.
-        """
-        import torch
-
-        good = [(pixels, row) for pixels, row in items if pixels is not None]
-        rows = torch.tensor([row for _, row in good], dtype=torch.int64)
-        if not good:
-            return torch.empty(0), rows
-        if isinstance(good[0][0], list):
-            by_fit = zip(*(squares for squares, _ in good), strict=True)
-            return [torch.from_numpy(np.stack(squares)) for squares in by_fit], rows
-        return torch.from_numpy(np.stack([pixels for pixels, _ in good])), rows
-
-
-class Readable(Protocol):
-    """What `load` reads: items by row number, and how to batch them."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> Any: ...
-
-    def collate(self, items: list[Any]) -> tuple[Any, torch.Tensor]: ...
-
-
-def load(rows: Readable, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[tuple[Any, torch.Tensor]]:
-    """Reads batches in threads, while the caller computes on those before; Pillow decodes without Python's lock.
-
-    Args:
-        rows: What to read.
-        batches: Row numbers, batch by batch.
-        workers: Threads; 0: one a core.
-
-    Yields:
-        What `rows.collate` makes of each batch.
-    """
-    waiting: deque[list[Future]] = deque()
-    pool = ThreadPoolExecutor(workers or cores(), "loader")
-    try:
-        for batch in batches:
-            waiting.append([pool.submit(rows.__getitem__, row) for row in batch])
-            if len(waiting) > AHEAD:
-                yield rows.collate([future.result() for future in waiting.popleft()])
-        while waiting:
-            yield rows.collate([future.result() for future in waiting.popleft()])
-    finally:
-        pool.shutdown(cancel_futures=True)

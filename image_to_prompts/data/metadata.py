@@ -12,7 +12,10 @@ from ..run.files import atomic_path
 
 NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 LONGEST_NAME = 200  # bytes; file systems take 255, of which temporary names need some
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp"),
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"),
+)
 # What a manifest says of an image; "" of one that is as it should be.
 BLANK, NEAR_UNIFORM, NSFW, FAILED = "blank", "near_uniform", "nsfw_blacked", "failed"
 NOTHING_KNOWN = "nothing_known"  # an embedded scene shows nothing of its prompt
@@ -96,11 +99,16 @@ def read(path: Path, unique: bool = True) -> pd.DataFrame:
     return frame
 
 
+def is_name(text: str) -> bool:
+    """Whether a text may be an image_name."""
+    return bool(text.strip()) and not NOT_IN_NAMES.search(text) and len(text.encode()) <= LONGEST_NAME
+
+
 def check_names(frame: pd.DataFrame, path: Path, unique: bool = True) -> None:
     """Refuses image names that lead out of a folder or, if `unique`, stand twice; raises UserError naming the row."""
     seen: dict[str, int] = {}
     for row, name in enumerate(frame["image_name"], start=1):
-        if not name.strip() or NOT_IN_NAMES.search(name) or len(name.encode()) > LONGEST_NAME:
+        if not is_name(name):
             must = f"must be a file name, or a path below the image folder, of at most {LONGEST_NAME} bytes"
             raise UserError(f"{path}: row {row}: image_name {name!r} {must}; rename it")
         if unique and name in seen:

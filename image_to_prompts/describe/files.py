@@ -1,27 +1,26 @@
-"""The files of `describe`: images; a record of each in the run, so that none is described twice; texts and tables.
+"""The files of `describe`: images; the table that grows, with a journal beside it; a `.txt` beside each image."""
 
-Files that were written from here are known by their hash, so that those of others and edited ones are not replaced.
-"""
-
-import hashlib
+import csv
+import glob
+import io
 import json
-import os
-import tempfile
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from urllib.parse import quote_from_bytes
+from typing import Self
 
 import numpy as np
-import pandas as pd
 
 from ..data import images
 from ..data.metadata import IMAGE_SUFFIXES
 from ..run import archives
 from ..run.devices import rank_and_processes
 from ..run.errors import UserError
-from ..run.files import make_folder, sha256, shown, write_text
-from ..run.resume import append_line, read_journal
+from ..run.files import make_folder, shown, write_text
+from ..run.resume import Stamp, append_line, read_journal
+
+FROM_FILE = ("negative_prompt", "seed", "generator", "model")
 
 
 @dataclass(frozen=True)
@@ -30,32 +29,41 @@ class Description:
 
     Attributes:
         path: The image.
-        prompt: Its prompt; "" if it cannot be read.
-        cosine: Of the prompt's embedding with the predicted one; None without a checkpoint.
+        prompt: Its prompt; "" if there is none.
+        source: Where the prompt comes from: `file`, `checkpoint`, `interrogator` or `guess`; "" if there is none.
+        familiar: Whether the image is like those that the checkpoint was trained on; None where nobody can tell.
+        cosine: Of the prompt's embedding with the predicted one; None unless a checkpoint predicted one.
         nearest: The nearest known prompts with their cosines, best first.
-        error: Why it cannot be read; "" if it can.
-        vector: float32 (384,), the predicted embedding; None in what `run` returns, which keeps texts alone.
+        negative_prompt: What the file says; "" if nothing. So are seed, generator and model.
+        seed: See negative_prompt.
+        generator: See negative_prompt; the program that made the image.
+        model: See negative_prompt.
+        error: Why the image cannot be read; "" if it can.
+        vector: float32 (384,), the embedding that the checkpoints predict; None where they were not asked, and in what
+            `run` returns, which keeps texts alone.
     """
 
     path: Path
     prompt: str
+    source: str = ""
+    familiar: bool | None = None
     cosine: float | None = None
     nearest: tuple[tuple[str, float], ...] = ()
+    negative_prompt: str = ""
+    seed: str = ""
+    generator: str = ""
+    model: str = ""
     error: str = ""
     vector: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-def _key(file: Path) -> str:
-    return json.dumps([str(file.absolute()), *archives.stat(file)])
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
+def image_files(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
     """Image files of paths, none twice; raises UserError."""
     found: list[Path] = []
     for path in paths:
         try:
             if path.is_dir():
-                found += images.find(path)
+                found += images.find(path, recursive)
                 continue
             archives.stat(path)
         except OSError as error:
@@ -67,114 +75,182 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-class Known:
-    """What is known of some images, as they were when the work began."""
+def key(file: Path) -> str:
+    """Tells an image from one by which it may be replaced."""
+    return json.dumps([str(file.absolute()), *archives.stat(file)])
 
-    def __init__(self, folder: Path, fingerprint: str, files: Sequence[Path]) -> None:
-        """Reads what earlier runs noted.
+
+class Known:
+    """What models said of images, in journals beside the table, so that none is shown to them twice."""
+
+    def __init__(self, table: Path | None, fingerprint: str, anew: bool) -> None:
+        """Reads the journals; those that others left, of other settings and models, are removed.
 
         Args:
-            folder: Folder of the records.
-            fingerprint: Of what the descriptions depend on, beside the images.
-            files: The images.
+            table: The table; without one nothing is kept.
+            fingerprint: Of what the texts depend on, beside the images.
+            anew: Whether what was kept does not count.
         """
-        self.journal = folder / f".{fingerprint}.{rank_and_processes()[0]}.jsonl"
-        self.keys = {file: _key(file) for file in files}  # before they are read: one that is replaced then is another
         self.done: dict[str, Description] = {}
-        for journal in sorted(folder.glob(f".{fingerprint}.*.jsonl")):
-            for record in read_journal(journal):
-                if not record["error"]:  # what could not be read may have been replaced
-                    near = tuple((prompt, cosine) for prompt, cosine in record["nearest"])
-                    self.done[record["key"]] = Description(Path(), record["prompt"], record["cosine"], near)
+        self.journal = table and table.with_name(f".{table.name}.{fingerprint}.{rank_and_processes()[0]}.journal")
+        for path in table.parent.glob(f".{glob.escape(table.name)}.*.journal") if table else ():
+            if anew or f".{fingerprint}." not in path.name:
+                path.unlink(missing_ok=True)
+            for record in read_journal(path):
+                name, near = record.pop("key"), tuple((prompt, cosine) for prompt, cosine in record.pop("nearest"))
+                self.done[name] = Description(Path(), nearest=near, **record)
 
-    def of(self, file: Path, top: int) -> Description | None:
-        """What is known of an image, with `top` of the nearest prompts."""
-        found = self.done.get(self.keys[file])
-        return found and replace(found, path=file, nearest=found.nearest[:top])
+    def of(self, keys: dict[Path, str]) -> dict[Path, Description]:
+        """The images, by their keys, that were described."""
+        return {file: replace(self.done[name], path=file) for file, name in keys.items() if name in self.done}
 
-    def keep(self, found: Sequence[Description]) -> None:
-        """Notes descriptions, all at once, so that a resumed run cuts the rest into the same blocks."""
-        records = []
-        for one in found:
-            record = {"key": self.keys[one.path], "prompt": one.prompt, "cosine": one.cosine, "nearest": one.nearest}
-            records.append({**record, "error": one.error})
-            self.done[self.keys[one.path]] = replace(one, vector=None)
-        append_line(self.journal, *records)
+    def keep(self, found: dict[str, Description]) -> None:
+        """Notes descriptions by key; not those of images that cannot be read, for they may be replaced."""
+        names = ("prompt", "source", "familiar", "cosine", "nearest")
+        good = {name: one for name, one in found.items() if not one.error}
+        if self.journal:
+            records = [{"key": name, **{field: getattr(one, field) for field in names}} for name, one in good.items()]
+            append_line(self.journal, *records)
 
 
-class Written:
-    """The files that were written from a run."""
+class Table:
+    """A table of descriptions, .csv or .jsonl, that grows block by block."""
 
-    def __init__(self, folder: Path, overwrite: bool) -> None:
-        """Takes the folder of the ledger, and whether files that are not from here, or were edited, are replaced."""
-        self.folder, self.overwrite = folder, overwrite
-        self.ledger = folder / ".written.jsonl"
-        self.written = {(record["path"], record["sha256"]) for record in read_journal(self.ledger)}
+    def __init__(self, path: Path, top: int, overwrite: bool, reads: Sequence[Path]) -> None:
+        """Takes the file over.
 
-    def _name(self, path: Path) -> str:
-        """A path as seen from the run, which may be moved with what is in it; any bytes may be in it."""
-        return quote_from_bytes(os.fsencode(os.path.relpath(path.absolute(), self.folder.absolute())))
-
-    def is_ours(self, path: Path) -> bool:
-        """Whether nothing is there, or what was written from here."""
-        return not path.exists() or (path.is_file() and (self._name(path), sha256(path)) in self.written)
-
-    def check(self, path: Path) -> None:
-        """Raises UserError where a file cannot or must not be written."""
+        Raises:
+            UserError: If it is read here, or was not written by `describe`, or was edited, and `overwrite` is not set.
+        """
+        self.path, self.top = path, top
+        self.stamp = Stamp(path.with_name(f".{path.name}.done"), "describe", {})
         if path.is_dir():
             raise UserError(f"{path}: is a folder; give a file")
-        if not self.overwrite and not self.is_ours(path):
-            raise UserError(f"{path}: is not from here or was edited; give another --out, or --overwrite to replace it")
         make_folder(path.parent)
+        self.stamp.check([path], reads, overwrite)
+        self.at, self.changing = 0, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Notes what the file holds, so that a later run knows whether someone edited it."""
+        whole = self.stamp.is_current() and self.path.stat().st_size == self.at
+        if kind is None and self.at and not whole:
+            self._change()
+        if self.changing:
+            self.stamp.write([self.path])
+
+    def _change(self) -> None:
+        """Cuts the file off where it begins to differ."""
+        self.stamp.claim([self.path], (), True)
+        if not self.changing:
+            with self.path.open("ab") as file:
+                file.truncate(self.at)
+        self.changing = True
+
+    def _is_json(self) -> bool:
+        return self.path.suffix.lower() == ".jsonl"
+
+    def add(self, found: Sequence[Description]) -> None:
+        """Adds rows; those that are there already, in their place, stay as they are."""
+        text = "".join(map(_json, found)) if self._is_json() else _csv([self._row(one) for one in found])
+        if not self.at and not self._is_json():
+            nearest = [f"{name}_{number}" for number in range(1, self.top + 1) for name in ("nearest", "cosine")]
+            text = _csv([["image", "prompt", "source", "familiar", "cosine", *FROM_FILE, *nearest, "error"]]) + text
+        data = text.encode("utf-8")
+        if not self.changing:
+            there = b""
+            if self.path.is_file():
+                with self.path.open("rb") as file:
+                    file.seek(self.at)
+                    there = file.read(len(data))
+            if there != data:
+                self._change()
+        if self.changing:
+            with self.path.open("ab") as file:
+                file.write(data)
+        self.at += len(data)
+
+    def _row(self, one: Description) -> list[object]:
+        familiar = "" if one.familiar is None else str(one.familiar).lower()
+        nearest = [value for pair in (*one.nearest, *[("", "")] * self.top)[: self.top] for value in pair]
+        about = [getattr(one, name) for name in FROM_FILE]
+        return [shown(one.path), one.prompt, one.source, familiar, one.cosine, *about, *nearest, one.error]
+
+
+def _csv(rows: Sequence[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _json(one: Description) -> str:
+    row = {"image": shown(one.path), **asdict(one)}
+    del row["path"], row["vector"]
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def banned(words: Sequence[str]) -> frozenset[str]:
+    """The words of `--ban`, in small letters.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    found: list[str] = []
+    for word in words:
         try:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written here ({error.strerror}); give another path") from error
+            found += Path(word).read_text(encoding="utf-8").split() if word.endswith(".txt") else word.split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--ban {word}: cannot be read ({error}); give words, or text files of them") from error
+    return frozenset(word.lower() for word in found)
 
-    def write(self, path: Path, text: str) -> None:
-        """Writes a text atomically, after its hash."""
-        digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-        name = self._name(path)
-        if (name, digest) not in self.written:
-            append_line(self.ledger, {"path": name, "sha256": digest})
-            self.written.add((name, digest))
-        write_text(path, text)
 
-    def beside(self, found: Description) -> Path | None:
-        """Writes the prompt of an image beside it; returns the file that is in the way, if one is."""
-        path, text = found.path.with_suffix(".txt"), found.prompt + "\n"
-        if found.error or (path.is_file() and path.read_bytes() == text.encode("utf-8")):
-            return None
-        if path.is_dir() or (not self.overwrite and not self.is_ours(path)):
-            return path
-        self.write(path, text)
-        return None
+def worded(found: Description, prefix: str, suffix: str, banned: frozenset[str], top: int) -> Description:
+    """A description as it is told: without banned words, with prefix and suffix, and `top` of the nearest prompts."""
+    prompt = found.prompt
+    if banned and not banned.isdisjoint(re.findall(r"\w+", prompt.lower())):
+        parts = re.split(r"\s*,\s*", prompt)
+        prompt = ", ".join(part for part in parts if banned.isdisjoint(re.findall(r"\w+", part.lower())))
+    prompt = f"{prefix}{prompt}{suffix}" if prompt else prompt
+    return replace(found, prompt=prompt, nearest=found.nearest[:top], vector=None)
+
+
+def beside(file: Path) -> Path:
+    """Where the text of an image goes."""
+    return file.with_suffix(".txt")
 
 
 def check_places(files: list[Path]) -> None:
-    """Raises UserError where no .txt of its own can lie beside an image."""
+    """Raises UserError if two images would get one text file, or one lies in an archive."""
     places: dict[Path, Path] = {}
     for file in files:
         if archives.is_member(file):
             raise UserError(f"{shown(file)}: --txt has no place beside an image in an archive; use --out")
-        other = places.setdefault(file.with_suffix(".txt"), file)
+        other = places.setdefault(beside(file), file)
         if other != file:
             raise UserError(f"{shown(file)}: --txt would write the same file as for {other.name}; use --out")
 
 
-def table(found: list[Description], out: Path, top: int) -> str:
-    """The text of a table, as CSV or JSON lines."""
-    if out.suffix.lower() == ".jsonl":
-        rows = [{"image": shown(one.path), **asdict(one)} for one in found]
-        for row in rows:
-            del row["path"], row["vector"]
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    frame = pd.DataFrame({"image": [shown(one.path) for one in found], "prompt": [one.prompt for one in found]})
-    frame["cosine"] = [one.cosine for one in found]
-    for number in range(top):
-        some = [one.nearest[number] if number < len(one.nearest) else ("", None) for one in found]
-        frame[f"nearest_{number + 1}"] = [prompt for prompt, _ in some]
-        frame[f"cosine_{number + 1}"] = [cosine for _, cosine in some]
-    frame["error"] = [one.error for one in found]
-    return frame.to_csv(index=False, lineterminator="\n")
+def write_beside(found: Description, overwrite: bool, append: bool) -> bool:
+    """Writes a prompt beside its image.
+
+    Args:
+        found: The prompt.
+        overwrite: Whether a text that is there is replaced.
+        append: Whether the prompt is added to it, behind a comma, unless it is in it already.
+
+    Returns:
+        False if another text is there and stays.
+    """
+    path, text = beside(found.path), found.prompt
+    if text and path.exists() and not overwrite:
+        there = path.read_text(encoding="utf-8", errors="surrogateescape").strip() if path.is_file() else ""
+        if text == there or there.endswith(f", {text}"):
+            return True
+        if not append or not there:
+            return False
+        text = f"{there}, {text}"
+    if text:
+        write_text(path, f"{text}\n")
+    return True

@@ -110,7 +110,8 @@ class Session:
         if found.error:
             raise _told("The image is damaged and cannot be read.")
         nearest = [[f"{cosine:.3f}", prompt] for prompt, cosine in found.nearest]
-        return found.vector, found.prompt, self.similarity(found.prompt, found.vector), nearest, None
+        vector = None if found.familiar is False else found.vector  # the prediction for a strange image says nothing
+        return vector, found.prompt, self.similarity(found.prompt, vector), nearest, None
 
     def similarity(self, prompt: str, vector: np.ndarray | None) -> str:
         """How near an edited prompt comes to the prediction."""

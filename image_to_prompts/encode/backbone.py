@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.images import Fit
-from ..models import backbones, checkpoints, freezing
+from ..data.rows import Fit
+from ..models import backbones, checkpoints, doubt, freezing
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 
 _loaded: WeakValueDictionary[str, BackboneEncoder] = WeakValueDictionary()
@@ -20,11 +21,18 @@ _loaded: WeakValueDictionary[str, BackboneEncoder] = WeakValueDictionary()
 class BackboneEncoder:
     """A network that looks at one square of each image, in the hardware's half precision."""
 
-    def __init__(self, model: nn.Module, spec: backbones.Spec) -> None:
-        """Takes a model from `checkpoints.build`; its matrices are kept in half precision from here on."""
+    def __init__(self, model: nn.Module, spec: backbones.Spec, stages: Sequence[nn.Module] = ()) -> None:
+        """Takes a model from `checkpoints.build`; its matrices are kept in half precision from here on.
+
+        Args:
+            model: The model.
+            spec: Its description.
+            stages: Modules of it whose statistics (`doubt.looking`) come behind what the model gives.
+        """
         self.device = process_state().device
         self.model = model.requires_grad_(False).to(self.device).eval()
         freezing.half_frozen(self.model, type_of(mixed_precision(self.device)))
+        self.stages = stages
         self.fits: tuple[Fit, ...] = (Fit(spec.image_size, spec.crop),)
         self.about: dict[str, Any] = {"backbone": spec.to_dict()}
         self._last: tuple[torch.Tensor | None, np.ndarray] = (None, np.empty(0))
@@ -47,6 +55,7 @@ class BackboneEncoder:
     def see(self, squares: list[torch.Tensor]) -> np.ndarray:
         """Maps uint8 (n, 3, size, size) to float32 (n, d)."""
         if self._last[0] is not squares[0]:
-            with autocast(self.device):
-                self._last = squares[0], self.model(squares[0].to(self.device)).float().cpu().numpy()
+            with autocast(self.device), doubt.looking(self.stages) as statistics:
+                given = self.model(squares[0].to(self.device)).float()
+                self._last = squares[0], torch.cat([given, *statistics], 1).cpu().numpy()
         return self._last[1]

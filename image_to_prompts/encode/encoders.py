@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .. import pipeline
-from ..data.images import Fit, ImageRows, load
+from ..data.rows import Fit, ImageRows, load
 from ..models import text_encoder
 from ..run.devices import local_device, within_memory
 from ..run.errors import UserError
@@ -102,7 +102,7 @@ def viewer(
         workers: Threads that decode images; 0: one a core.
 
     Returns:
-        Maps image files, as `images.read` takes them, and one of `images.VIEWS` to what each encoder made of them.
+        Maps image files, as `images.read` takes them, and one of `rows.VIEWS` to what each encoder made of them.
     """
     fits, limit = list(dict.fromkeys(fit for encoder in encoders for fit in encoder.fits)), batch_size
 

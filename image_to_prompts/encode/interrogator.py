@@ -22,7 +22,7 @@ from torch import nn
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from ..data import terms as term_lists
-from ..data.images import Fit
+from ..data.rows import Fit
 from ..models import backbones, hub, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError

@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from ..data import metadata
-from ..data.images import ImageRows, contents, tell_broken
-from ..models import backbones, checkpoints, text_encoder
+from ..data.images import contents, tell_broken
+from ..data.rows import ImageRows
+from ..models import backbones, checkpoints, doubt, text_encoder
 from ..profiles import StageConfig
 from ..run.bounds import NotNegative, Positive
 from ..run.devices import rank_and_processes
@@ -30,7 +31,7 @@ from ..run.resume import Stamp, alone
 from ..training import dataset, frozen_features, loop
 from ..training import model as models
 from ..training import state as state_file
-from .validation import Keeper
+from .validation import Keeper, save_doubt
 
 if TYPE_CHECKING:
     from . import dry_run
@@ -43,6 +44,7 @@ OUTPUTS = (
     *("model.safetensors", "config.json", "README.md", "baselines.safetensors", "history.csv", "history.png"),
     *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png"),
     *(f"{LAST}/{name}" for name in checkpoints.FILES),
+    doubt.FILE,
 )
 
 
@@ -140,6 +142,8 @@ def _train(config: Config) -> pd.DataFrame:
     history, state = config.out / "history.csv", config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if stamp.is_current():
         state_file.forget(state)
+        if not (config.out / doubt.FILE).is_file():
+            _add_doubt(config, loaded, stamp)
         log.info("%s is up to date", config.out)
         return pd.read_csv(history)
     stamp.claim(config.out / name for name in OUTPUTS)
@@ -154,9 +158,31 @@ def _train(config: Config) -> pd.DataFrame:
     frame = pd.DataFrame(keeper.history)
     if keeper.trainer.accelerator.is_main_process:
         keeper.report(frame, history)
-        stamp.write(config.out / name for name in OUTPUTS)
+        stamp.write(_written(config.out))
         state_file.forget(state)
     return frame
+
+
+def _written(out: Path) -> list[Path]:
+    """The outputs; a network without frozen stages has no doubt."""
+    return [out / name for name in OUTPUTS if name != doubt.FILE or (out / name).is_file()]
+
+
+def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
+    """Gives a checkpoint of an earlier version its doubt, by one look at its images, without any training."""
+    rows = dataset.split(loaded, text_encoder.encode(loaded["prompt"].tolist()), config.fold, config.leave_out)
+    spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"
+    accelerator = models.accelerator_for(mixed)
+    model, _ = models.build(spec, accelerator, config.seed, None, config.weights)
+    wanted = np.concatenate([rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)], rows.valid])
+    _, statistics, _ = frozen_features.features(
+        *(model, ImageRows(rows.paths, config.image_size), wanted, accelerator.device, stamp.work_folder()),
+        *(False, mixed, config.loader_workers),
+    )
+    if accelerator.is_main_process:
+        save_doubt(config.out, rows, statistics)
+        stamp.write(_written(config.out))
+    accelerator.wait_for_everyone()
 
 
 def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> Stamp:
@@ -181,7 +207,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
     wanted = np.concatenate([sample, rows.valid])
-    features, cached = frozen_features.features(
+    features, statistics, cached = frozen_features.features(
         model, images, wanted, accelerator.device, work, config.cache_features, mixed, config.loader_workers
     )
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
@@ -206,7 +232,8 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
         "profile": config.profile,
         "revision": checkpoints.revision(),
     }
-    return Keeper(config.out, trainer, cached or images, features, base, description, [images, varied], told)
+    both = [images, varied]
+    return Keeper(config.out, trainer, cached or images, features, statistics, base, description, both, told)
 
 
 def _epochs(config: Config, keeper: Keeper) -> bool:

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from ..data.images import ImageRows
+from ..data.rows import ImageRows
 from ..models import backbones, freezing, metrics
 from ..models.fast_layers import faster
 from ..models.text_encoder import DIMENSION

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,11 @@ import numpy as np
 import pandas as pd
 
 from ..data import metadata, pictures
-from ..data.images import ImageRows, tell_broken
-from ..models import checkpoints, freezing, metrics, text_encoder
+from ..data.images import tell_broken
+from ..data.rows import ImageRows
+from ..models import checkpoints, doubt, freezing, metrics, text_encoder
+from ..predict import predictors
+from ..predict.predictors import Viewing
 from ..run.devices import gather, rank_and_processes
 from ..run.folders import LAST
 from ..training import by_source, dataset, frozen_features, loop
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 log = logging.getLogger(__name__)
+SHOWN = ("whole", "blurred", "noisy", "quarter")  # how validating images are shown, to fit the doubt
+CORRUPTED = 128  # validating images that are shown so
 
 
 def validate(
@@ -43,6 +48,31 @@ def validate(
     return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
 
 
+def save_doubt(folder: Path, rows: dataset.Rows, statistics: np.ndarray) -> None:
+    """Writes into a checkpoint what tells familiar images from strange ones, see `doubt`.
+
+    Args:
+        folder: The checkpoint.
+        rows: What it was trained on and validated with.
+        statistics: float32 (rows, d), of the frozen stages; NaN where they are not known.
+    """
+    train, valid = (statistics[side][np.isfinite(statistics[side]).all(1)] for side in (rows.train, rows.valid))
+    if not (train.size and valid.size):
+        return
+    own = doubt.Doubt.fit(train, valid)
+    own.save(folder)
+    predictor = predictors.checkpoint(folder)
+    chosen = rows.valid[:: -(-len(rows.valid) // CORRUPTED)]
+    files = [rows.paths[row] for row in chosen]
+    ways = [predictors.predict(predictor, files, Viewing((view,))) for view in SHOWN]  # type: ignore[arg-type]
+    vectors, strange = (np.concatenate(column) for column in zip(*ways, strict=True))
+    good, targets = np.isfinite(strange), np.tile(rows.targets[chosen], (len(SHOWN), 1))
+    pull = doubt.best_pull(vectors[good], predictor.mean, strange[good], targets[good])
+    replace(own, pull=np.array(pull, np.float32)).save(folder)
+    shares = [f"{view} {100 * (one.strangeness > 1).mean():.0f} %" for view, one in zip(SHOWN, ways, strict=True)]
+    log.info("validating images that are strange to the checkpoint: %s; pull %g, %g", ", ".join(shares), *pull)
+
+
 @dataclass
 class Keeper:
     """Validates after each epoch and keeps the best weights; in the end writes what a person looks at.
@@ -52,6 +82,7 @@ class Keeper:
         trainer: The trainer.
         source: What validates, by row number.
         features: float32 (n, width) of all rows, by the frozen backbone.
+        statistics: float32 (n, d), of its frozen stages, see `doubt`.
         base: The baselines.
         description: config.json, without metrics.
         images: Datasets, which know of images that could not be read.
@@ -62,6 +93,7 @@ class Keeper:
     trainer: loop.Trainer
     source: ImageRows | frozen_features.CachedRows
     features: np.ndarray
+    statistics: np.ndarray
     base: frozen_features.Baselines
     description: dict[str, Any]
     images: list[ImageRows]
@@ -98,6 +130,7 @@ class Keeper:
         rows, base = self.trainer.rows, self.base
         self.save(self.out / LAST, self.history[-1])
         frozen_features.save(self.out / "baselines.safetensors", base)
+        save_doubt(self.out, rows, self.statistics)
         metadata.write_table(history, frame)
         pictures.learning_curve(frame, base.scores, history.with_suffix(".png"))
         sources = by_source.by_source(self.out, rows, self.features, base)

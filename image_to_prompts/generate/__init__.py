@@ -30,14 +30,14 @@ from ..run.resume import Stamp, alone, append_line, read_journal
 log = logging.getLogger(__name__)
 # A source runs dry when fewer than LEAST_NEW of a window of candidates are new.
 WINDOW, LEAST_NEW = 1000, 10
-Collected = Literal["diffusiondb", "diffusiondb-parts", "captions-tsv", "laion-coco", "captions-json", "table"]
+Sources = Literal["diffusiondb", "diffusiondb-parts", "images", "captions-tsv", "laion-coco", "captions-json", "table"]
 
 
 @dataclass
 class Main:
     """What it writes."""
 
-    source: Literal["grammar", "magicprompt", Collected] = "grammar"
+    source: Literal["grammar", "magicprompt", Sources] = "grammar"
     """Who writes the prompts, or the format of --input: DiffusionDB's metadata or image parts, Conceptual Captions,
     LAION-COCO, COCO and VizWiz, or any table (CSV, TSV, JSONL, JSON, Parquet, text)."""
     count: Positive = 3800
@@ -192,7 +192,7 @@ def _stamp(config: Config) -> Stamp:
     if config.starts and config.source != "magicprompt":
         raise UserError("--starts needs --source magicprompt; the grammar knows no start phrases")
     if config.input or config.rules or config.limit or config.name:
-        known = ", ".join(get_args(Collected))
+        known = ", ".join(get_args(Sources))
         raise UserError(f"--input, --rules, --limit, --name: {config.source} writes new prompts; give --source {known}")
     inputs = [path for path in (config.starts,) if path]
     settings = config.settings("out", "batch_size", "starts")
@@ -225,7 +225,7 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad settings or missing weights, or if the source wrote nothing.
     """
-    if config.source in get_args(Collected):
+    if config.source in get_args(Sources):
         return _collect(config)
     stamp = _stamp(config)
     with alone(config.out):

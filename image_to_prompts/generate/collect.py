@@ -24,7 +24,7 @@ from ..run.errors import UserError
 from ..run.files import atomic_path, write_array, write_json
 from ..run.progress import progress
 from ..run.resume import Stamp, is_sealed, seal
-from . import formats, readers, rules
+from . import formats, rules
 from .readers import SOURCES, Reading, Source
 
 __all__ = ["SOURCES", "collect", "report_path"]
@@ -71,7 +71,7 @@ def collect(
     chosen = {one: rules.load(one) for one in names}
     own = [Path(one.rpartition(":")[0]) for one in names if one not in rules.RULES]
     settings = {"source": source, "name": name, "column": column, "rules": names, "limit": limit}
-    files = [(path, file) for path in paths for file in readers.files(path)]
+    files = [(path, file) for path in paths for file in kind.files(path)]
     settings["files"] = [(path.name, str(file.relative_to(path)), *_facts(file)) for path, file in files]
     stamp = Stamp(out.with_name(f".{out.stem}.done"), "generate", settings, own)
     if stamp.is_current():
@@ -82,10 +82,10 @@ def collect(
     seen = Seen(("image_name",) if kind.pairs else ("prompt", "image_name"))
     readings = [Reading(path, column) for path in paths]
     what = f"blocks of {name or source}"
-    for number, block in enumerate(progress(read_blocks(kind, readings), what, _blocks(paths))):
+    for number, block in enumerate(progress(read_blocks(kind, readings), what, _blocks(kind, paths))):
         part = work / f"part-{number:06d}.csv"
         if not is_sealed(part, part.with_suffix(".npy"), part.with_suffix(".json")):
-            write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block))
+            write_block(block, chosen, name or source, seen, part, limit - total if limit else len(block), kind.more)
         hashes = np.load(part.with_suffix(".npy"))
         seen.add(hashes)
         total += hashes.shape[1]
@@ -98,21 +98,21 @@ def collect(
     broken = sum(reading.broken for reading in readings)
     told = {"rule": "broken", "rows": report[0]["rows"] + broken, "changed": 0, "dropped": broken, "examples": []}
     report = [told, *report]
-    _join([work / f"part-{number:06d}.csv" for number in range(len(reports))], out)
+    _join([work / f"part-{number:06d}.csv" for number in range(len(reports))], [*COLUMNS, *kind.more], out)
     write_json(report_path(out), report)
     stamp.write([out, report_path(out)])
     log.info("%s: %d prompts\n%s", out, total, _frame(report).iloc[:, :4].to_string(index=False))
     return _frame(report)
 
 
-def _blocks(paths: list[Path]) -> int | None:
+def _blocks(kind: Source, paths: list[Path]) -> int | None:
     """About how many blocks there will be."""
     try:
-        counts = [readers.count(path) for path in paths]
+        counts = [kind.count(path) for path in paths]
     except Exception:  # what is wrong with a file, its reader says
         return None
     known = [rows for rows in counts if rows is not None]
-    return sum(-(-rows // formats.BLOCK) for rows in known) if len(known) == len(counts) else None
+    return sum(-(-rows // (kind.block or formats.BLOCK)) for rows in known) if len(known) == len(counts) else None
 
 
 def _facts(path: Path) -> tuple[int, ...]:
@@ -165,7 +165,13 @@ class Seen:
 
 
 def write_block(
-    block: pl.DataFrame, chosen: dict[str, rules.Rule], name: str, seen: Seen, part: Path, most: int
+    block: pl.DataFrame,
+    chosen: dict[str, rules.Rule],
+    name: str,
+    seen: Seen,
+    part: Path,
+    most: int,
+    more: Sequence[str] = (),
 ) -> None:
     """Cleans a block, and writes its rows, the hashes of their keys, and last what the rules did."""
     block, report = rules.clean(block, chosen)
@@ -176,7 +182,7 @@ def write_block(
     report.append({"rule": "repeats", **counts, "examples": examples})
     block = block.filter(pl.Series(first)).head(most).with_columns(source=pl.lit(name))
     with atomic_path(part) as file:
-        block.select(COLUMNS).write_csv(file, include_header=False)
+        block.select(*COLUMNS, *more).write_csv(file, include_header=False)
     write_array(part.with_suffix(".npy"), hashes[:, first][:, :most])
     write_json(part.with_suffix(".json"), report)
     seal(part, part.with_suffix(".npy"), part.with_suffix(".json"))
@@ -195,10 +201,10 @@ def _with_keys(block: pl.DataFrame) -> pl.DataFrame:
     return block.with_columns(pl.Series("seed", seeds, pl.Int64), pl.Series("image_name", names, pl.String))
 
 
-def _join(parts: list[Path], out: Path) -> None:
+def _join(parts: list[Path], columns: list[str], out: Path) -> None:
     """Puts the blocks' rows into one CSV."""
     with atomic_path(out) as whole, whole.open("wb") as file:
-        file.write((",".join(COLUMNS) + "\n").encode())
+        file.write((",".join(columns) + "\n").encode())
         for part in parts:
             with part.open("rb") as rows:
                 shutil.copyfileobj(rows, file)

@@ -86,10 +86,10 @@ def _types() -> dict[str, Any]:
     return {**texts, **numbers, "rejected": pl.Boolean, "seed": pl.Int64}
 
 
-def blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[pl.DataFrame]:
+def blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...], size: int = 0) -> Iterator[pl.DataFrame]:
     """Rows as blocks; half of a character that stands alone, as JSON may have it, is taken out."""
     types = {column: _types().get(column, pl.String) for column in columns}
-    while block := list(itertools.islice(rows, BLOCK)):
+    while block := list(itertools.islice(rows, size or BLOCK)):
         lists = {column: [_plain(row[column], column) for row in block] for column in columns}
         yield pl.DataFrame(lists, types)
 

@@ -1,7 +1,7 @@
 """Readers of public sources in their native formats: each streams a file as blocks of rows, and skips what is broken.
 
 A block is a Polars frame with `prompt` and `source_id`, the source's own name of the row, and what else the source
-says: `image_name`, `seed`, `width`, `height`, `image_nsfw`, `prompt_nsfw`, `rejected`.
+says: `image_name`, `seed`, `generator`, `model`, `width`, `height`, `image_nsfw`, `prompt_nsfw`, `rejected`.
 """
 
 import json
@@ -15,12 +15,25 @@ from typing import Any, NamedTuple
 import polars as pl
 from pyarrow import parquet
 
+from ..data import file_prompt, images, metadata
+from ..data.file_prompt import FilePrompt
+from ..run import archives
 from ..run.errors import UserError
 from . import formats
 from .formats import Reading
 
 log = logging.getLogger(__name__)
 LARGEST = 100_000_000  # bytes of the JSON of a part; real ones have about 300,000
+
+
+def count_lines(path: Path) -> int | None:
+    """About how many rows a file has; None where only reading all of it could tell."""
+    if path.suffix == ".parquet":
+        return parquet.read_metadata(path).num_rows
+    if path.suffix not in (".csv", ".tsv", ".jsonl", ".txt"):
+        return None
+    with path.open("rb") as file:
+        return sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) + 1
 
 
 class Source(NamedTuple):
@@ -30,11 +43,19 @@ class Source(NamedTuple):
         read: Streams a file of it.
         rules: Names of the rules that clean it, unless others are asked for.
         pairs: Whether each row is an image that exists, so that equal prompts are no repeats.
+        files: The files that a given path stands for.
+        count: About how many rows a given path has, for the bar; None where that is not quickly told.
+        block: Rows of a block; 0: `formats.BLOCK`.
+        more: Columns beside those that every source has.
     """
 
     read: Callable[[Reading], Iterator[pl.DataFrame]]
     rules: tuple[str, ...]
     pairs: bool = False
+    files: Callable[[Path], list[Path]] = lambda path: [path]
+    count: Callable[[Path], Any] = count_lines
+    block: int = 0
+    more: tuple[str, ...] = ()
 
 
 def diffusiondb(reading: Reading) -> Iterator[pl.DataFrame]:
@@ -91,11 +112,11 @@ def captions_json(reading: Reading) -> Iterator[pl.DataFrame]:
 
 def diffusiondb_parts(reading: Reading) -> Iterator[pl.DataFrame]:
     """DiffusionDB's image parts, zip files or folders, by their JSON: p is the prompt, se the seed."""
-    if not files(reading.path):
+    if not _parts(reading.path):
         raise UserError(f"{reading.path}: no part-*.zip and no part-*.json in it; give DiffusionDB's image parts")
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, part in enumerate(files(reading.path), start=1):
+        for number, part in enumerate(_parts(reading.path), start=1):
             try:
                 records, images = _part(part)
             except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -109,6 +130,43 @@ def diffusiondb_parts(reading: Reading) -> Iterator[pl.DataFrame]:
                 yield {"prompt": said, "source_id": name, "image_name": name, "seed": record.get("se")}
 
     yield from formats.blocks(rows(), ("prompt", "source_id", "image_name", "seed"))
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted([*path.rglob("part-*.zip"), *path.rglob("part-*.json")]) if path.is_dir() else [path]
+
+
+def carried(reading: Reading) -> Iterator[pl.DataFrame]:
+    """Images, also in sub-folders, and the prompts that are in their files, or in a `.txt` of the same stem."""
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, file in enumerate(images.find(reading.path), start=1):
+            name, found = file.relative_to(reading.path).as_posix(), file_prompt.read(file) or _beside(file)
+            if not name.isprintable() or not metadata.is_name(name):
+                reading.skip(number, f"{name!r} cannot be an image_name")
+            elif found is None:
+                reading.skip(number, f"{name}: no prompt in it, and no .txt beside it")
+            else:
+                seed = int(found.seed) if found.seed.isdecimal() else None
+                row = {"prompt": found.prompt, "source_id": name, "image_name": name, "seed": seed}
+                yield {**row, "generator": found.generator, "model": found.model}
+
+    columns = ("prompt", "source_id", "image_name", "seed", *SOURCES["images"].more)
+    yield from formats.blocks(rows(), columns, SOURCES["images"].block)
+
+
+def _beside(file: Path) -> FilePrompt | None:
+    """The text that lies beside an image."""
+    try:
+        text = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return FilePrompt(text) if text else None
+
+
+def _images(path: Path) -> list[Path]:
+    found = [file.parent if archives.is_member(file) else file for file in images.find(path)]
+    return [*dict.fromkeys(found), *sorted(path.rglob("*.txt"))]
 
 
 def table(reading: Reading) -> Iterator[pl.DataFrame]:
@@ -130,29 +188,18 @@ USUAL = ("rejected", *MENDED, "nsfw", "english", "truncate", "blank")
 FILTER = ("mojibake", "unicode", "words", "characters", "size", "nsfw", "blank")  # the reference's
 SOURCES = {
     "diffusiondb": Source(diffusiondb, FILTER),
-    "diffusiondb-parts": Source(diffusiondb_parts, (*MENDED, "blank"), pairs=True),
+    "diffusiondb-parts": Source(
+        diffusiondb_parts, (*MENDED, "blank"), True, _parts, lambda path: 1000 * len(_parts(path))
+    ),
+    "images": Source(
+        *(carried, (*MENDED, "blank"), True, _images, lambda path: len(images.find(path)), 1000),
+        more=("generator", "model"),
+    ),
     "captions-tsv": Source(captions_tsv, USUAL),
     "laion-coco": Source(laion_coco, USUAL),
     "captions-json": Source(captions_json, USUAL),
     "table": Source(table, USUAL),
 }
-
-
-def files(path: Path) -> list[Path]:
-    """The files that a file or a folder of DiffusionDB's parts stands for."""
-    return sorted([*path.rglob("part-*.zip"), *path.rglob("part-*.json")]) if path.is_dir() else [path]
-
-
-def count(path: Path) -> int | None:
-    """About how many rows a file has, where that is quickly told: for the bar that shows how far a run is."""
-    if path.is_dir():
-        return 1000 * len(files(path))
-    if path.suffix == ".parquet":
-        return parquet.read_metadata(path).num_rows
-    if path.suffix not in (".csv", ".tsv", ".jsonl", ".txt"):
-        return None
-    with path.open("rb") as file:
-        return sum(part.count(b"\n") for part in iter(lambda: file.read(2**20), b"")) + 1
 
 
 def _part(path: Path) -> tuple[dict[str, dict[str, Any]], set[str]]:

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 
 from ..data import images, metadata
-from ..models import metrics, text_encoder
+from ..models import doubt, metrics, text_encoder
 from ..predict import predictors
-from ..predict.predictors import Rung
+from ..predict.blend import blend_weights
+from ..predict.ladder import Rung, climb, ladder
 from ..profiles import StageConfig
 from ..run.bounds import Amount
 from ..run.devices import rank_and_processes
@@ -33,7 +34,6 @@ from ..run.resume import Stamp, alone
 from . import submission
 
 log = logging.getLogger(__name__)
-LEAST_TO_FIT = 20  # images on which weights are fitted
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Prediction:
         vectors: float32 (n, 384), unit length, same order.
         broken: Files that could not be read and got the mean prediction.
         unreached: Number of files that were not reached within --max-hours and got it too.
+        strange: Number of images that are unlike those that the checkpoint knows.
         how: What predicted.
         alone: Score of each checkpoint of a blend by itself, with a key.
         score: Mean cosine against the key; None without one.
@@ -83,51 +84,12 @@ class Prediction:
     vectors: np.ndarray
     broken: list[Path]
     unreached: int = 0
+    strange: int = 0
     how: str = ""
     alone: dict[str, float] = field(default_factory=dict)
     score: float | None = None
     constant: float | None = None
     prompts: pd.DataFrame | None = None
-
-
-def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[float]:
-    """The weights of checkpoints in a blend.
-
-    Args:
-        folders: The checkpoints.
-        given: Weights; none: fitted on the images that all checkpoints kept for validation, where the blend is at least
-            as good as the best of them. Where there are fewer than 20 such images, all weights are the same.
-
-    Raises:
-        UserError: If the number of weights is not that of the checkpoints, one is negative, or all are 0.
-    """
-    same = [1 / len(folders)] * len(folders)
-    if not given and len(folders) > 1:
-        from ..training import by_source
-
-        if not all(by_source.is_there(folder) for folder in folders):
-            log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
-            return same
-        kept = [by_source.read(folder) for folder in folders]
-        names = sorted(set.intersection(*(set(frame["image_name"]) for frame, _, _ in kept)))
-        if len(names) < LEAST_TO_FIT:
-            log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))
-            return same
-        order = [pd.Index(frame["image_name"]).get_indexer(names) for frame, _, _ in kept]
-        predictions = [predicted[rows] for (_, predicted, _), rows in zip(kept, order, strict=True)]
-        truth = kept[0][2][order[0]]
-        fitted = metrics.fit_weights(predictions, truth)
-        for folder, predicted, weight in zip(folders, predictions, fitted, strict=True):
-            alone = metrics.mean_cosine(predicted, truth)
-            log.info("%s: %.4f alone on %d images, %.3f of the blend", folder, alone, len(names), weight)
-        log.info("blend: %.4f", metrics.mean_cosine(metrics.blend(predictions, fitted), truth))
-        return fitted.tolist()
-    weights = list(given or same)
-    if len(weights) != len(folders):
-        raise UserError(f"--blend has {len(weights)} numbers for {len(folders)} checkpoints; give one each")
-    if min(weights) < 0 or not sum(weights) > 0:
-        raise UserError(f"--blend {' '.join(map(str, weights))}: must not be negative, nor all 0")
-    return weights
 
 
 def read_key(path: Path, files: list[Path], folder: Path) -> list[str]:
@@ -197,29 +159,36 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         return Prediction(files, submission.read(config.out, stems), **found, prompts=nearest)
     outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
     stamp.claim(outputs)
-    rung, found, mean, reached = predictors.climb(
+    rung, seen, used, reached = climb(
         *(rungs, files, config, config, stamp.work_folder(), config.max_hours),
         strict=not config.fallback,
     )
+    mean = metrics.blend([one.mean[None] for one in used], rung.weights)[0]
+    found, strange = [one.vectors for one in seen], predictors.strangeness(seen)
     vectors = metrics.blend([np.nan_to_num(one) for one in found], rung.weights)
     unreadable = np.asarray(~vectors.any(1))  # no predictor had them
     vectors[unreadable] = mean
+    vectors = doubt.pulled(vectors, mean, strange, next((one.pull for one in used if one.judge), (1.0, 0.0)))
     broken = [file for file, bad in zip(files[: max(reached)], unreadable, strict=False) if bad]
-    result = Prediction(files, vectors, broken, len(files) - max(reached), rung.what)
+    result = Prediction(files, vectors, broken, len(files) - max(reached), int((strange > 1).sum()), rung.what)
     if rank_and_processes()[0]:  # the main process writes
         return result
     submission.write(config.out, stems, vectors)
     if bank:
         nearest = nearest_prompts(vectors, bank, text_encoder.encode(bank))
-        result.prompts = pd.concat([pd.DataFrame({"image": names}), nearest], axis=1)
+        familiar = ["" if np.isnan(one) else str(one <= 1).lower() for one in strange]
+        result.prompts = pd.concat([pd.DataFrame({"image": names}), nearest], axis=1).assign(familiar=familiar)
         metadata.write_table(nearest_path, result.prompts)
     if truth:
         _score(result, found, mean, text_encoder.encode(truth), folders if rung is rungs[0] else [])
-    kept = {name: getattr(result, name) for name in ("score", "constant", "alone", "how")}
+    kept = {name: getattr(result, name) for name in ("score", "constant", "alone", "how", "strange")}
     write_json(scores_path, {**kept, "broken": list(map(str, broken))})
     if rung is rungs[0] and min(reached) == len(files):
         stamp.write(outputs)
     _tell(result, reached)
+    if result.strange:
+        knows = next(one.knows for one in used if one.judge)
+        log.warning("%d of %d images are unlike those that the checkpoint knows: %s", result.strange, len(files), knows)
     log.info("%s: %d images, predicted by %s", config.out, len(files), result.how)
     return result
 
@@ -230,7 +199,7 @@ def _rungs(config: Config, folders: list[Path], weights: list[float]) -> list[Ru
     if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
         rungs += [_checkpoint_rung([folder], [1.0]) for folder in folders]
     if config.fallback and not config.checkpoint:
-        rungs += predictors.ladder(Run(config.run))
+        rungs += ladder(Run(config.run))
     return rungs
 
 
@@ -266,7 +235,7 @@ def _checkpoint_rung(folders: list[Path], weights: list[float]) -> Rung:
     loads: dict[str, Callable[[], predictors.Predictor]] = {
         str(folder): partial(predictors.checkpoint, folder) for folder in folders
     }
-    inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json")]
+    inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json", doubt.FILE)]
     return Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, inputs)
 
 

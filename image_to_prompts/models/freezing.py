@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from ..run.errors import UserError
@@ -40,6 +41,30 @@ def layer_groups(backbone: nn.Module) -> list[list[str]]:
     return [[prefix + name for name in groups[key]] for key in sorted(groups)]
 
 
+def _frozen_groups(backbone: nn.Module) -> list[list[str]]:
+    groups = layer_groups(backbone)
+    return groups[: len(groups) - max(1, len(groups) // 4)]
+
+
+def stages(backbone: nn.Module) -> list[nn.Module]:
+    """The last modules of the stages that stay frozen whole, by whose outputs images are told apart (see `doubt`).
+
+    Where no stage ends before the trained part, as in vision transformers, modules in its first half.
+    """
+    groups, count = layer_groups(backbone), len(_frozen_groups(backbone))
+    modules = dict(backbone.named_modules())
+    paths = [_common([name.split(".") for name in group]) for group in groups]
+    inside = [path.rpartition(".")[0] for path in paths]
+    whole = [n for n in range(count) if inside[n] and inside[n] not in inside[n + 1 :]]
+    chosen = [paths[n] for n in whole or [count * part // 8 for part in (2, 3, 4)]]
+    return [modules[path] for path in dict.fromkeys(chosen) if path and path in modules]
+
+
+def _common(paths: list[list[str]]) -> str:
+    """The beginning that dotted paths have in common."""
+    return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+
+
 def unfreeze_last_quarter(backbone: nn.Module) -> list[str]:
     """Freezes a backbone but for the last floor(n / 4) of its n layer groups and an open_clip projection.
 
@@ -48,8 +73,7 @@ def unfreeze_last_quarter(backbone: nn.Module) -> list[str]:
     Returns:
         Names of the parameters that train.
     """
-    groups = layer_groups(backbone)
-    frozen = {name for group in groups[: len(groups) - max(1, len(groups) // 4)] for name in group}
+    frozen = {name for group in _frozen_groups(backbone) for name in group}
     trained = []
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -1,15 +1,18 @@
 """Files of the Hugging Face hub, and what identifies weights: their SHA-256."""
 
+import contextlib
 import functools
 import hashlib
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..run.errors import UserError
 from ..run.files import sha256
 
 log = logging.getLogger(__name__)
+_stay_here = False  # see `without_network`
 
 
 def digest(path: Path) -> str:
@@ -32,6 +35,17 @@ def _cached_digest(file: Path, size: int, modified: int) -> str:
     return sha256(file)
 
 
+@contextlib.contextmanager
+def without_network(stay_here: bool = True) -> Iterator[None]:
+    """Within it, `snapshot` finds what was downloaded before, and asks nobody for more."""
+    global _stay_here
+    before, _stay_here = _stay_here, stay_here
+    try:
+        yield
+    finally:
+        _stay_here = before
+
+
 def snapshot(repository: str, patterns: list[str]) -> Path | None:
     """Folder of a repository's files that fit `patterns`; None if the hub has none, or cannot be reached.
 
@@ -42,9 +56,9 @@ def snapshot(repository: str, patterns: list[str]) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=_stay_here))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        log.info("hub %s: %s", repository, str(error).splitlines()[0])
+        log.log(logging.DEBUG if _stay_here else logging.INFO, "hub %s: %s", repository, str(error).splitlines()[0])
         return None
     for file in folder.rglob("*"):
         _check_download(file)

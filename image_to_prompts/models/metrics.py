@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from ..data.images import Readable
+    from ..data.rows import Readable
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)  # of the ridge regression, relative to the mean feature variance
 NEIGHBOURS = (1, 3, 5, 10, 20, 50, 100)
@@ -211,7 +211,7 @@ def extract(
     """
     import torch
 
-    from ..data.images import load
+    from ..data.rows import load
     from ..run.devices import autocast
     from ..run.progress import progress
 

@@ -1,38 +1,28 @@
-"""What predicts: checkpoints or, where there are none, kNN over embeddings or the mean prompt embedding.
+"""What predicts prompt embeddings from images: checkpoints, and whatever else looks at images with encoders."""
 
-A submission kernel so scores on its first push, before anything is trained.
-"""
-
-import csv
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 from safetensors.numpy import load_file
 
-from ..encode import embeddings, encoders
+from ..encode import encoders
 from ..encode.encoders import Encoder
-from ..models import checkpoints, ensemble, metrics, text_encoder, weights
+from ..models import checkpoints, doubt, freezing, metrics, text_encoder
 from ..run import resume
 from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
-from ..run.errors import UserError
-from ..run.files import make_folder
-from ..run.folders import Run, is_ensemble, kaggle_inputs
+from ..run.folders import is_ensemble
 from ..run.progress import Deadline
 
 log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
-MOST_PROMPTS = 20_000  # the mean of more is the same to three digits
 SAME = 0.99999  # cosine of two embeddings of one prompt
-MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
 
 
 @dataclass
@@ -43,28 +33,29 @@ class Predictor:
         mean: float32 (384,), the prediction for an image that cannot be read or is not reached in time.
         encoders: What looks at the images; none: the prediction is the mean.
         finish: Maps what each encoder gave, float32 (n, d), to float32 (n, 384).
+        judge: Maps the same to strangeness, float32 (n,), see `doubt`; None where nobody can tell.
+        pull: How predictions for strange images are drawn to the mean, see `doubt.pulled`.
+        knows: What it has seen, for people.
     """
 
     mean: np.ndarray
     encoders: list[Encoder] = field(default_factory=list)
     finish: Callable[[list[np.ndarray]], np.ndarray] = lambda arrays: arrays[0]
+    judge: Callable[[list[np.ndarray]], np.ndarray] | None = None
+    pull: tuple[float, float] = (1.0, 0.0)
+    knows: str = ""
 
 
-@dataclass(frozen=True)
-class Rung:
-    """One way to predict.
+class Seen(NamedTuple):
+    """What a predictor saw in images.
 
     Attributes:
-        what: What it is, for the log.
-        load: By name, what gives its predictors; of those with one name finished blocks are shared between rungs.
-        weights: Their weights in the blend.
-        inputs: Files on whose contents the predictions depend.
+        vectors: float32 (n, 384), unit vectors, NaN for images that cannot be read.
+        strangeness: float32 (n,), above 1 for images that are unlike those that it knows; NaN where nobody can tell.
     """
 
-    what: str
-    load: dict[str, Callable[[], Predictor]]
-    weights: list[float]
-    inputs: list[Path]
+    vectors: np.ndarray
+    strangeness: np.ndarray
 
 
 @dataclass
@@ -84,15 +75,40 @@ def checkpoint(folder: Path) -> Predictor:
     from ..encode.backbone import BackboneEncoder
 
     if is_ensemble(folder):
+        from ..models import ensemble
+
         blend = ensemble.load(folder)
         seen = blend.config["ensemble"]["encoders"].values()
         return Predictor(blend.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, blend))
-    found = checkpoints.load(folder)
-    return Predictor(found.mean, [BackboneEncoder(found.model, found.spec)])
+    found, own = checkpoints.load(folder), doubt.load(folder)
+    stages = freezing.stages(found.model.backbone) if own else ()
+    encoder = BackboneEncoder(found.model, found.spec, stages)
+    finish, knows = partial(_columns, slice(text_encoder.DIMENSION)), _knows(found.config)
+    if own is None:
+        return Predictor(found.mean, [encoder], finish, knows=knows)
+    return Predictor(
+        found.mean, [encoder], finish, partial(_strangeness, own), (float(own.pull[0]), float(own.pull[1])), knows
+    )
+
+
+def _columns(which: slice, arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0][:, which]
+
+
+def _strangeness(own: doubt.Doubt, arrays: list[np.ndarray]) -> np.ndarray:
+    return own.strangeness(arrays[0][:, text_encoder.DIMENSION :])
+
+
+def _knows(config: dict[str, Any]) -> str:
+    """What a checkpoint has seen, in words."""
+    if config.get("profile") == "embedded":
+        return "it has only seen emoji scenes"
+    return f"it has seen {config.get('rows', {}).get('train', 'other')} images of its training set"
 
 
 def trained_on(folders: list[Path], targets: np.ndarray) -> int:
     """How many of float32 (n, 384) embeddings of prompts are among those that checkpoints say they were trained on."""
+    from ..models import ensemble
     from ..search.near_pairs import near
 
     found = np.zeros(len(targets), bool)
@@ -104,141 +120,51 @@ def trained_on(folders: list[Path], targets: np.ndarray) -> int:
     return int(found.sum())
 
 
-def neighbours(folder: Path) -> Predictor:
-    """kNN over the best array of `embed` whose encoder can be built, the number of neighbours chosen on a part of it.
-
-    Args:
-        folder: What `embed` wrote.
-
-    Raises:
-        UserError: If an array is damaged, or the weights of no encoder are there.
-    """
-    table = embeddings.load(folder)
-    found = []
-    for name, vectors in table.arrays.items():
-        known = np.isfinite(vectors[:, 0])
-        features, targets = vectors[known], table.targets[known]
-        asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
-        k = metrics.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
-        guess = metrics.nearest_mean(features[asked], features[~asked], targets[~asked], k)
-        found.append((metrics.mean_cosine(guess, targets[asked]), name, k, features, targets))
-    missing = ""
-    for score, name, k, features, targets in sorted(found, key=lambda one: -one[0]):
-        try:
-            encoder = encoders.rebuild(table.about[name])
-        except UserError as error:
-            missing = missing or str(error)
-            log.warning("%s: passed over: %s", folder / name, error)
-            continue
-        log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
-        mean = metrics.unit(targets.mean(0))
-        return Predictor(mean, [encoder], partial(_nearest_mean, features, targets, k))
-    raise UserError(f"{folder}: no array's encoder can be built: {missing}")
+def predict(predictor: Predictor, files: list[Path], viewing: Viewing) -> Seen:
+    """Predicts for image files, in the hardware's half precision."""
+    return start(predictor, viewing)(files)
 
 
-def _nearest_mean(features: np.ndarray, targets: np.ndarray, k: int, seen: list[np.ndarray]) -> np.ndarray:
-    return metrics.in_fixed_rows(lambda rows: metrics.nearest_mean(rows[0], features, targets, k), seen)
+def strangeness(seen: Sequence[Seen]) -> np.ndarray:
+    """Float32 (n,): how strange images are to those of several predictors that can tell; NaN where none can."""
+    return np.fmax.reduce([one.strangeness for one in seen])
 
 
-def interrogator() -> Predictor:
-    """CLIP Interrogator's text, as it is; raises as `encoders.build`."""
-    encoder = encoders.build("interrogator", 0)
-    return Predictor(metrics.unit(text_encoder.encode(["a picture"])[0]), [encoder])
-
-
-def prompt_mean(csvs: list[Path]) -> Predictor:
-    """The mean embedding of the prompts of CSVs.
-
-    Raises:
-        UserError: If there is none.
-    """
-    found = [pd.Series(dtype=str)]
-    for path in csvs:
-        try:
-            found.append(pd.read_csv(path, usecols=["prompt"], dtype=str, keep_default_na=False)["prompt"])
-        except (OSError, ValueError) as error:  # other people's files; the rest serve as well
-            log.warning("%s: passed over: %s", path, error)
-    prompts = pd.concat(found)
-    prompts = prompts[prompts.str.strip().fillna("") != ""].drop_duplicates()
-    prompts = prompts.iloc[:: -(-len(prompts) // MOST_PROMPTS) or 1].tolist()
-    if not prompts:
-        raise UserError(f"no prompts in {', '.join(map(str, csvs))}; attach metadata, embeddings or a checkpoint")
-    log.info("mean embedding of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
-    return Predictor(metrics.unit(text_encoder.encode(prompts).mean(0)))
-
-
-def ladder(run: Run) -> list[Rung]:
-    """What can predict without a checkpoint, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
-
-    Looked for among the attached Kaggle inputs and in the run.
-    """
-    from ..encode.interrogator import CAPTION, RANKER
-
-    rungs = []
-    stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
-    stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
-    for folder in stored:
-        names = [*embeddings.arrays(folder), embeddings.PROMPTS]
-        inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
-        rungs.append(Rung(f"kNN over {folder}", {str(folder): partial(neighbours, folder)}, [1.0], inputs))
-    if all(found := [weights.attached(name) for name in (CAPTION, RANKER)]):
-        files = [file for some in found for file in some if file.is_file()]
-        rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))
-    csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
-    if csvs:
-        what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
-        rungs.append(Rung(what, {"mean": partial(prompt_mean, csvs)}, [1.0], csvs))
-    return rungs
-
-
-def _has_prompts(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return "prompt" in next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return False
-
-
-def predict(predictor: Predictor, files: list[Path], viewing: Viewing) -> np.ndarray:
-    """Predicts for image files, in the hardware's half precision.
-
-    Returns:
-        float32 (n, 384) of unit vectors, NaN in the rows of images that cannot be read.
-    """
-    return _start(predictor, viewing)(files)
-
-
-def _start(load: Predictor | Callable[[], Predictor], viewing: Viewing) -> Callable[[list[Path]], np.ndarray]:
+def start(load: Predictor | Callable[[], Predictor], viewing: Viewing) -> Callable[[list[Path]], Seen]:
     """What predicts for some images; a GPU's memory that did not suffice is remembered between them."""
     predictor = load if isinstance(load, Predictor) else load()
     if not predictor.encoders:
-        return lambda files: np.tile(predictor.mean, (len(files), 1))
+        return lambda files: Seen(np.tile(predictor.mean, (len(files), 1)), np.full(len(files), np.nan, np.float32))
     show = encoders.viewer(predictor.encoders, viewing.batch_size, viewing.loader_workers)
     return lambda files: _predict_block(predictor, show, files, viewing.views)
 
 
 def _predict_block(
     predictor: Predictor, show: Callable[..., list[encoders.Encoded]], files: list[Path], views: tuple[str, ...]
-) -> np.ndarray:
-    """The mean over the views of unit vectors, float32 (n, 384), NaN for images that cannot be read."""
-    seen = []
+) -> Seen:
+    """The mean over the views of unit vectors; how strange an image is, its first view says."""
+    seen: list[np.ndarray] = []
+    strange = np.full(len(files), np.nan, np.float32)
     for view in views:
         found = show(files, view)
         readable = np.isfinite(found[0].vectors[:, 0])
         vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
         if readable.any():
-            vectors[readable] = predictor.finish([one.vectors[readable] for one in found])
+            arrays = [one.vectors[readable] for one in found]
+            vectors[readable] = predictor.finish(arrays)
+            if predictor.judge and not seen:
+                strange[readable] = predictor.judge(arrays)
         seen.append(vectors)
-    return metrics.blend(seen, [1 / len(seen)] * len(seen))
+    return Seen(metrics.blend(seen, [1 / len(seen)] * len(seen)), strange)
 
 
 def predict_resumed(
-    start: Callable[[], Callable[[list[Path]], np.ndarray]],
+    start: Callable[[], Callable[[list[Path]], Seen]],
     files: list[Path],
     engine: EngineConfig,
     work: Path,
     deadline: Deadline,
-) -> tuple[np.ndarray, int]:
+) -> tuple[Seen, int]:
     """Predicts as `predict`, in blocks of 512 images that a later run finds in `work`, until the deadline.
 
     Returns:
@@ -246,52 +172,12 @@ def predict_resumed(
     """
 
     def make(blocks: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
-        for vectors in over_blocks(engine, start, (files[rows.start : rows.stop] for rows in blocks)):
-            yield {"vectors": vectors}
+        for seen in over_blocks(engine, start, (files[rows.start : rows.stop] for rows in blocks)):
+            yield seen._asdict()
 
-    found = [load_file(file)["vectors"] for file in resume.blocks(work, len(files), BLOCK, make, deadline.passed)]
-    vectors = np.full((len(files), text_encoder.DIMENSION), np.nan, np.float32)
-    reached = sum(map(len, found))
-    vectors[:reached] = np.concatenate([vectors[:0], *found])
+    found = [Seen(**load_file(file)) for file in resume.blocks(work, len(files), BLOCK, make, deadline.passed)]
+    reached = sum(len(one.vectors) for one in found)
+    left = np.full((len(files) - reached, text_encoder.DIMENSION), np.nan, np.float32)
+    both = zip(*found, Seen(left, left[:, 0]), strict=True)
     process_state().wait_for_everyone()  # nobody removes the blocks before all processes have read them
-    return vectors, reached
-
-
-def climb(
-    rungs: list[Rung], files: list[Path], viewing: Viewing, engine: EngineConfig, work: Path, hours: float, strict: bool
-) -> tuple[Rung, list[np.ndarray], np.ndarray, list[int]]:
-    """Predicts with the first rung that works.
-
-    Args:
-        rungs: Ways to predict, best first.
-        files: Image files.
-        viewing, engine: How to look at them, and who does the work.
-        work: Folder for finished blocks.
-        hours: After so many hours of this process the rest is not predicted; 0: never.
-        strict: Whether a failure ends it, instead of leading to the next rung.
-
-    Returns:
-        The rung; float32 (n, 384) of each of its predictors, NaN in the rows of images that cannot be read or were not
-        reached; the mean prediction (384,); how many images each predictor reached.
-    """
-    deadline = Deadline(hours)
-    for place, rung in enumerate(rungs):
-        found, means, reached = [], [], []
-        try:
-            for name, load in rung.load.items():
-                predictor = load()
-                start = partial(_start, load if engine.engine == "ray" else predictor, viewing)
-                blocks = make_folder(work / hashlib.sha256(name.encode()).hexdigest()[:16])
-                vectors, count = predict_resumed(start, files, engine, blocks, deadline)
-                found.append(vectors)
-                means.append(predictor.mean[None])
-                reached.append(count)
-                del predictor  # before the next one is loaded
-        except Exception as error:
-            if strict or rung is rungs[-1]:
-                raise
-            said = " ".join(str(error).split()) or type(error).__name__
-            log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[place + 1].what)
-            continue
-        return rung, found, metrics.blend(means, rung.weights)[0], reached
-    raise UserError("nothing to predict from; run finetune first, or attach a checkpoint, embeddings or prompts")
+    return Seen(*map(np.concatenate, both)), reached

@@ -32,6 +32,14 @@ class _AboveBars(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def say(text: str) -> None:
+    """Writes to standard output, with a bar that stands on the terminal moved out of the way."""
+    bars = sys.modules.get("tqdm")
+    with bars.tqdm.external_write_mode(sys.stdout) if bars else contextlib.nullcontext():
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 def show_log(quiet: bool = False) -> None:
     """Sends the package's log to standard error, warnings alone if quiet."""
     handler = _AboveBars(sys.stderr)

@@ -138,6 +138,8 @@ def alone(place: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not Path(lock.lock_file).exists():  # nobody holds it: no file can be made there
+            raise UserError(f"{place}: cannot be written here; choose another path") from None
         log.warning("%s: another process is working on it; waiting for its end", place)
         lock.acquire()
     except OSError as error:
@@ -200,27 +202,38 @@ class Stamp:
             self._clear(stamp["outputs"])
         return current
 
-    def claim(self, outputs: Iterable[Path], reads: Iterable[Path] = ()) -> None:
-        """Notes which files are going to be written, to be called before the first of them is.
+    def check(self, outputs: Iterable[Path], reads: Iterable[Path] = (), overwrite: bool | None = None) -> None:
+        """Looks whether files may be written.
 
         Args:
             outputs: The files.
             reads: What is read beside the inputs.
+            overwrite: Whether files of others and edited ones may go; None: not the former, but the latter.
 
         Raises:
-            UserError: If one of them is read here, or is there already and not from an earlier run of this command.
+            UserError: If one of them is read here, or is there already and may not go.
         """
-        if rank_and_processes()[0]:
-            return
         stamp, there = _read_stamp(self.path), self.path.is_file()
-        names, inputs = {os.path.relpath(out, self.path.parent): "" for out in outputs}, [*self.inputs, *reads]
+        inputs = [*self.inputs, *reads]
         ours = stamp["outputs"] if stamp.get("by", self.by) == self.by else {}
-        for name in names:
-            out = self.path.parent / name
+        for out in outputs:
+            name = os.path.relpath(out, self.path.parent)
             if any(out.exists() and out.samefile(file) for file in inputs):
                 raise UserError(f"{out}: is read here; choose another --out")
-            if out.exists() and name not in ours and not (there and not stamp["outputs"]):
+            if out.exists() and not overwrite and name not in ours and not (there and not stamp["outputs"]):
                 raise UserError(f"{out}: not written by {self.by} before; move it away, or choose another --out")
+            if out.is_file() and overwrite is False and ours.get(name) not in (None, "", sha256(out)):
+                raise UserError(f"{out}: was edited; choose another --out, or --overwrite to replace it")
+
+    def claim(self, outputs: Iterable[Path], reads: Iterable[Path] = (), overwrite: bool | None = None) -> None:
+        """Notes which files are going to be written, to be called before the first of them is; see `check`."""
+        if rank_and_processes()[0]:
+            return
+        outputs = list(outputs)
+        self.check(outputs, reads, overwrite)
+        stamp = _read_stamp(self.path)
+        ours = stamp["outputs"] if stamp.get("by", self.by) == self.by else {}
+        names = {os.path.relpath(out, self.path.parent): "" for out in outputs}
         claimed = {"by": self.by, "fingerprint": "", "outputs": {**dict.fromkeys(ours, ""), **names}}
         if claimed != stamp:
             write_json(self.path, claimed)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.images import ImageRows
-from ..models import backbones, freezing, metrics
+from ..data.rows import ImageRows
+from ..models import backbones, doubt, freezing, metrics
 from ..run import resume
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 from ..run.errors import UserError
-from ..run.files import write_tensors
+from ..run.files import make_folder, write_tensors
 from .dataset import Rows
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Baselines:
 
 
 class CachedRows:
-    """A dataset like `images.ImageRows` whose items are what enters the trained part: (tensor, row).
+    """A dataset like `rows.ImageRows` whose items are what enters the trained part: (tensor, row).
 
     The tensors lie in files that are mapped into memory, so that a set may be larger than memory.
     """
@@ -89,7 +89,7 @@ def features(
     cache: bool,
     mixed: bool = True,
     workers: int = 0,
-) -> tuple[np.ndarray, CachedRows | None]:
+) -> tuple[np.ndarray, np.ndarray, CachedRows | None]:
     """Runs the pretrained backbone over images once; finished blocks of 512 images are kept for a resumed run.
 
     Args:
@@ -103,8 +103,8 @@ def features(
         workers: Threads that decode images; 0: one a core.
 
     Returns:
-        float32 (len(images), width), NaN in rows that are broken or not asked for; and the cached activations of the
-        readable rows, if asked for.
+        float32 (len(images), width), NaN in rows that are broken or not asked for; the statistics of the frozen stages
+        (see `doubt`), float32 (len(images), d); and the cached activations of the readable rows, if asked for.
 
     Raises:
         UserError: If the cache does not fit on the disk, if the backbone's frozen part cannot be cached, if no image
@@ -118,32 +118,39 @@ def features(
         _announce(model, len(only), images.size, device, mixed, work)
 
     tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
+    stages = freezing.stages(model.backbone)
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        with doubt.looking(stages) as statistics:
+            return torch.cat([model.features(batch).float(), *statistics], 1)
 
     def make(blocks: Iterable[range]) -> Iterator[dict[str, torch.Tensor]]:
         for rows in blocks:
             block = only[rows.start : rows.stop]
             with entering(first) as taken:
-                part = metrics.extract(model.features, images, BATCH, device, workers, block, mixed)[block]
-            whole = np.broadcast_to(part, (len(block), model.width)).copy()  # one column where no image can be read
-            stored = {"features": torch.from_numpy(whole)}
+                part = metrics.extract(forward, images, BATCH, device, workers, block, mixed)[block]
+            stored = {"features": torch.from_numpy(part)}
             if cache:
                 kind = _stored_type(mixed, device)
                 stored["activations"] = torch.cat([one.to(kind) for one in taken]) if taken else torch.empty(0)
             if taken:
-                _compare(tail, stored["activations"], part, device)
+                _compare(tail, stored["activations"], part[:, : model.width], device)
             yield {name: tensor.contiguous() for name, tensor in stored.items()}
 
-    files = resume.blocks(work, len(only), BLOCK, make)
-    found = np.full((len(images), model.width), np.nan, np.float32)
-    found[only] = np.concatenate([load_file(file)["features"].numpy() for file in files])
+    files = resume.blocks(make_folder(work / "features"), len(only), BLOCK, make)
+    parts = [load_file(file)["features"].numpy() for file in files]
+    widest = max(part.shape[1] for part in parts)  # one column where no image of a block can be read
+    both = np.full((len(images), max(widest, model.width)), np.nan, np.float32)
+    both[only] = np.concatenate([np.broadcast_to(part, (len(part), both.shape[1])) for part in parts])
+    found, statistics = both[:, : model.width], both[:, model.width :]
     readable = only[np.isfinite(found[only, 0])]
     if not len(readable):
         raise UserError("no image can be read; check --images")
     if not cache:
-        return found, None
+        return found, statistics, None
     position = np.full(len(images), -1)
     position[readable] = np.arange(len(readable))
-    return found, CachedRows(files, position)
+    return found, statistics, CachedRows(files, position)
 
 
 def _stored_type(mixed: bool, device: torch.device) -> torch.dtype:

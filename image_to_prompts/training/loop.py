@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.images import load
+from ..data.rows import load
 from ..models import freezing
 from ..run.devices import rank_and_processes, within_memory
 from ..run.errors import UserError
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
 
-    from ..data.images import ImageRows
+    from ..data.rows import ImageRows
     from .dataset import Rows
     from .frozen_features import CachedRows
 

@@ -64,8 +64,10 @@ if known:
     truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
     at_hand = all(weights.attached(name) for name in (interrogator.CAPTION, interrogator.RANKER))
     speaks = "classes" if profile == "embedded" else "interrogator" if at_hand else ""
-    seen = describe.Describer(config).describe(files)
-    targets, ten = text_encoder.encode(truth), [[text for text, _ in one.nearest] for one in seen]
+    described = zip(describe.Describer(config).predict(files), truth, strict=True)
+    seen, truth = zip(*((one, text) for one, text in described if one.nearest), strict=True)  # not the strange ones
+    files, targets = [one.path for one in seen], text_encoder.encode(truth)
+    ten = [[text for text, _ in one.nearest[: config.top]] for one in seen]
     near = np.stack([text_encoder.encode(texts) for texts in ten])
     luckiest = np.einsum("ikd,id->ik", near, targets).argmax(1)
     ways = {

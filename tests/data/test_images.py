@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from image_to_prompts.data import images
+from image_to_prompts.data.rows import fit
 from image_to_prompts.run.errors import UserError
 
 RED = (200, 30, 30)
@@ -98,22 +100,31 @@ def _empty(tmp_path):
 def test_fit_crops_the_centre():
     wide = Image.new("RGB", (300, 100), "white")
     wide.paste(RED, (100, 0, 200, 100))
-    fitted = images.fit(wide, 50)
+    fitted = fit(wide, 50)
     assert fitted.shape == (3, 50, 50) and fitted.dtype == np.uint8
     assert (fitted[0, :, 5:45] == RED[0]).all()
 
 
 def test_what_is_passed_over_is_counted_by_kind(tmp_path, caplog):
     Image.new("RGB", (8, 8), RED).save(tmp_path / "a.png")
-    for name in ("b.bmp", "c.BMP", "d.gif", "e.tiff", "f.avif"):
+    for name in ("b.jxl", "c.JXL", "d.psd", "e.svg", "f.jp2"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("not an image at all")
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert [path.name for path in images.find(tmp_path)] == ["a.png"]
     (said,) = [record.getMessage() for record in caplog.records]
-    for kind in ("2 .bmp", "1 .gif", "1 .tiff", "1 .avif", "1 dangling link"):
+    for kind in ("2 .jxl", "1 .psd", "1 .svg", "1 .jp2", "1 dangling link"):
         assert kind in said
     assert "txt" not in said
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".bmp", ".gif", ".heic", ".tif", ".webp"])
+def test_every_kind_of_image_is_read(tmp_path, suffix):
+    pillow_heif.register_heif_opener()
+    Image.new("RGB", (64, 48), RED).save(tmp_path / f"a{suffix}")
+    (path,) = images.find(tmp_path)
+    image = images.read(path)
+    assert image.size == (64, 48) and np.abs(np.asarray(image, int) - RED).max() < 8
 
 
 NAMES = st.sampled_from(["a", "b", "a.v2", "b.png", "x/a", "x/b", "y/a", "y/a.v2"])

@@ -4,15 +4,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import written_images as written
 from PIL import Image
 
 from image_to_prompts import describe, ensemble, profiles
 from image_to_prompts.encode import encoders
-from image_to_prompts.predict import predictors
+from image_to_prompts.models import doubt
+from image_to_prompts.predict import ladder, predictors
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 
@@ -43,36 +46,74 @@ def test_a_folder_is_described_into_a_table(trained, tmp_path):
     assert all(len(one.nearest) == 3 and one.nearest[0][1] >= one.nearest[1][1] for one in good)
     (broken,) = [one for one in found if one.error]
     assert broken.path.name == "damaged.png" and broken.prompt == "" and "cannot be read" in broken.error
-    assert list(table.columns)[:3] == ["image", "prompt", "cosine"] and "cosine_3" in table
+    assert list(table.columns)[:5] == ["image", "prompt", "source", "familiar", "cosine"] and "cosine_3" in table
+    assert set(table["source"]) == {"checkpoint", ""} and table["error"].ne("").sum() == 1
 
     describe.run(config(run, pictures, out=tmp_path / "p.jsonl", top=3))
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == list(table["prompt"]) and len(rows[1]["nearest"]) == 3
 
 
-def test_what_is_done_is_not_done_again(trained, tmp_path, monkeypatch):
+@pytest.fixture
+def shown(monkeypatch):
+    """The names of the images that are shown to models, in order."""
+    seen, original = [], describe.Describer.predict
+
+    def predict(self, files):
+        seen.extend(path.name for path in files)
+        return original(self, files)
+
+    monkeypatch.setattr(describe.Describer, "predict", predict)
+    return seen
+
+
+def test_what_is_done_is_not_done_again(trained, tmp_path, shown):
     run, pictures = trained
-    seen = []
-    original = describe.Describer.describe
-    monkeypatch.setattr(describe.Describer, "describe", lambda self, files: seen.extend(files) or original(self, files))
-    first = describe.run(config(run, pictures))
-    assert len(seen) == 7
-    assert describe.run(config(run, pictures, out=tmp_path / "p.csv")) == first and len(seen) == 8
+    out = tmp_path / "p.csv"
+    first = describe.run(config(run, pictures, out=out))
+    assert len(shown) == 7
+    table = out.read_bytes()
+    assert describe.run(config(run, pictures, out=out)) == first and out.read_bytes() == table
     Image.new("RGB", (64, 64), "red").save(pictures / "new.png")
-    assert len(describe.run(config(run, pictures))) == 8
-    assert [path.name for path in seen[7:]] == ["damaged.png", "damaged.png", "new.png"]
-    del seen[7:9]
-    assert all(len(one.nearest) == 2 for one in describe.run(config(run, pictures, top=2)) if not one.error)
-    assert [path.name for path in seen[8:]] == ["damaged.png"]  # might have been mended; all others are kept
-    describe.run(config(run, pictures, most_words=9))
-    assert len(seen) == 9 + 8
+    assert len(describe.run(config(run, pictures, out=out))) == 8 == len(pd.read_csv(out))
+    assert shown[7:] == ["damaged.png", "damaged.png", "new.png"]  # the first might have been mended
+    del shown[:]
+    assert all(len(one.nearest) == 2 for one in describe.run(config(run, pictures, top=2, out=out)) if not one.error)
+    assert shown == ["damaged.png"]
+    describe.run(config(run, pictures, most_words=9, out=out))
+    assert len(shown) == 1 + 8
+    describe.run(config(run, pictures, most_words=9, out=out, recompute=True))
+    assert len(shown) == 1 + 8 + 8
+    assert sorted(path.name.partition(".csv")[2] for path in tmp_path.glob(".p.csv*")) == sorted(
+        [".done", ".lock", next(tmp_path.glob(".p.csv.*.journal")).name.partition(".csv")[2]]
+    )
 
 
-def test_an_image_that_changes_or_goes_while_it_is_described(trained, monkeypatch):
+def test_a_run_that_is_stopped_leaves_a_table_and_goes_on(trained, tmp_path, monkeypatch, shown):
+    run, pictures = trained
+    whole = describe.run(config(run, pictures, out=tmp_path / "whole.csv"))
+    del shown[:]
+    out, grown = tmp_path / "p.csv", []
+
+    def stop(found):
+        grown.append(len(pd.read_csv(out)))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        describe.run(config(run, pictures, out=out), stop)
+    assert grown == [4] and len(pd.read_csv(out)) == 4 and len(shown) == 4
+    assert describe.run(config(run, pictures, out=out)) == whole
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes() and len(shown) in (
+        7,
+        8,
+    )  # 8: the damaged one twice
+
+
+def test_an_image_that_changes_or_goes_while_it_is_described(trained, tmp_path, monkeypatch):
     """What was said is of the image as it was; the next run describes the other one."""
     run, pictures = trained
     first, second, *_ = sorted(path for path in pictures.glob("*.png") if path.name != "damaged.png")
-    seen, original = [], describe.Describer.describe
+    seen, original = [], describe.Describer.predict
 
     def changing(self, files):
         found = original(self, files)
@@ -82,10 +123,10 @@ def test_an_image_that_changes_or_goes_while_it_is_described(trained, monkeypatc
             second.unlink()
         return found
 
-    monkeypatch.setattr(describe.Describer, "describe", changing)
-    before = describe.run(config(run, first, second))
+    monkeypatch.setattr(describe.Describer, "predict", changing)
+    before = describe.run(config(run, first, second, out=tmp_path / "p.csv"))
     assert all(one.prompt for one in before)
-    (after,) = describe.run(config(run, first))
+    (after,) = describe.run(config(run, first, out=tmp_path / "p.csv"))
     assert seen[2:] == [first] and after.prompt == before[1].prompt
 
 
@@ -93,8 +134,9 @@ def test_a_table_that_cannot_be_written_is_told_before_weights_are_read(trained,
     run, pictures = trained
     monkeypatch.setattr(describe, "fingerprint", lambda *_: pytest.fail("hours of hashing"))
     (tmp_path / "p.csv").write_text("mine")
-    with pytest.raises(UserError, match="is not from here"):
+    with pytest.raises(UserError, match="not written by describe before"):
         describe.run(config(run, pictures, out=tmp_path / "p.csv"))
+    assert (tmp_path / "p.csv").read_text() == "mine"
 
 
 def test_a_damaged_image_that_was_mended_is_described(trained):
@@ -126,31 +168,49 @@ def test_a_name_that_is_not_utf8_can_be_told(trained, tmp_path, command):
         code, said, _ = command(
             "describe", tmp_path, "--run", run.folder, "--views", "whole", "--out", tmp_path / "o" / out
         )
-        assert code == 0 and "caf\ufffd.png\t" in said
+        assert code == 0 and not said  # nothing beside a table
         assert "caf\ufffd.png" in (tmp_path / "o" / out).read_text(encoding="utf-8")
-    describe.run(config(run, odd, txt=True))
-    assert odd.with_suffix(".txt").read_text()
+    code, said, _ = command("describe", odd, "--run", run.folder, "--views", "whole", "--txt")
+    assert code == 0 and "caf\ufffd.png\t" in said and odd.with_suffix(".txt").read_text()
 
 
-def test_a_text_file_of_the_user_stays(trained, caplog):
+def test_texts_beside_images(trained, shown, caplog):
     run, pictures = trained
-    images = sorted(pictures.glob("*.png"))
-    own = images[0].with_suffix(".txt")
+    caplog.set_level("INFO")
+    images = sorted(path for path in pictures.glob("*.png") if path.name != "damaged.png")
+    own, other = images[0].with_suffix(".txt"), images[1].with_suffix(".txt")
     own.write_text("mine\n")
     found = {one.path: one for one in describe.run(config(run, pictures, txt=True))}
-    assert own.read_text() == "mine\n" and f"{own}: not from here, or edited" in caplog.text
-    other = next(path for path in images[1:] if path.name != "damaged.png")
-    assert other.with_suffix(".txt").read_text() == found[other].prompt + "\n"
+    assert images[0] not in found and images[0].name not in shown and "1 images have a .txt already" in caplog.text
+    assert own.read_text() == "mine\n" and other.read_text() == found[images[1]].prompt + "\n"
     assert not (pictures / "damaged.txt").exists()
 
-    other.with_suffix(".txt").write_text("edited\n")
+    other.write_text("edited\n")
+    del shown[:]
     describe.run(config(run, pictures, txt=True))
-    assert other.with_suffix(".txt").read_text() == "edited\n"
-    describe.run(config(run, pictures, txt=True, artists=False))  # ours, so replaced; edited ones stay
-    assert other.with_suffix(".txt").read_text() == "edited\n"
-    describe.run(config(run, pictures, txt=True, overwrite=True))
-    assert other.with_suffix(".txt").read_text() == found[other].prompt + "\n"
-    assert own.read_text() == found[images[0]].prompt + "\n"
+    assert shown == ["damaged.png"] and other.read_text() == "edited\n"
+    describe.run(config(run, pictures, txt=True, recompute=True))
+    assert other.read_text() == "edited\n" and f"{other}: holds another text and stays" in caplog.text
+    said = {one.path: one.prompt for one in describe.run(config(run, pictures, txt=True, append=True))}
+    assert own.read_text() == f"mine, {said[images[0]]}\n" and other.read_text() == f"edited, {said[images[1]]}\n"
+    texts = {path: path.read_text() for path in pictures.rglob("*.txt")}
+    describe.run(config(run, pictures, txt=True, append=True))
+    assert texts == {path: path.read_text() for path in pictures.rglob("*.txt")}  # not added twice
+    describe.run(config(run, pictures, txt=True, overwrite=True, prefix="sks, ", suffix=", 8k"))
+    assert own.read_text() == f"sks, {said[images[0]]}, 8k\n"
+
+
+def test_words_can_be_banned(trained, tmp_path):
+    run, pictures = trained
+    image = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png")
+    (before,) = describe.run(config(run, image))
+    word = before.prompt.split(",")[-1].split()[-1].upper()
+    (tmp_path / "words.txt").write_text(f"{word}\nnowhere\n")
+    for ban in ((word,), (str(tmp_path / "words.txt"),)):
+        (after,) = describe.run(config(run, image, ban=ban))
+        assert word.lower() not in after.prompt.lower().split() and after.prompt != before.prompt
+    with pytest.raises(UserError, match="--ban"):
+        describe.run(config(run, image, ban=(str(tmp_path / "none.txt"),)))
 
 
 def test_a_table_of_the_user_stays(trained, tmp_path):
@@ -159,21 +219,84 @@ def test_a_table_of_the_user_stays(trained, tmp_path):
     describe.run(config(run, pictures, out=out))
     describe.run(config(run, pictures, out=out))
     out.write_text(out.read_text() + "\n")
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(UserError, match="was edited"):
         describe.run(config(run, pictures, out=out))
     describe.run(config(run, pictures, out=out, overwrite=True))
     assert len(pd.read_csv(out)) == 7
+    with pytest.raises(UserError, match="is read here"):
+        describe.run(config(run, pictures, out=run.train_metadata if run.train_metadata.exists() else run.metadata))
 
 
-def test_without_a_checkpoint_the_interrogator_speaks(trained, tmp_path, caplog):
+def test_without_a_checkpoint_there_is_a_guess_and_it_is_called_one(trained, tmp_path, caplog):
     _, pictures = trained
-    bare = folders.open_run(tmp_path / "bare", "embedded")
-    found = [one for one in describe.run(config(bare, pictures)) if not one.error]
-    assert len(found) == 6 and all(one.prompt.count(",") >= 7 and one.cosine is None for one in found)
-    assert "image-to-prompts run" in caplog.text
-    reference = profiles.default_config("describe", bare, "full", paths=(pictures,))
-    with pytest.raises(UserError, match=r"finetune makes one.*blip"):
-        describe.run(reference)
+    for profile in ("embedded", "full"):
+        bare = profiles.default_config("describe", folders.Run(tmp_path / "bare"), profile, paths=(pictures,))
+        found = [one for one in describe.run(bare) if not one.error]
+        assert len(found) == 6 and {(one.source, one.familiar, one.cosine) for one in found} == {("guess", None, None)}
+        assert all(one.prompt.count(",") == 2 for one in found)
+        assert "6 prompts are guesses" in caplog.text and "blip-large" in caplog.text
+    assert not (tmp_path / "bare").exists()
+
+
+def test_of_a_strange_image_nothing_is_composed(trained, tmp_path, command):
+    run, pictures = trained
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    Image.fromarray(noise).save(pictures / "noise.png")
+    own = doubt.load(run.checkpoint)
+    replace(own, border=0.9 * own.border).save(run.checkpoint)  # it was drawn by eight images
+    code, _, err = command("describe", pictures, "--run", run.folder, "--out", tmp_path / "p.csv")
+    assert code == 0 and "1 of 8 images are unlike all that the checkpoint knows: it has only seen emoji scenes" in err
+    table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False).set_index("image")
+    strange = table.loc[str(pictures / "noise.png")]
+    assert (strange["source"], strange["familiar"], strange["cosine"]) == ("guess", "false", "")
+    rest = table.drop(index=[str(pictures / "noise.png"), str(pictures / "damaged.png")])
+    assert set(rest["source"]) == {"checkpoint"} and set(rest["familiar"]) == {"true"} and (rest["cosine"] != "").all()
+
+    (run.checkpoint / "doubt.safetensors").unlink()  # as earlier versions left it
+    code, _, err = command("describe", pictures, "--run", run.folder, "--out", tmp_path / "q.csv")
+    assert code == 0 and "cannot tell which images are unlike all that it knows; finetune, run again, adds that" in err
+    old = pd.read_csv(tmp_path / "q.csv", keep_default_na=False)
+    assert set(old["source"]) == {"checkpoint", ""} and set(old["familiar"]) == {""}
+
+
+def test_the_prompt_in_the_file_comes_first(trained, tmp_path, shown, command):
+    run, pictures = trained
+    folder = tmp_path / "written"
+    programs = written.write_all(folder, "a castle on a hill, (masterpiece:1.2)")
+    shutil.copyfile(next(pictures.glob("*.png")), folder / "z.png")
+    code, said, err = command("describe", folder, "--run", tmp_path / "none", "--out", tmp_path / "p.csv")
+    assert code == 0 and not said and shown == ["z.png"] and not (tmp_path / "none").exists(), err
+    assert f"{len(programs)} prompts from their files" in err
+    table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False).set_index("image")
+    for file, generator in programs.items():
+        row = table.loc[str(file)]
+        assert (row["prompt"], row["source"]) == ("a castle on a hill, (masterpiece:1.2)", "file")
+        assert (row["generator"], str(row["seed"]), row["familiar"]) == (generator, str(written.SEED), "")
+    assert table.loc[str(folder / "a1111.png"), ["negative_prompt", "model"]].tolist() == [
+        written.NEGATIVE,
+        written.MODEL,
+    ]
+
+    del shown[:]
+    code, _, err = command("describe", folder, "--run", run.folder, "--ignore-file", "--out", tmp_path / "q.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
+    assert code == 0 and len(shown) == len(rows) == len(programs) + 1
+    assert not {row["source"] for row in rows} & {"file"}
+    code, said, _ = command("describe", folder, "--no-recursive", "--run", run.folder, "--prefix", "p: ")
+    assert code == 0 and len(said.splitlines()) == sum(file.parent == folder for file in programs) + 1
+    assert f"{folder / 'a1111.png'}\tp: a castle on a hill" in said
+
+
+def test_the_prompt_in_the_file_needs_no_torch_and_no_second(tmp_path):
+    file = written.png(tmp_path / "a.png", {"parameters": written.automatic1111("a fox")})
+    code = (
+        "import sys; from image_to_prompts.cli import main\n"
+        f"main(['describe', {str(file)!r}])\n"
+        "assert not {'torch', 'transformers', 'polars', 'sklearn'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == f"{file}\ta fox\n" and "1 prompts from their files" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_mistakes_get_one_line(trained, refused, tmp_path):
@@ -247,13 +370,13 @@ def test_what_an_image_gets_does_not_depend_on_its_company(kind, small_checkpoin
     predictor = {
         "finetune": lambda: predictors.checkpoint(small_checkpoint),
         "ensemble": lambda: predictors.checkpoint(tmp_path / "ensemble"),
-        "neighbours": lambda: predictors.neighbours(small_embeddings),
+        "neighbours": lambda: ladder.neighbours(small_embeddings),
         "classes": lambda: predictors.Predictor(np.zeros(384), [encoders.build("classes", 224)]),
     }[kind]()
     viewing = predictors.Viewing(("whole", "mirror"))
 
     def seen(files):
-        return predictors.predict(predictor, files, viewing)
+        return predictors.predict(predictor, files, viewing).vectors
 
     together = seen(crowd)
     assert len(crowd) == 64 and len(np.unique(together, axis=0)) > 10
@@ -284,7 +407,12 @@ def test_an_image_in_memory_is_described(trained):
     path = next(path for path in sorted(pictures.glob("*.png")) if path.name != "damaged.png")
     with Image.open(path) as image:
         found = describe(image, run=run.folder)
-    assert found.prompt == describe(path, run=run.folder).prompt
+    assert found.prompt == describe(path, run=run.folder).prompt == describe(path.read_bytes(), run=run.folder).prompt
+    carried = written.png(path.with_name("carried.png"), {"prompt": "a fox"})
+    with Image.open(carried) as image:
+        some = describe([image, path, str(pictures / "damaged.png"), carried.read_bytes()], run=run.folder)
+    assert [one.prompt for one in some] == ["a fox", found.prompt, "", "a fox"] and "cannot be read" in some[2].error
+    assert describe([], run=run.folder) == []
 
 
 def test_one_image_with_a_checkpoint_loads_few_modules_and_none_that_train(trained_run, crowd):
@@ -303,10 +431,11 @@ def test_describe_says_what_it_takes(trained):
     from image_to_prompts import describe
 
     run, pictures = trained
-    with pytest.raises(UserError, match=r"is a folder.*one image"):
+    with pytest.raises(UserError, match=r"is a folder; describe takes images"):
         describe(pictures, run=run.folder)
-    with pytest.raises(UserError, match="a path or a PIL image"):
-        describe(7, run=run.folder)
+    for odd in (7, None, {"a": 1}, [7]):
+        with pytest.raises(UserError, match="give a path, bytes, a PIL image, or a list of them"):
+            describe(odd, run=run.folder)
     with pytest.raises(UserError, match=r"none\.png: no such file or folder; correct it$"):
         describe(pictures / "none.png", run=run.folder)
 
@@ -316,7 +445,7 @@ def test_broken_images_and_files_that_stay_are_named_once(trained, command):
     (pictures / "torn.png").write_bytes(b"")
     own = next(path for path in sorted(pictures.glob("*.png")) if path.name not in ("damaged.png", "torn.png"))
     own.with_suffix(".txt").write_text("mine")
-    code, _, err = command("describe", pictures, "--run", run.folder, "--txt")
+    code, _, err = command("describe", pictures, "--run", run.folder, "--txt", "--recompute")
     assert code == 0, err
     for name in ("damaged.png", "torn.png", own.with_suffix(".txt").name):
         assert sum(name in line for line in err.splitlines()) == 1, (name, err)

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 from image_to_prompts.data import images, terms
+from image_to_prompts.data import rows as image_rows
+from image_to_prompts.data.rows import Fit
 from image_to_prompts.encode import backbone, encoders, interrogator
 from image_to_prompts.models import metrics, text_encoder
 from image_to_prompts.run.errors import UserError
@@ -75,7 +77,7 @@ def test_backbones_give_what_their_own_code_gives(tiny_encoders, pictures, monke
     for module in ("run.devices", "encode.backbone"):
         monkeypatch.setattr(f"image_to_prompts.{module}.mixed_precision", lambda device: "no")
     ours = encoders.build(f"transformers:{tiny_encoders['convnext']}", 0)
-    assert ours.fits == (images.Fit(32, 0.875),)
+    assert ours.fits == (Fit(32, 0.875),)
     (found,) = encoders.encode([ours], pictures, batch_size=4)
     processor = AutoImageProcessor.from_pretrained(tiny_encoders["convnext"])
     model = ConvNextModel.from_pretrained(tiny_encoders["convnext"]).eval()
@@ -92,7 +94,7 @@ def test_backbones_give_what_their_own_code_gives(tiny_encoders, pictures, monke
 def test_several_encoders_read_each_image_once(tiny_encoders, pictures, tmp_path, monkeypatch):
     reads = []
     read = images.read
-    monkeypatch.setattr(images, "read", lambda path: reads.append(path) or read(path))
+    monkeypatch.setattr(image_rows, "read", lambda path: reads.append(path) or read(path))
     torn = tmp_path / "torn.png"
     torn.write_bytes(b"torn")
     files = [pictures[0], torn, *pictures[1:]]

@@ -136,7 +136,7 @@ def test_infer_blends_it_with_a_backbone(small_run, small_checkpoint, small_embe
 
     table = embeddings.load(small_embeddings)
     ours, viewing = ensemble.load(tmp_path / "ensemble"), predictors.Viewing(("whole",))
-    vectors = predictors.predict(predictors.checkpoint(tmp_path / "ensemble"), found.files, viewing)
+    vectors = predictors.predict(predictors.checkpoint(tmp_path / "ensemble"), found.files, viewing).vectors
     order = pd.Index(table.frame["image_name"]).get_indexer([file.name for file in found.files])
     cosines = (vectors * ours([array[order] for array in table.arrays.values()])).sum(1)
     assert cosines.min() > 0.999

@@ -7,13 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from rows import loaded_rows
 
 from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
-from image_to_prompts.data.images import ImageRows
+from image_to_prompts.data.rows import ImageRows
 from image_to_prompts.finetune.validation import validate
-from image_to_prompts.models import backbones, checkpoints, freezing, metrics
+from image_to_prompts.models import backbones, checkpoints, doubt, freezing, metrics
+from image_to_prompts.predict import predictors
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import frozen_features, loop
 
@@ -206,3 +208,37 @@ def test_learning_rate_restarts():
     assert loop.learning_rate_factor(0, 2) == loop.learning_rate_factor(0.5, 2) == 1
     assert loop.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
     assert loop.learning_rate_factor(0.999, 1) < 1e-4
+
+
+def test_a_checkpoint_tells_familiar_images_from_strange_ones(small_run, small_checkpoint, tmp_path):
+    own = doubt.load(small_checkpoint)
+    assert own.border > 0 and own.axes.shape[0] == len(own.mean)
+    predictor, whole = predictors.checkpoint(small_checkpoint), predictors.Viewing(("whole",))
+    known = predictors.predict(predictor, sorted(small_run.images.glob("*.png")), whole).strangeness
+    assert (known <= 1).mean() > 0.9  # eight images drew the border
+    noise = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    strange = predictors.predict(predictor, sorted(tmp_path.glob("*.png")), whole).strangeness
+    assert strange.min() > np.percentile(known, 95)
+
+
+def test_an_older_checkpoint_gets_its_doubt_without_training(small_run, small_checkpoint, tmp_path, monkeypatch):
+    out = shutil.copytree(small_checkpoint, tmp_path / "convnext")
+    before = doubt.load(out)
+    (out / doubt.FILE).unlink()
+    stamp = json.loads((out / ".finetune.done").read_text())
+    del stamp["outputs"][doubt.FILE]
+    (out / ".finetune.done").write_text(json.dumps(stamp))
+    weights = (out / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(loop.Trainer, "epoch", lambda self: pytest.fail("it trains"))
+    config = profiles.default_config("finetune", small_run, "embedded", out=out, epochs=1, image_size=64)
+    finetune.run(config)
+    after = doubt.load(out)
+    np.testing.assert_allclose(after.mean, before.mean, atol=0.05)
+    assert abs(after.border / before.border - 1) < 0.05 and (after.pull == before.pull).all()
+    assert (out / "model.safetensors").stat().st_mtime_ns == weights
+    done = (out / doubt.FILE).stat().st_mtime_ns
+    finetune.run(config)
+    assert (out / doubt.FILE).stat().st_mtime_ns == done
+    assert not [path for path in out.iterdir() if path.name.startswith(".finetune-")]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import written_images as written
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -101,6 +102,35 @@ def test_diffusiondb_parts_and_their_images(tmp_path, collected):
         archive.extractall(folder)
     again, _ = read("diffusiondb-parts", tmp_path / "folder")
     assert again["prompt"].to_list() == frame["prompt"].tolist()
+
+
+def test_images_that_carry_their_prompts(tmp_path, collected, caplog):
+    folder = tmp_path / "images"
+    prompt = "a castle on a hill, (masterpiece:1.2), <lora:detail:0.8>, 8k"
+    programs = written.write_all(folder, prompt)
+    (folder / "beside").mkdir()
+    for name in ("beside/a.png", "beside/b.jpg", "none.png", "empty.png", "odd\nname.png"):
+        written.picture().save(folder / name)
+    (folder / "beside" / "a.txt").write_text("a fox in the snow\n", encoding="utf-8-sig")
+    (folder / "empty.txt").write_text(" \n")
+    (folder / "comfy.txt").write_text("what the file says comes first")
+    with caplog.at_level(logging.WARNING):
+        rows, report = collected("images", folder)
+    assert report.loc["broken", "dropped"] == 4 and "none.png: no prompt in it, and no .txt beside it" in caplog.text
+    rows = rows.set_index("image_name")
+    assert rows.loc["beside/a.png", ["prompt", "generator", "model"]].tolist() == ["a fox in the snow", "", ""]
+    rows = rows.drop(index="beside/a.png")
+    assert set(rows.index) == {file.relative_to(folder).as_posix() for file in programs}
+    assert set(rows["prompt"]) == {"a castle on a hill, masterpiece, 8k"}  # by the rules
+    assert set(rows["seed"]) == {written.SEED}
+    assert {folder / name: generator for name, generator in rows["generator"].items()} == programs
+    assert rows.loc["comfy.png", "model"] == written.MODEL
+    table = dataset.load_metadata((tmp_path / "out.csv",), (folder,))
+    assert len(table) == len(programs) + 1
+
+    (folder / "none.txt").write_text("now it has one")
+    again, _ = collected("images", folder)
+    assert len(again) == len(programs) + 2
 
 
 def test_conceptual_captions_in_both_orders(tmp_path, collected):
@@ -416,7 +446,7 @@ def test_own_rules_through_the_command_line(tmp_path, command, refused):
 
 
 def test_the_command_line_knows_all_sources():
-    assert set(generate.get_args(generate.Collected)) == set(readers.SOURCES)
+    assert set(generate.get_args(generate.Sources)) == set(readers.SOURCES)
     for source in readers.SOURCES.values():
         assert set(source.rules) <= set(collect.rules.RULES)
 

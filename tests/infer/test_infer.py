@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from image_to_prompts import finetune, infer, profiles
-from image_to_prompts.data import images, metadata
+from image_to_prompts.data import metadata
+from image_to_prompts.data.rows import Fit
 from image_to_prompts.encode import backbone
 from image_to_prompts.infer import submission
-from image_to_prompts.models import backbones, checkpoints, metrics
+from image_to_prompts.models import backbones, checkpoints, doubt, metrics
+from image_to_prompts.predict import blend as blends
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError
@@ -71,6 +74,30 @@ def test_key_and_bank(small_run, small_checkpoint, tmp_path):
     np.testing.assert_array_equal(first.vectors, second.vectors)
     assert set(first.prompts["prompt"]) <= set(metadata.read(small_run.metadata)["prompt"])
     assert infer.run(settings(small_run.images, small_checkpoint, out)).score is None
+
+
+def test_strange_images_are_counted_and_drawn_to_the_mean(folder, small_run, small_checkpoint, tmp_path, caplog):
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "noise.png")
+    checkpoint = shutil.copytree(small_checkpoint, tmp_path / "checkpoint")
+    own = doubt.load(checkpoint)
+    own = replace(own, border=0.9 * own.border)  # drawn by eight images
+    replace(own, pull=np.array([1, 0], np.float32)).save(checkpoint)
+    plain = infer.run(settings(folder, checkpoint, tmp_path / "a.csv", bank=small_run.metadata))
+    replace(own, pull=np.array([1, 1e-3], np.float32)).save(checkpoint)
+    drawn = infer.run(settings(folder, checkpoint, tmp_path / "b.csv", bank=small_run.metadata))
+    row, mean = drawn.files.index(folder / "noise.png"), checkpoints.load(checkpoint).mean
+    assert drawn.strange == plain.strange >= 1 and json.loads((tmp_path / "b.json").read_text())["strange"]
+    assert "images are unlike those that the checkpoint knows: it has only seen emoji scenes" in caplog.text
+    assert plain.vectors[row] @ mean < 0.999 < drawn.vectors[row] @ mean
+    familiar = drawn.prompts["familiar"].to_numpy()
+    assert familiar[row] == "false" and familiar[drawn.files.index(folder / "broken.jpg")] == ""
+    same = np.flatnonzero(familiar == "true")
+    assert len(same) >= 4
+    np.testing.assert_array_equal(drawn.vectors[same], plain.vectors[same])
+    (checkpoint / doubt.FILE).unlink()
+    none = infer.run(settings(folder, checkpoint, tmp_path / "c.csv", bank=small_run.metadata))
+    assert none.strange == 0 and set(none.prompts["familiar"]) == {""}
 
 
 def test_newest_checkpoint_is_the_default(small_run, small_checkpoint, tmp_path, command):
@@ -141,7 +168,7 @@ def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint
 def test_weights_are_fitted_on_the_common_validation(
     small_run, small_checkpoint, second_checkpoint, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(infer, "LEAST_TO_FIT", 10)
+    monkeypatch.setattr(blends, "LEAST_TO_FIT", 10)
     caplog.set_level("INFO")
     folders = (small_checkpoint, second_checkpoint)
     key = small_run.images / "manifest.csv"
@@ -176,9 +203,9 @@ def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
     first, second = infer.blend_weights(folders)
     assert second > 0.95 and first + second == pytest.approx(1)
     assert f"{folders[1]}: 1.0000 alone on 25 images" in caplog.text and "blend: 1.0000" in caplog.text
-    monkeypatch.setattr(infer, "LEAST_TO_FIT", 25)
+    monkeypatch.setattr(blends, "LEAST_TO_FIT", 25)
     assert infer.blend_weights(folders) == [first, second]
-    monkeypatch.setattr(infer, "LEAST_TO_FIT", 26)
+    monkeypatch.setattr(blends, "LEAST_TO_FIT", 26)
     assert infer.blend_weights(folders) == [0.5, 0.5]
     (folders[0] / "validation.safetensors").unlink()
     assert infer.blend_weights(folders) == [0.5, 0.5]
@@ -194,7 +221,7 @@ def test_of_several_views_the_mean_counts(tmp_path):
     """Each view by its own direction alone, however long its vectors; an image that cannot be read has none."""
 
     class Sides:
-        fits, about = (images.Fit(8),), {}
+        fits, about = (Fit(8),), {}
 
         def see(self, squares):
             left, right = squares[0].float().chunk(2, dim=3)
@@ -211,7 +238,7 @@ def test_of_several_views_the_mean_counts(tmp_path):
     predictor = predictors.Predictor(np.zeros(384, np.float32), [Sides()], lambda arrays: 2 * arrays[0])
 
     def predict(chosen, *views):
-        return predictors.predict(predictor, chosen, predictors.Viewing(views, 2))
+        return predictors.predict(predictor, chosen, predictors.Viewing(views, 2)).vectors
 
     whole = predict(files, "whole")
     np.testing.assert_allclose(whole[:, :2], metrics.unit(np.array([[200, 10], [np.nan, np.nan], [200, 90]])))
@@ -294,11 +321,11 @@ def test_a_second_run_reads_words_that_pandas_takes_for_nothing(small_run, small
 
 def test_prompts_that_read_like_nothing_count_in_the_mean(tmp_path):
     from image_to_prompts.models import text_encoder
-    from image_to_prompts.predict import predictors
+    from image_to_prompts.predict import ladder
 
     (tmp_path / "p.csv").write_text("prompt\nNone\nNA\n")
     expected = metrics.unit(text_encoder.encode(["None", "NA"]).mean(0))
-    np.testing.assert_allclose(predictors.prompt_mean([tmp_path / "p.csv"]).mean, expected, atol=1e-6)
+    np.testing.assert_allclose(ladder.prompt_mean([tmp_path / "p.csv"]).mean, expected, atol=1e-6)
 
 
 @pytest.fixture

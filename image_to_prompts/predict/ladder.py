@@ -1,0 +1,180 @@
+"""Ways to predict, best first, of which a submission takes the first that works.
+
+A submission kernel so scores on its first push, before anything is trained.
+"""
+
+import csv
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..encode import embeddings, encoders
+from ..models import metrics, text_encoder, weights
+from ..run.engine import EngineConfig
+from ..run.errors import UserError
+from ..run.files import make_folder
+from ..run.folders import Run, kaggle_inputs
+from ..run.progress import Deadline
+from .predictors import Predictor, Seen, Viewing, predict_resumed, start
+
+log = logging.getLogger(__name__)
+MOST_PROMPTS = 20_000  # the mean of more is the same to three digits
+MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to predict.
+
+    Attributes:
+        what: What it is, for the log.
+        load: By name, what gives its predictors; of those with one name finished blocks are shared between rungs.
+        weights: Their weights in the blend.
+        inputs: Files on whose contents the predictions depend.
+    """
+
+    what: str
+    load: dict[str, Callable[[], Predictor]]
+    weights: list[float]
+    inputs: list[Path]
+
+
+def neighbours(folder: Path) -> Predictor:
+    """kNN over the best array of `embed` whose encoder can be built, the number of neighbours chosen on a part of it.
+
+    Args:
+        folder: What `embed` wrote.
+
+    Raises:
+        UserError: If an array is damaged, or the weights of no encoder are there.
+    """
+    table = embeddings.load(folder)
+    found = []
+    for name, vectors in table.arrays.items():
+        known = np.isfinite(vectors[:, 0])
+        features, targets = vectors[known], table.targets[known]
+        asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
+        k = metrics.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
+        guess = metrics.nearest_mean(features[asked], features[~asked], targets[~asked], k)
+        found.append((metrics.mean_cosine(guess, targets[asked]), name, k, features, targets))
+    missing = ""
+    for score, name, k, features, targets in sorted(found, key=lambda one: -one[0]):
+        try:
+            encoder = encoders.rebuild(table.about[name])
+        except UserError as error:
+            missing = missing or str(error)
+            log.warning("%s: passed over: %s", folder / name, error)
+            continue
+        log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
+        mean = metrics.unit(targets.mean(0))
+        return Predictor(mean, [encoder], partial(_nearest_mean, features, targets, k))
+    raise UserError(f"{folder}: no array's encoder can be built: {missing}")
+
+
+def _nearest_mean(features: np.ndarray, targets: np.ndarray, k: int, seen: list[np.ndarray]) -> np.ndarray:
+    return metrics.in_fixed_rows(lambda rows: metrics.nearest_mean(rows[0], features, targets, k), seen)
+
+
+def interrogator() -> Predictor:
+    """CLIP Interrogator's text, as it is; raises as `encoders.build`."""
+    encoder = encoders.build("interrogator", 0)
+    return Predictor(metrics.unit(text_encoder.encode(["a picture"])[0]), [encoder])
+
+
+def prompt_mean(csvs: list[Path]) -> Predictor:
+    """The mean embedding of the prompts of CSVs.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = [pd.Series(dtype=str)]
+    for path in csvs:
+        try:
+            found.append(pd.read_csv(path, usecols=["prompt"], dtype=str, keep_default_na=False)["prompt"])
+        except (OSError, ValueError) as error:  # other people's files; the rest serve as well
+            log.warning("%s: passed over: %s", path, error)
+    prompts = pd.concat(found)
+    prompts = prompts[prompts.str.strip().fillna("") != ""].drop_duplicates()
+    prompts = prompts.iloc[:: -(-len(prompts) // MOST_PROMPTS) or 1].tolist()
+    if not prompts:
+        raise UserError(f"no prompts in {', '.join(map(str, csvs))}; attach metadata, embeddings or a checkpoint")
+    log.info("mean embedding of %d prompts of %s", len(prompts), ", ".join(map(str, csvs)))
+    return Predictor(metrics.unit(text_encoder.encode(prompts).mean(0)))
+
+
+def ladder(run: Run) -> list[Rung]:
+    """What can predict without a checkpoint, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
+
+    Looked for among the attached Kaggle inputs and in the run.
+    """
+    from ..encode.interrogator import CAPTION, RANKER
+
+    rungs = []
+    stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
+    stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
+    for folder in stored:
+        names = [*embeddings.arrays(folder), embeddings.PROMPTS]
+        inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
+        rungs.append(Rung(f"kNN over {folder}", {str(folder): partial(neighbours, folder)}, [1.0], inputs))
+    if all(found := [weights.attached(name) for name in (CAPTION, RANKER)]):
+        files = [file for some in found for file in some if file.is_file()]
+        rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))
+    csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
+    if csvs:
+        what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
+        rungs.append(Rung(what, {"mean": partial(prompt_mean, csvs)}, [1.0], csvs))
+    return rungs
+
+
+def _has_prompts(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return "prompt" in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+
+
+def climb(
+    rungs: list[Rung], files: list[Path], viewing: Viewing, engine: EngineConfig, work: Path, hours: float, strict: bool
+) -> tuple[Rung, list[Seen], list[Predictor], list[int]]:
+    """Predicts with the first rung that works.
+
+    Args:
+        rungs: Ways to predict, best first.
+        files: Image files.
+        viewing, engine: How to look at them, and who does the work.
+        work: Folder for finished blocks.
+        hours: After so many hours of this process the rest is not predicted; 0: never.
+        strict: Whether a failure ends it, instead of leading to the next rung.
+
+    Returns:
+        The rung; what each of its predictors saw, NaN in the rows of images that cannot be read or were not reached;
+        the predictors, without what they look with; how many images each of them reached.
+    """
+    deadline = Deadline(hours)
+    for place, rung in enumerate(rungs):
+        found, used, reached = [], [], []
+        try:
+            for name, load in rung.load.items():
+                predictor = load()
+                begin = partial(start, load if engine.engine == "ray" else predictor, viewing)
+                blocks = make_folder(work / hashlib.sha256(f"seen {name}".encode()).hexdigest()[:16])
+                seen, count = predict_resumed(begin, files, engine, blocks, deadline)
+                found.append(seen)
+                reached.append(count)
+                used.append(replace(predictor, encoders=[]))
+                del predictor, begin  # before the next one is loaded
+        except Exception as error:
+            if strict or rung is rungs[-1]:
+                raise
+            said = " ".join(str(error).split()) or type(error).__name__
+            log.warning("%s: failed (%s); next: %s", rung.what, said, rungs[place + 1].what)
+            continue
+        return rung, found, used, reached
+    raise UserError("nothing to predict from; run finetune first, or attach a checkpoint, embeddings or prompts")
