@@ -28,7 +28,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import profiles
-from ..models import hub, text_encoder, weights
+from ..models import doubt, hub, text_encoder, weights
+from ..predict import predictors
 from ..predict.predictors import Viewing
 from ..profiles import StageConfig
 from ..run.bounds import Positive
@@ -40,7 +41,7 @@ from ..run.progress import progress_to
 from ..run.resume import alone, fingerprint
 from . import files as outputs
 from .files import Description
-from .ways import BLOCK, Describer, from_files, sources
+from .ways import BLOCK, Describer, from_files
 
 __all__ = ["Config", "Describer", "Description", "describe", "run"]
 log = logging.getLogger(__name__)
@@ -198,7 +199,8 @@ def _run(config: Config, files: list[Path], show: Show) -> list[Description]:
         files = [file for file in files if file not in done]
         if done:
             log.info("%d images have a .txt already; --append adds to it, --overwrite replaces it", len(done))
-    banned, describer, table = outputs.banned(config.ban), Describer(config), _table(config)
+    banned, describer = outputs.banned(config.ban), Describer(config)
+    table = _table(config, describer.csvs)
     known: outputs.Known | None = None
     found: list[Description] = []
     stay: list[Path] = []
@@ -209,7 +211,9 @@ def _run(config: Config, files: list[Path], show: Show) -> list[Description]:
             mine = {file: outputs.key(file) for file in block[rank::processes]}  # as they are before they are read
             said = {} if config.ignore_file else from_files(mine)
             if rest := [file for file in mine if file not in said]:
-                known = known or outputs.Known(config.out, _fingerprint(config) if config.out else "", config.recompute)
+                if known is None:
+                    of = _fingerprint(describer) if config.out else ""
+                    known = outputs.Known(config.out, of, config.recompute)
                 said |= known.of({file: mine[file] for file in rest})
                 new = [file for file in rest if file not in said]
                 predicted = dict(zip(new, describer.predict(new), strict=True))
@@ -227,17 +231,17 @@ def _run(config: Config, files: list[Path], show: Show) -> list[Description]:
             advance(len(both))
     for path in stay:
         log.warning("%s: holds another text and stays; --append or --overwrite", shown(outputs.beside(path)))
-    _tell(config, describer, found)
+    _tell(describer.folders, found)
     return found
 
 
-def _table(config: Config) -> outputs.Table | None:
+def _table(config: Config, reads: list[Path]) -> outputs.Table | None:
     """The table, in the main process; what is wrong with it ends all of them."""
     rank, processes = rank_and_processes()
     table, problem = None, ""
     if config.out and rank == 0:
         try:
-            table = outputs.Table(config.out, config.top, config.overwrite, sources(config)[1])
+            table = outputs.Table(config.out, config.top, config.overwrite, reads)
         except UserError as error:
             problem = str(error)
     if problem := max(gather([problem], processes)):
@@ -245,7 +249,7 @@ def _table(config: Config) -> outputs.Table | None:
     return table
 
 
-def _tell(config: Config, describer: Describer, found: list[Description]) -> None:
+def _tell(folders: list[Path], found: list[Description]) -> None:
     """Says how many prompts came by which way, and how to get better ones."""
     broken = [one for one in found if one.error]
     for one in broken:
@@ -255,9 +259,8 @@ def _tell(config: Config, describer: Describer, found: list[Description]) -> Non
     failed = f"{len(broken)} cannot be read" if broken else ""
     log.info("%d images: %s", len(found), ", ".join(filter(None, [ways, failed])))
     if strange := sum(one.familiar is False for one in found):
-        log.warning(
-            "%d of %d images are unlike all that the checkpoint knows: %s", strange, len(found), describer.knows
-        )
+        known = predictors.knows(folders)
+        log.warning("%d of %d images are unlike all that the checkpoint knows: %s", strange, len(found), known)
     elif counts["checkpoint"] and not all(one.familiar for one in found if one.source == "checkpoint"):
         log.warning(
             "the checkpoint cannot tell which images are unlike all that it knows; finetune, run again, adds that"
@@ -270,12 +273,12 @@ def _tell(config: Config, describer: Describer, found: list[Description]) -> Non
         )
 
 
-def _fingerprint(config: Config) -> str:
+def _fingerprint(describer: Describer) -> str:
     """Tells descriptions from those of other settings, checkpoints, known prompts, vocabularies and code."""
     from . import compose
 
-    folders, csvs = sources(config)
-    names = ("model.safetensors", "config.json", "doubt.safetensors", "validation.safetensors")
+    config, folders, csvs = describer.config, describer.folders, describer.csvs
+    names = ("model.safetensors", "config.json", doubt.FILE, "validation.safetensors")
     settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
     settings |= {"method": METHOD, "phrases": compose.phrases_in(config.vocabulary)}
     settings["encoder"] = hub.digest(weights.locate(text_encoder.NAME))

@@ -96,6 +96,7 @@ class Known:
         for path in table.parent.glob(f".{glob.escape(table.name)}.*.journal") if table else ():
             if anew or f".{fingerprint}." not in path.name:
                 path.unlink(missing_ok=True)
+                continue
             for record in read_journal(path):
                 name, near = record.pop("key"), tuple((prompt, cosine) for prompt, cosine in record.pop("nearest"))
                 self.done[name] = Description(Path(), nearest=near, **record)
@@ -135,8 +136,8 @@ class Table:
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Notes what the file holds, so that a later run knows whether someone edited it."""
-        whole = self.stamp.is_current() and self.path.stat().st_size == self.at
-        if kind is None and self.at and not whole:
+        ended = kind is None and self.at and not self.changing
+        if ended and not (self.stamp.is_current() and self.path.stat().st_size == self.at):
             self._change()
         if self.changing:
             self.stamp.write([self.path])
@@ -144,9 +145,8 @@ class Table:
     def _change(self) -> None:
         """Cuts the file off where it begins to differ."""
         self.stamp.claim([self.path], (), True)
-        if not self.changing:
-            with self.path.open("ab") as file:
-                file.truncate(self.at)
+        with self.path.open("ab") as file:
+            file.truncate(self.at)
         self.changing = True
 
     def _is_json(self) -> bool:

@@ -123,11 +123,6 @@ class Describer:
     def _predictors(self) -> list[predictors.Predictor]:
         return [predictors.checkpoint(folder) for folder in self.folders]
 
-    @property
-    def knows(self) -> str:
-        """What the checkpoints have seen."""
-        return next((one.knows for one in self._predictors if one.judge), "")
-
     @cached_property
     def _weights(self) -> list[float]:
         return blend_weights(self.folders)

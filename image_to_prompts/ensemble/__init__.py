@@ -142,7 +142,7 @@ def _run(config: Config) -> pd.DataFrame:
     joined, targets, truth = stacked(arrays, scale), rows.targets[rows.train], rows.targets[rows.valid]
     weight, bias = metrics.ridge(joined[rows.train], targets)
     ridge = weight.astype(np.float32), bias.astype(np.float32)
-    near = rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
+    near = dataset.thinned(rows.train, frozen_features.KNN_ROWS)
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
     how = {one.name: getattr(config, one.name) for one in fields(Steps)}
     network, history = loop.fit(

@@ -173,8 +173,8 @@ def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
     rows = dataset.split(loaded, text_encoder.encode(loaded["prompt"].tolist()), config.fold, config.leave_out)
     spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"
     accelerator = models.accelerator_for(mixed)
-    model, _ = models.build(spec, accelerator, config.seed, None, config.weights)
-    wanted = np.concatenate([rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)], rows.valid])
+    model, _ = models.build(spec, accelerator, config.seed, init=config.out)  # the frozen part that will be asked
+    wanted = np.concatenate([dataset.thinned(rows.train, frozen_features.KNN_ROWS), rows.valid])
     _, statistics, _ = frozen_features.features(
         *(model, ImageRows(rows.paths, config.image_size), wanted, accelerator.device, stamp.work_folder()),
         *(False, mixed, config.loader_workers),
@@ -205,7 +205,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
         spec, accelerator, config.seed, config.init, config.weights, grad_checkpointing=config.grad_checkpointing
     )
     images = ImageRows(rows.paths, config.image_size)
-    sample = rows.train if config.cache_features else rows.train[:: -(-len(rows.train) // frozen_features.KNN_ROWS)]
+    sample = rows.train if config.cache_features else dataset.thinned(rows.train, frozen_features.KNN_ROWS)
     wanted = np.concatenate([sample, rows.valid])
     features, statistics, cached = frozen_features.features(
         model, images, wanted, accelerator.device, work, config.cache_features, mixed, config.loader_workers

@@ -62,7 +62,7 @@ def save_doubt(folder: Path, rows: dataset.Rows, statistics: np.ndarray) -> None
     own = doubt.Doubt.fit(train, valid)
     own.save(folder)
     predictor = predictors.checkpoint(folder)
-    chosen = rows.valid[:: -(-len(rows.valid) // CORRUPTED)]
+    chosen = dataset.thinned(rows.valid, CORRUPTED)
     files = [rows.paths[row] for row in chosen]
     ways = [predictors.predict(predictor, files, Viewing((view,))) for view in SHOWN]  # type: ignore[arg-type]
     vectors, strange = (np.concatenate(column) for column in zip(*ways, strict=True))

@@ -187,8 +187,8 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         stamp.write(outputs)
     _tell(result, reached)
     if result.strange:
-        knows = next(one.knows for one in used if one.judge)
-        log.warning("%d of %d images are unlike those that the checkpoint knows: %s", result.strange, len(files), knows)
+        known = predictors.knows(folders)
+        log.warning("%d of %d images are unlike those that the checkpoint knows: %s", result.strange, len(files), known)
     log.info("%s: %d images, predicted by %s", config.out, len(files), result.how)
     return result
 

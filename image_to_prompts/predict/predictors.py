@@ -1,11 +1,11 @@
 """What predicts prompt embeddings from images: checkpoints, and whatever else looks at images with encoders."""
 
-import logging
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -20,7 +20,6 @@ from ..run.engine import EngineConfig, over_blocks
 from ..run.folders import is_ensemble
 from ..run.progress import Deadline
 
-log = logging.getLogger(__name__)
 BLOCK = 512  # images a file of half-done work
 SAME = 0.99999  # cosine of two embeddings of one prompt
 
@@ -35,7 +34,6 @@ class Predictor:
         finish: Maps what each encoder gave, float32 (n, d), to float32 (n, 384).
         judge: Maps the same to strangeness, float32 (n,), see `doubt`; None where nobody can tell.
         pull: How predictions for strange images are drawn to the mean, see `doubt.pulled`.
-        knows: What it has seen, for people.
     """
 
     mean: np.ndarray
@@ -43,7 +41,6 @@ class Predictor:
     finish: Callable[[list[np.ndarray]], np.ndarray] = lambda arrays: arrays[0]
     judge: Callable[[list[np.ndarray]], np.ndarray] | None = None
     pull: tuple[float, float] = (1.0, 0.0)
-    knows: str = ""
 
 
 class Seen(NamedTuple):
@@ -82,25 +79,26 @@ def checkpoint(folder: Path) -> Predictor:
         return Predictor(blend.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, blend))
     found, own = checkpoints.load(folder), doubt.load(folder)
     stages = freezing.stages(found.model.backbone) if own else ()
-    encoder = BackboneEncoder(found.model, found.spec, stages)
-    finish, knows = partial(_columns, slice(text_encoder.DIMENSION)), _knows(found.config)
-    if own is None:
-        return Predictor(found.mean, [encoder], finish, knows=knows)
-    return Predictor(
-        found.mean, [encoder], finish, partial(_strangeness, own), (float(own.pull[0]), float(own.pull[1])), knows
-    )
+    predictor = Predictor(found.mean, [BackboneEncoder(found.model, found.spec, stages)], _vectors)
+    if own:
+        predictor.judge, predictor.pull = partial(_strangeness, own), (float(own.pull[0]), float(own.pull[1]))
+    return predictor
 
 
-def _columns(which: slice, arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0][:, which]
+def _vectors(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0][:, : text_encoder.DIMENSION]
 
 
 def _strangeness(own: doubt.Doubt, arrays: list[np.ndarray]) -> np.ndarray:
     return own.strangeness(arrays[0][:, text_encoder.DIMENSION :])
 
 
-def _knows(config: dict[str, Any]) -> str:
-    """What a checkpoint has seen, in words."""
+def knows(folders: Iterable[Path]) -> str:
+    """What the checkpoint that judges images has seen, in words; "" if none of them can."""
+    folder = next((one for one in folders if (one / doubt.FILE).is_file()), None)
+    if folder is None:
+        return ""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("profile") == "embedded":
         return "it has only seen emoji scenes"
     return f"it has seen {config.get('rows', {}).get('train', 'other')} images of its training set"

@@ -206,3 +206,8 @@ def parse_weights(words: tuple[str, ...]) -> dict[str, float]:
         if not found[source] >= 0:
             raise UserError(f"--source-weights {word}: must not be negative")
     return found
+
+
+def thinned(rows: np.ndarray, most: int) -> np.ndarray:
+    """Every n-th of some row numbers, so that at most so many are left."""
+    return rows[:: -(-len(rows) // most) or 1]
