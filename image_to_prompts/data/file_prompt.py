@@ -19,7 +19,7 @@ from PIL import Image
 
 from . import images
 
-LARGEST = 2_000_000  # characters of a text; graphs of ComfyUI have tens of thousands
+LARGEST = 1_000_000  # characters of a text; graphs of ComfyUI have tens of thousands
 MOST_PIXELS = 40_000_000  # of an image whose alpha channel is looked at
 STEALTH = (b"stealth_pngcomp", b"stealth_pnginfo")  # how hidden text begins, packed by gzip and not
 EXIF, USER_COMMENT = 0x8769, 0x9286
