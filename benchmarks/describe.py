@@ -1,12 +1,17 @@
 """`describe` on a run's images: what its texts are worth, and how fast it is beside a loop over one image at a time.
 
 python benchmarks/describe.py quality [--run runs/default]                prints a table, writes describe.json
+python benchmarks/describe.py texts [--run runs/default] [--prompts real_prompts.txt.gz]
 python benchmarks/describe.py speed [--run runs/default] [--count 500] [--rounds 5]
 
 The run is what `make run` leaves: the images are its held-out ones, and no known prompt is one of theirs. Speed: the
 loop decodes an image, shows it to the same checkpoints, asks FAISS's flat index and composes with
 sentence-transformers; each way has a process of its own, and they take turns, a part of the images each round, so that
 both have described all of them at the end. Loading is not counted.
+
+Texts: how near composed prompts come to the true ones, and whether they read like prompts. One half of the known
+prompts guides the search, a trigram model of the other half judges: its perplexity of composed prompts, beside that of
+the true ones. The same for real prompts, a text a line, whose own embeddings are the predictions.
 """
 
 from __future__ import annotations
@@ -121,6 +126,58 @@ def quality(run: Path) -> None:
     record(__file__, "quality", {"images": len(files), **table.T.to_dict()})
 
 
+def texts(run: Path, prompts: Path | None) -> None:
+    """Cosine to the truth and perplexity of composed prompts, for scenes and for real prompts, with examples."""
+    import gzip
+    import random
+
+    from image_to_prompts.data import metadata
+    from image_to_prompts.describe import ways
+    from image_to_prompts.models import text_encoder
+    from image_to_prompts.run import folders
+
+    of, describer = folders.Run(run), _describer(run)
+    frame = metadata.read(of.test_images / folders.MANIFEST)
+    found = describer.describe([of.test_images / file for file in frame["file"]])
+    predicted = np.stack([one.vector for one in found])
+    result = {"scenes": _texts(frame["prompt"].tolist(), predicted, describer.index.some(ways.KNOWN))}
+    if prompts:
+        rows = list(dict.fromkeys(gzip.decompress(prompts.read_bytes()).decode("utf-8").splitlines()))
+        random.Random(0).shuffle(rows)
+        truth = rows[ways.KNOWN :][: len(frame)]
+        result["real prompts"] = _texts(truth, text_encoder.encode(truth), rows[: ways.KNOWN])
+    record(__file__, "texts", result)
+
+
+def _texts(truth: list[str], predicted: np.ndarray, known: list[str]) -> dict[str, float]:
+    import random
+
+    from image_to_prompts.describe import compose, phrases
+    from image_to_prompts.describe.phrases import Trigrams
+    from image_to_prompts.models import text_encoder
+
+    vectors, targets = text_encoder.encode(known), text_encoder.encode(truth)
+    order = np.argsort(-predicted @ vectors.T, axis=1)[:, : compose.NEIGHBOURS]
+    near = [[known[row] for row in rows] for rows in order]
+    random.Random(1).shuffle(halves := [*known])
+    guide, judge = (Trigrams(halves[start::2]) for start in (0, 1))
+    composed = compose.compose(predicted, near, phrases.vocabulary(known=known), guide)
+    first = [some[0] for some in composed]
+    result = {"targets": len(truth), "known prompts": len(known)}
+    ways = {"nearest": [some[0] for some in near], "composed": first, "true": truth}
+    for name, said in ways.items():
+        perplexities = [judge.perplexity(text) for text in said]
+        result[f"{name}: to the truth"] = float((text_encoder.encode(said) * targets).sum(1).mean())
+        result |= {f"{name}: perplexity, {p}th percentile": float(np.percentile(perplexities, p)) for p in (25, 50, 75)}
+    result["different candidates"] = float(np.mean([len(some) for some in composed]))
+    result["the nearest one shown"] = float(np.mean([a == b[0] for a, b in zip(first, near, strict=True)]))
+    for name, value in result.items():
+        print(f"{name:45} {value:.4g}")
+    for row in random.Random(2).sample(range(len(truth)), 20):
+        print(f"- {truth[row]}\n  - {first[row]}")
+    return result
+
+
 def speed(run: Path, count: int, rounds: int) -> None:
     with contextlib.suppress(KeyError):
         del os.environ["OPENBLAS_CORETYPE"]  # FAISS's own BLAS is faster without
@@ -134,13 +191,16 @@ def speed(run: Path, count: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "speed"])
+    parser.add_argument("what", choices=["quality", "texts", "speed"])
     parser.add_argument("--run", type=Path, default=Path("runs/default"))
+    parser.add_argument("--prompts", type=Path)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.what == "quality":
         quality(options.run)
+    elif options.what == "texts":
+        texts(options.run, options.prompts)
     else:
         speed(options.run, options.count, options.rounds)
 

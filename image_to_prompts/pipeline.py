@@ -138,7 +138,7 @@ BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/
 # The stand-ins of the embedded profile. Only this table names them, so that no stage depends on them.
 EMBEDDED = {
     "prompt": "embedded.grammar:prompt",
-    "subjects": "embedded.grammar:vocabulary",
+    "words": "embedded.grammar:words",
     "scenes": "embedded.scenes:SceneBackend",
     "picture": "embedded.scenes:picture",
     "classes": "embedded.classes:ClassInterrogator",

@@ -46,7 +46,7 @@ from .ways import BLOCK, Describer, from_files
 __all__ = ["Config", "Describer", "Description", "describe", "run"]
 log = logging.getLogger(__name__)
 FIRST = 4  # images of the first block, so that something is seen soon
-METHOD = 3  # to be raised when the same inputs give other texts
+METHOD = 4  # to be raised when the same inputs give other texts
 TABLES = (".csv", ".jsonl")
 WAYS = {
     "file": "prompts from their files",
@@ -99,7 +99,7 @@ class Words:
     prompts: tuple[Path, ...] = ()
     """CSVs of known prompts; left out: those that the run was trained on."""
     vocabulary: Path | None = None
-    """Folder of own phrases: subjects, mediums, movements, flavors or artists .txt, one a line."""
+    """Folder of own phrases: subjects, places, mediums, movements, flavors or artists .txt, one a line."""
 
 
 @dataclass
@@ -275,12 +275,12 @@ def _tell(folders: list[Path], found: list[Description]) -> None:
 
 def _fingerprint(describer: Describer) -> str:
     """Tells descriptions from those of other settings, checkpoints, known prompts, vocabularies and code."""
-    from . import compose
+    from . import phrases
 
     config, folders, csvs = describer.config, describer.folders, describer.csvs
     names = ("model.safetensors", "config.json", doubt.FILE, "validation.safetensors")
     settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
-    settings |= {"method": METHOD, "phrases": compose.phrases_in(config.vocabulary)}
+    settings |= {"method": METHOD, "phrases": phrases.lists(config.vocabulary)}
     settings["encoder"] = hub.digest(weights.locate(text_encoder.NAME))
     return fingerprint(settings, [*(folder / name for folder in folders for name in names), *csvs])[:16]
 

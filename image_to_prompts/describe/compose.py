@@ -1,143 +1,88 @@
-"""A prompt whose embedding comes as close as possible to a predicted one: composed of phrases, not only looked up.
+"""A prompt whose embedding comes close to a predicted one, and which reads as if someone had written it.
 
-It starts from the nearest known prompt, cut at commas and connectives, and climbs: of all texts with one phrase
-dropped, swapped or added, it goes on with the one of largest cosine. Phrases come from the nearest prompts and a
-vocabulary; those are tried whose own embedding lies in the direction that is missing (docs/log.md).
+It starts from a known prompt that is near, cut into phrases, and climbs: of all texts in which a phrase is left out,
+gives way to one of its kind, or a modifier is added at the end, it goes on with the best. Texts are judged by their
+cosine to the prediction, less a price for words that are unusual where they stand (see `Trigrams`). Phrases come from
+the nearest prompts and a vocabulary; those are tried whose own embedding lies in the direction that is missing
+(docs/log.md).
 """
 
-import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
-import polars as pl
 
-from .. import pipeline
-from ..data import terms
 from ..models import text_encoder
+from .phrases import PEOPLE, Part, Trigrams, Vocabulary, cut, join, without_artists, words
 
-CONNECTIVES = (
-    *("above", "alongside", "among", "and", "as", "at", "behind", "below", "beneath", "beside", "between", "by"),
-    *("depicting", "facing", "featuring", "from", "in front of", "in the style of", "in", "inside", "made of", "near"),
-    *("next to", "of", "on top of", "on", "over", "surrounded by", "through", "to", "together with", "under", "with"),
-)
-_CONNECTIVE = "(?:" + "|".join(sorted(CONNECTIVES, key=len, reverse=True)) + ")"
-_CUT = re.compile(rf"(\s*[,;:|]\s*|\s+{_CONNECTIVE}\s+)", re.IGNORECASE)
-_LEADING = re.compile(rf"{_CONNECTIVE}\s", re.IGNORECASE)
-MODIFIERS = 3000  # of clip-interrogator's flavours, most frequent first
 NEIGHBOURS = 20  # nearest prompts whose phrases are used
-ADDED, SWAPPED = 6, 3  # phrases of each source tried at the end, and in the place of each phrase
-ROUNDS = 10  # changes at most
-GAIN, SWAP_GAIN = 0.01, 0.001  # of cosine, below which a text is not made longer, or changed
+STARTS = 3  # prompts from which a climb starts
+TRIED = 6  # phrases of each source tried in a place
+MOVES = 20  # texts of a climb embedded a round
+ROUNDS = 8  # changes at most
+GAIN, SWAP_GAIN = 0.01, 0.001  # below which a text is not made longer, or changed
+WORTH = 0.02  # of cosine, by which a composed prompt must be nearer than the nearest known one
+USUAL, PRICE = 4.0, 0.004  # nats of surprise that cost nothing, and what each further one costs
+FIT = 0.3  # of how far a phrase lies in the missing direction, what the text's cosine gains by it, roughly
+DEAR = 0.05  # a text that costs so much more is not looked at
 WORDS = 30  # a prompt has at most
-SMALL = {"a", "an", "the", "one", "two", "three", "five", *" ".join(CONNECTIVES).split()}
-
-
-class Part(NamedTuple):
-    """A phrase, and what joins it to the one before it."""
-
-    joint: str
-    phrase: str
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Phrases to compose with.
-
-    Attributes:
-        phrases: n phrases.
-        vectors: float32 (n, 384), their embeddings.
-        artists: Whether names of artists may stand in a prompt.
-    """
-
-    phrases: list[str]
-    vectors: np.ndarray
-    artists: bool
-
-
-def vocabulary(folder: Path | None = None, artists: bool = True) -> Vocabulary:
-    """Subjects, media, movements, modifiers and, if wanted, artists.
-
-    Args:
-        folder: Files in place of some of these: `subjects.txt`, or as `terms.read` has it.
-        artists: Whether names of artists are used.
-
-    Raises:
-        UserError: If the folder has none of these files, or one is not UTF-8.
-    """
-    phrases = phrases_in(folder, artists)
-    if not artists:  # some modifiers name them too
-        phrases = [phrase for phrase, left in zip(phrases, _without_artists(phrases), strict=True) if phrase == left]
-    return Vocabulary(phrases, text_encoder.encode(phrases), artists)
-
-
-def phrases_in(folder: Path | None, artists: bool = True) -> list[str]:
-    """The phrases of `vocabulary`, none twice; arguments and errors as there."""
-    own = terms.read(folder, artists, {"subjects": list(pipeline.embedded("subjects")())})
-    own["flavors"] = own["flavors"][:MODIFIERS]
-    kinds = ("subjects", "mediums", "movements", "flavors", "artists")
-    return list(dict.fromkeys(phrase for kind in kinds for phrase in own[kind]))
-
-
-def cut(prompt: str) -> list[Part]:
-    """The phrases of a prompt; `join` makes it of them again, but for white space and marks at its ends or repeated."""
-    pieces = _CUT.split(" ".join(prompt.split()).strip(" ,;:|"))
-    return [Part(joint, phrase) for joint, phrase in zip(["", *pieces[1::2]], pieces[::2], strict=True) if phrase]
-
-
-def join(parts: Sequence[Part]) -> str:
-    """The prompt of phrases; a connective that would stand twice, or first, is left out."""
-    text = ""
-    for joint, phrase in parts:
-        if text:
-            text += " " if joint[:1].isspace() and _LEADING.match(phrase) else joint
-        text += phrase
-    return text
-
-
-def phrases_of(prompt: str) -> list[str]:
-    """The phrases of a prompt, at least one, as they may stand in another one: an artist keeps the `by`."""
-    return [f"by {part.phrase}" if part.joint.strip().lower() == "by" else part.phrase for part in cut(prompt)] or [
-        prompt
-    ]
+ADDED = ("flavors", "mediums", "artists")  # kinds that may be added at the end
+_SMALL = "a an and as at by for from in of on the to with one two three five many couple group trio"
+SMALL = frozenset(_SMALL.split())  # words that say nothing new
 
 
 def compose(
-    targets: np.ndarray, nearest: Sequence[Sequence[str]], words: Vocabulary, most_words: int = WORDS
-) -> list[str]:
-    """Composes a prompt for each of some predictions, all in the same batches.
+    targets: np.ndarray,
+    nearest: Sequence[Sequence[str]],
+    vocabulary: Vocabulary,
+    language: Trigrams,
+    most_words: int = WORDS,
+) -> list[list[str]]:
+    """Composes prompts for each of some predictions, all in the same batches.
 
     Args:
         targets: float32 (n, 384), predictions of unit length.
         nearest: Known prompts near to each, best first, at least one.
-        words: From `vocabulary`.
+        vocabulary: Phrases to choose from.
+        language: A model of known prompts.
         most_words: How many words a prompt has at most; of a known one that is longer the first phrases count.
 
     Returns:
-        n prompts. Each is at least as near to its target as the first known one, cut so and without artists, if they
-        are not wanted; but for the rounding of half precision.
+        For each prediction one to three different prompts, the best first. Where none is nearer than the nearest known
+        prompt by `WORTH`, the first is that one.
     """
     known = [list(some[:NEIGHBOURS]) for some in nearest]
-    if not words.artists:
-        known = [[text for text in _without_artists(some) if text] or ["picture"] for some in known]
-    texts = _Texts()
-    local = [list(dict.fromkeys(phrase for prompt in some for phrase in phrases_of(prompt))) for some in known]
-    texts.know([phrase for some in local for phrase in some])
+    if not vocabulary.artists:
+        known = [[text for text in without_artists(some) if text] or ["picture"] for some in known]
+    texts = _Texts(language)
     climbs = [
-        _Climb(target, _first(some[0], most_words), phrases, words, most_words, texts)
-        for target, some, phrases in zip(targets, known, local, strict=True)
+        [
+            _Climb(target, _first(start, most_words), _Phrases(some, vocabulary), most_words, texts)
+            for start in some[:STARTS]
+        ]
+        for target, some in zip(targets, known, strict=True)
     ]
-    texts.know([join(climb.parts) for climb in climbs])
-    live = climbs
+    live = [climb for some in climbs for climb in some]
+    texts.know([part.said for climb in live for parts in climb.phrases.own.values() for part in parts])
+    texts.know([join(climb.parts) for climb in live])
     for _ in range(ROUNDS):
         texts.know([join(parts) for climb in live for parts in climb.shorter()])
-        moves = [climb.moves() for climb in live]
+        gaps = [climb.gaps() for climb in live]
+        _look_up([gap for some in gaps for gap in some], vocabulary)
+        moves = [climb.moves(some) for climb, some in zip(live, gaps, strict=True)]
         texts.know([join(parts) for some in moves for parts, _ in some])
         live = [climb for climb, some in zip(live, moves, strict=True) if climb.step(some)]
-    return [join(climb.parts) for climb in climbs]
+    return [_best(some, join(_first(near[0], most_words))) for some, near in zip(climbs, known, strict=True)]
+
+
+def _best(climbs: list["_Climb"], known: str) -> list[str]:
+    """The different texts of climbs, best first; a known one before them unless they are worth the change."""
+    found = sorted(climbs, key=lambda climb: -climb.value(climb.parts))
+    texts, target = found[0].texts, found[0].target
+    first = join(found[0].parts)
+    start = [] if (texts.vectors[first] - texts.vectors[known]) @ target >= WORTH else [known]
+    return list(dict.fromkeys([*start, *(join(climb.parts) for climb in found)]))[:STARTS]
 
 
 def _first(prompt: str, most_words: int) -> list[Part]:
@@ -148,35 +93,55 @@ def _first(prompt: str, most_words: int) -> list[Part]:
     return parts if len(parts) > 1 else [Part("", " ".join(parts[0].phrase.split()[:most_words]) or prompt)]
 
 
-def _without_artists(prompts: list[str]) -> list[str]:
-    """Prompts without the names in clip-interrogator's list, nor phrases with a surname of it (see `surnames`)."""
-    from ..generate import rules
+@dataclass
+class _Gap:
+    """A place in a text where a phrase may go: that of another one, or the end."""
 
-    clean = rules.artists(pl.DataFrame({"prompt": prompts})).fill_null("")
-    return [text if surnames().isdisjoint(_words(text)) else join(_unnamed(text)) for text in clean]
-
-
-def _unnamed(prompt: str) -> list[Part]:
-    return [part for part in cut(prompt) if surnames().isdisjoint(_words(part.phrase))]
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    kind: str
+    place: int
+    direction: np.ndarray
+    fits: dict[Part, float] = field(default_factory=dict)
+    """Phrases, and how far they lie in that direction."""
 
 
-@lru_cache(maxsize=1)
-def surnames() -> frozenset[str]:
-    """Surnames of artists that all-MiniLM-L6-v2's tokenizer knows as no word: rutkowski, but not white."""
-    words = text_encoder.load().tokenizer.get_vocab()
-    names = [phrase.removeprefix("by ").lower().split() for phrase in terms.read()["artists"]]
-    return frozenset(name[-1] for name in names if len(name) > 1 and name[-1] not in words)
+def _look_up(gaps: list[_Gap], vocabulary: Vocabulary) -> None:
+    """Adds the phrases of the vocabulary that fit each gap best."""
+    rows = defaultdict[str, list[int]](list)
+    for row, gap in enumerate(gaps):
+        rows[gap.kind].append(row)
+    for kind, some in rows.items():
+        if kind not in vocabulary.parts:
+            continue
+        cosines = np.stack([gaps[row].direction for row in some]) @ vocabulary.vectors[kind].T
+        best = np.argsort(-cosines, axis=1, kind="stable")[:, :TRIED]
+        for row, chosen, found in zip(some, best.tolist(), cosines, strict=True):
+            gaps[row].fits |= {vocabulary.parts[kind][one]: float(found[one]) for one in chosen}
+
+
+class _Phrases:
+    """The phrases of an image's neighbours by kind, and the words of people that they use."""
+
+    def __init__(self, known: list[str], vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.own = defaultdict[str, list[Part]](list)
+        for prompt in known:
+            for place, part in enumerate(cut(prompt)):
+                kind = vocabulary.kind(part, not place)
+                if part.is_plain and part not in self.own[kind]:
+                    self.own[kind].append(part)
+        self.barred = PEOPLE.difference(*(words(prompt) for prompt in known))
 
 
 class _Texts:
-    """Embeddings of texts that are tried, none computed twice; thousands an image, so none goes to the disk."""
+    """Embeddings and prices of texts that are tried, none computed twice.
 
-    def __init__(self) -> None:
+    There are hundreds an image, so that they are not kept on the disk.
+    """
+
+    def __init__(self, language: Trigrams) -> None:
+        self.language = language
         self.vectors: dict[str, np.ndarray] = {}
+        self.prices: dict[str, float] = {}
 
     def know(self, texts: Sequence[str]) -> None:
         """Embeds those that are new, all at once."""
@@ -185,6 +150,13 @@ class _Texts:
 
     def of(self, parts: Sequence[Part]) -> np.ndarray:
         return self.vectors[join(parts)]
+
+    def price(self, parts: Sequence[Part]) -> float:
+        """What the unusual words of a text cost."""
+        text = join(parts)
+        if text not in self.prices:
+            self.prices[text] = PRICE * sum(max(0.0, nats - USUAL) for nats in self.language.surprise(text))
+        return self.prices[text]
 
 
 Move = tuple[list[Part], float]  # a text, and the gain that it must bring
@@ -196,52 +168,82 @@ class _Climb:
 
     target: np.ndarray
     parts: list[Part]
-    phrases: list[str]
-    words: Vocabulary
+    phrases: _Phrases
     most_words: int
     texts: _Texts
+
+    def value(self, parts: list[Part]) -> float:
+        """What a text is worth: its cosine to the target, less its price."""
+        return float(self.texts.of(parts) @ self.target) - self.texts.price(parts)
 
     def shorter(self) -> list[list[Part]]:
         """The text without each of its phrases."""
         places = range(len(self.parts)) if len(self.parts) > 1 else ()
         return [self.parts[:place] + self.parts[place + 1 :] for place in places]
 
-    def moves(self) -> list[Move]:
-        """What to try next; needs the embeddings of the text, of `shorter` and of the phrases."""
-        shorter = self.shorter()
-        found: list[Move] = [(parts, 0.0) for parts in shorter]
-        if len(join(self.parts).split()) < self.most_words:
-            missing = self._missing(self.texts.of(self.parts), ADDED)
-            longer = [[*self.parts, Part(", ", phrase)] for phrase in missing]
-            found += [(parts, GAIN) for parts in longer if len(join(parts).split()) <= self.most_words]
-        for place, part in enumerate(self.parts):
-            rest = self.texts.of(shorter[place]) if shorter else np.zeros_like(self.target)
-            for phrase in self._missing(rest, SWAPPED, part.phrase):
-                swapped = [*self.parts[:place], Part(part.joint, phrase), *self.parts[place + 1 :]]
-                if len(join(swapped).split()) <= self.most_words:
-                    found.append((swapped, SWAP_GAIN))
+    def gaps(self) -> list[_Gap]:
+        """Where phrases may go, and in which direction they should lie; needs the embeddings of `shorter`."""
+        kinds = [self.phrases.vocabulary.kind(part, not place) for place, part in enumerate(self.parts)]
+        rests = [self.texts.of(rest) for rest in self.shorter()] or [np.zeros_like(self.target)]
+        found = [
+            _Gap(kind, place, self._missing(rest)) for place, (kind, rest) in enumerate(zip(kinds, rests, strict=True))
+        ]
+        missing, end = self._missing(self.texts.of(self.parts)), len(self.parts)
+        found += [_Gap(kind, end, missing) for kind in ADDED if kind != "mediums" or kind not in kinds]
+        for gap in found:
+            own = {part: float(self.texts.vectors[part.said] @ gap.direction) for part in self.phrases.own[gap.kind]}
+            gap.fits = dict(sorted(own.items(), key=lambda one: -one[1])[:TRIED])
         return found
 
-    def _missing(self, vector: np.ndarray, count: int, instead: str = "") -> list[str]:
-        """The phrases that lie most in the direction in which the target lies from a text, if they say anything new."""
-        direction = self.target - (self.target @ vector) * vector
-        own = np.stack([self.texts.vectors[phrase] for phrase in self.phrases]) @ direction
-        others = self.words.vectors @ direction
-        said = _content(join(self.parts)) - _content(instead)
-        found = [self.phrases[row] for row in np.argsort(-own)[:count]]
-        found += [self.words.phrases[row] for row in np.argsort(-others)[:count]]
-        return [phrase for phrase in found if phrase != instead and not _content(phrase) <= said]
+    def _missing(self, vector: np.ndarray) -> np.ndarray:
+        return self.target - (self.target @ vector) * vector
+
+    def moves(self, gaps: list[_Gap]) -> list[Move]:
+        """What to try next."""
+        found: list[Move] = [(parts, 0.0) for parts in self.shorter()]
+        price = self.texts.price(self.parts)
+        tried: list[tuple[float, Move]] = []
+        for gap in gaps:
+            ends = gap.place == len(self.parts)
+            others = {
+                word for part in (*self.parts[: gap.place], *self.parts[gap.place + 1 :]) for word in _content(part)
+            }
+            for part, fit in gap.fits.items():
+                new = _content(part)
+                if new <= others or new & self.phrases.barred:
+                    continue
+                put = _added(part, gap.kind) if ends else _instead(part, self.parts[gap.place], gap.kind)
+                parts = [*self.parts[: gap.place], put, *self.parts[gap.place + 1 :]]
+                if parts == self.parts or len(join(parts).split()) > self.most_words:
+                    continue
+                if (dearer := self.texts.price(parts) - price) < DEAR:
+                    tried.append((FIT * fit - dearer, (parts, GAIN if ends else SWAP_GAIN)))
+        tried.sort(key=lambda one: -one[0])
+        return found + [move for _, move in tried[:MOVES]]
 
     def step(self, moves: list[Move]) -> bool:
         """Takes the best move; False if none is good enough."""
-        now = self.texts.of(self.parts) @ self.target
-        gains = [self.texts.of(parts) @ self.target - now - least for parts, least in moves]
+        now = self.value(self.parts)
+        gains = [self.value(parts) - now - least for parts, least in moves]
         if not gains or max(gains) <= 0:
             return False
         self.parts = moves[int(np.argmax(gains))][0]
         return True
 
 
-def _content(text: str) -> set[str]:
+def _instead(part: Part, old: Part, kind: str) -> Part:
+    """A phrase in the place of another one: with its own connective where that belongs to it."""
+    if kind == "places" and part.connective:
+        mark = old.joint[: len(old.joint) - len(old.joint.lstrip(" ,;:|."))]
+        return Part(f"{mark}{part.connective} ", part.phrase)
+    return Part(old.joint, part.phrase)
+
+
+def _added(part: Part, kind: str) -> Part:
+    """A phrase at the end."""
+    return Part(", by " if kind == "artists" else ", ", part.phrase)
+
+
+def _content(part: Part) -> set[str]:
     """Words that mean something, plurals as singulars."""
-    return {word.removesuffix("s") for word in _words(text)} - SMALL
+    return {word.removesuffix("s") for word in words(part.phrase)} - SMALL

@@ -20,6 +20,7 @@ from ..run.errors import UserError
 from ..run.files import make_folder, shown, write_text
 from ..run.resume import Stamp, append_line, read_journal
 
+CANDIDATES = ("candidate_2", "candidate_3")
 FROM_FILE = ("negative_prompt", "seed", "generator", "model")
 
 
@@ -34,6 +35,7 @@ class Description:
         familiar: Whether the image is like those that the checkpoint was trained on; None where nobody can tell.
         cosine: Of the prompt's embedding with the predicted one; None unless a checkpoint predicted one.
         nearest: The nearest known prompts with their cosines, best first.
+        candidates: Further prompts, composed in other ways; at most two.
         negative_prompt: What the file says; "" if nothing. So are seed, generator and model.
         seed: See negative_prompt.
         generator: See negative_prompt; the program that made the image.
@@ -49,6 +51,7 @@ class Description:
     familiar: bool | None = None
     cosine: float | None = None
     nearest: tuple[tuple[str, float], ...] = ()
+    candidates: tuple[str, ...] = ()
     negative_prompt: str = ""
     seed: str = ""
     generator: str = ""
@@ -99,6 +102,7 @@ class Known:
                 continue
             for record in read_journal(path):
                 name, near = record.pop("key"), tuple((prompt, cosine) for prompt, cosine in record.pop("nearest"))
+                record["candidates"] = tuple(record["candidates"])
                 self.done[name] = Description(Path(), nearest=near, **record)
 
     def of(self, keys: dict[Path, str]) -> dict[Path, Description]:
@@ -107,7 +111,7 @@ class Known:
 
     def keep(self, found: dict[str, Description]) -> None:
         """Notes descriptions by key; not those of images that cannot be read, for they may be replaced."""
-        names = ("prompt", "source", "familiar", "cosine", "nearest")
+        names = ("prompt", "source", "familiar", "cosine", "nearest", "candidates")
         good = {name: one for name, one in found.items() if not one.error}
         if self.journal:
             records = [{"key": name, **{field: getattr(one, field) for field in names}} for name, one in good.items()]
@@ -157,7 +161,8 @@ class Table:
         text = "".join(map(_json, found)) if self._is_json() else _csv([self._row(one) for one in found])
         if not self.at and not self._is_json():
             nearest = [f"{name}_{number}" for number in range(1, self.top + 1) for name in ("nearest", "cosine")]
-            text = _csv([["image", "prompt", "source", "familiar", "cosine", *FROM_FILE, *nearest, "error"]]) + text
+            first = ["image", "prompt", "source", "familiar", "cosine", *CANDIDATES]
+            text = _csv([[*first, *FROM_FILE, *nearest, "error"]]) + text
         data = text.encode("utf-8")
         if not self.changing:
             there = b""
@@ -175,8 +180,9 @@ class Table:
     def _row(self, one: Description) -> list[object]:
         familiar = "" if one.familiar is None else str(one.familiar).lower()
         nearest = [value for pair in (*one.nearest, *[("", "")] * self.top)[: self.top] for value in pair]
+        others = [*one.candidates, *[""] * len(CANDIDATES)][: len(CANDIDATES)]
         about = [getattr(one, name) for name in FROM_FILE]
-        return [shown(one.path), one.prompt, one.source, familiar, one.cosine, *about, *nearest, one.error]
+        return [shown(one.path), one.prompt, one.source, familiar, one.cosine, *others, *about, *nearest, one.error]
 
 
 def _csv(rows: Sequence[Sequence[object]]) -> str:
@@ -206,14 +212,22 @@ def banned(words: Sequence[str]) -> frozenset[str]:
     return frozenset(word.lower() for word in found)
 
 
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
 def worded(found: Description, prefix: str, suffix: str, banned: frozenset[str], top: int) -> Description:
     """A description as it is told: without banned words, with prefix and suffix, and `top` of the nearest prompts."""
-    prompt = found.prompt
-    if banned and not banned.isdisjoint(re.findall(r"\w+", prompt.lower())):
-        parts = re.split(r"\s*,\s*", prompt)
-        prompt = ", ".join(part for part in parts if banned.isdisjoint(re.findall(r"\w+", part.lower())))
-    prompt = f"{prefix}{prompt}{suffix}" if prompt else prompt
-    return replace(found, prompt=prompt, nearest=found.nearest[:top], vector=None)
+
+    def told(prompt: str) -> str:
+        if banned and not banned.isdisjoint(_words(prompt)):
+            parts = re.split(r"\s*,\s*", prompt)
+            prompt = ", ".join(part for part in parts if banned.isdisjoint(_words(part)))
+        return f"{prefix}{prompt}{suffix}" if prompt else prompt
+
+    others = tuple(filter(None, map(told, found.candidates)))
+    near = found.nearest[:top]
+    return replace(found, prompt=told(found.prompt), candidates=others, nearest=near, vector=None)
 
 
 def beside(file: Path) -> Path:

@@ -13,17 +13,17 @@ from ..data import file_prompt, images
 from ..encode import encoders
 from ..models import hub, metrics, text_encoder
 from ..predict import predictors
-from ..predict.blend import blend_weights
 from ..run.errors import UserError
 from ..run.folders import Run
 from .files import FROM_FILE, Description
 
 if TYPE_CHECKING:
     from ..search import nearest
-    from . import Config, compose
+    from . import Config, phrases
 
 log = logging.getLogger(__name__)
 BLOCK = 64  # images described together
+KNOWN = 20_000  # known prompts from which it is learned what people write
 CLASSES = 3  # ImageNet's classes in a guess
 
 
@@ -109,12 +109,15 @@ class Describer:
         known = np.flatnonzero(np.isfinite(vectors[:, 0]) & ~(strange > 1))
         nearest = self.index.search(vectors[known], max(compose.NEIGHBOURS, self.config.top))
         prompts = [[prompt for prompt, _ in some] for some in nearest]
-        said = compose.compose(vectors[known], prompts, self._words, self.config.most_words)
-        cosines = (text_encoder.encode_once(said) * vectors[known]).sum(1).astype(float).round(4).tolist()
-        for row, prompt, cosine, some in zip(known.tolist(), said, cosines, nearest, strict=True):
+        said = compose.compose(vectors[known], prompts, *self._words, self.config.most_words) if len(known) else []
+        cosines = (text_encoder.encode_once([first for first, *_ in said]) * vectors[known]).sum(1)
+        cosines = cosines.astype(float).round(4).tolist()
+        for row, (prompt, *others), cosine, some in zip(known.tolist(), said, cosines, nearest, strict=True):
             file, near = files[row], tuple((text, round(value, 4)) for text, value in some)
             familiar = None if np.isnan(strange[row]) else True
-            found[file] = Description(file, prompt, "checkpoint", familiar, cosine, near, vector=vectors[row])
+            found[file] = Description(
+                file, prompt, "checkpoint", familiar, cosine, near, tuple(others), vector=vectors[row]
+            )
         for row in np.flatnonzero(~np.isfinite(vectors[:, 0])).tolist():
             found[files[row]] = Description(files[row], "", error=images.why_broken(files[row]))
         return found
@@ -125,7 +128,7 @@ class Describer:
 
     @cached_property
     def _weights(self) -> list[float]:
-        return blend_weights(self.folders)
+        return predictors.blend_weights(self.folders)
 
     @cached_property
     def index(self) -> "nearest.Index":
@@ -135,10 +138,12 @@ class Describer:
         return open_index(self.csvs)
 
     @cached_property
-    def _words(self) -> "compose.Vocabulary":
-        from .compose import vocabulary
+    def _words(self) -> "tuple[phrases.Vocabulary, phrases.Trigrams]":
+        """Phrases of lists and known prompts, and how usual they are."""
+        from . import phrases
 
-        return vocabulary(self.config.vocabulary, self.config.artists)
+        known = self.index.some(KNOWN)
+        return phrases.vocabulary(self.config.vocabulary, self.config.artists, known), phrases.Trigrams(known)
 
     @cached_property
     def _speaker(self) -> tuple[encoders.Encoder, str]:

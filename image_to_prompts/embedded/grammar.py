@@ -94,6 +94,13 @@ def modifiers() -> tuple[str, ...]:
     return tuple(undrawn(flavors)[:FLAVORS] + undrawn([f"by {name}" for name in artists])[:ARTISTS])
 
 
+def words() -> dict[str, list[str]]:
+    """What the grammar speaks of: subjects, places and mediums."""
+    names = [name for thing in vocabulary().values() for name in (thing.name, thing.plural)]
+    places, mediums = ([phrase for phrases in table.values() for phrase in phrases] for table in (PLACES, STYLES))
+    return {"subjects": names, "places": places, "mediums": mediums}
+
+
 def sample(rng: random.Random) -> Scene:
     """Draws a scene: one to three distinct things with counts, a relation, perhaps a place and a style."""
     wanted = rng.choices((1, 2, 3), (0.5, 0.38, 0.12))[0]

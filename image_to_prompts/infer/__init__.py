@@ -21,7 +21,6 @@ import pandas as pd
 from ..data import images, metadata
 from ..models import doubt, metrics, text_encoder
 from ..predict import predictors
-from ..predict.blend import blend_weights
 from ..predict.ladder import Rung, climb, ladder
 from ..profiles import StageConfig
 from ..run.bounds import Amount
@@ -142,7 +141,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     truth = read_key(config.key, files, config.images) if config.key else None
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback)
-    weights = blend_weights(folders, config.blend) if folders else []
+    weights = predictors.blend_weights(folders, config.blend) if folders else []
     rungs = _rungs(config, folders, weights)
     make_folder(config.out.parent)
     names = [file.relative_to(config.images).as_posix() for file in files]

@@ -50,6 +50,11 @@ class Index:
     prompts: pa.Array
     vectors: np.ndarray
 
+    def some(self, count: int) -> list[str]:
+        """At most so many of the prompts, evenly spaced."""
+        rows = np.arange(0, len(self.prompts), max(1, -(-len(self.prompts) // count)))
+        return self.prompts.take(rows).to_pylist()
+
     def search(self, queries: np.ndarray, count: int = 10) -> list[list[tuple[str, float]]]:
         """The prompts nearest to each query, float32 (m, 384), with their cosines, best first."""
         rows, cosines = nearest(queries, self.vectors, count)

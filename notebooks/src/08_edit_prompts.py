@@ -93,12 +93,12 @@ else:
 # machine `image-to-prompts demo` is a page for that.
 
 # %%
-from image_to_prompts.describe import compose
+from image_to_prompts.describe import phrases
 
 one = max(found[:50], key=lambda one: one.cosine or 0)
 vector = describe.Describer(config).describe([one.path])[0].vector
-parts = compose.cut(one.prompt)
-texts = [one.prompt] + [compose.join(parts[:i] + parts[i + 1 :]) for i in range(len(parts)) if len(parts) > 1]
+parts = phrases.cut(one.prompt)
+texts = [one.prompt] + [phrases.join(parts[:i] + parts[i + 1 :]) for i in range(len(parts)) if len(parts) > 1]
 edited = f"{one.prompt}, two cats"
 similarity = text_encoder.encode([*texts, edited]) @ vector
 pd.DataFrame({"prompt": [*texts, edited], "similarity to the prediction": similarity.round(3)})

@@ -47,6 +47,9 @@ def test_a_folder_is_described_into_a_table(trained, tmp_path):
     (broken,) = [one for one in found if one.error]
     assert broken.path.name == "damaged.png" and broken.prompt == "" and "cannot be read" in broken.error
     assert list(table.columns)[:5] == ["image", "prompt", "source", "familiar", "cosine"] and "cosine_3" in table
+    others = [[text for text in row if text] for row in table[["candidate_2", "candidate_3"]].to_numpy().tolist()]
+    assert others == [list(one.candidates) for one in found] and any(others)
+    assert all(len({one.prompt, *one.candidates}) == 1 + len(one.candidates) for one in found)
     assert set(table["source"]) == {"checkpoint", ""} and table["error"].ne("").sum() == 1
 
     describe.run(config(run, pictures, out=tmp_path / "p.jsonl", top=3))
@@ -208,7 +211,8 @@ def test_words_can_be_banned(trained, tmp_path):
     (tmp_path / "words.txt").write_text(f"{word}\nnowhere\n")
     for ban in ((word,), (str(tmp_path / "words.txt"),)):
         (after,) = describe.run(config(run, image, ban=ban))
-        assert word.lower() not in after.prompt.lower().split() and after.prompt != before.prompt
+        assert word.lower() not in " ".join([after.prompt, *after.candidates]).lower().split()
+        assert after.prompt != before.prompt
     with pytest.raises(UserError, match="--ban"):
         describe.run(config(run, image, ban=(str(tmp_path / "none.txt"),)))
 

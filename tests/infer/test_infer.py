@@ -21,7 +21,6 @@ from image_to_prompts.data.rows import Fit
 from image_to_prompts.encode import backbone
 from image_to_prompts.infer import submission
 from image_to_prompts.models import backbones, checkpoints, doubt, metrics
-from image_to_prompts.predict import blend as blends
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import devices, folders
 from image_to_prompts.run.errors import UserError
@@ -168,12 +167,12 @@ def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint
 def test_weights_are_fitted_on_the_common_validation(
     small_run, small_checkpoint, second_checkpoint, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(blends, "LEAST_TO_FIT", 10)
+    monkeypatch.setattr(predictors, "LEAST_TO_FIT", 10)
     caplog.set_level("INFO")
     folders = (small_checkpoint, second_checkpoint)
     key = small_run.images / "manifest.csv"
     settings_ = infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / "s.csv", key=key)
-    weights = infer.blend_weights(list(folders))
+    weights = predictors.blend_weights(list(folders))
     assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and "of the blend" in caplog.text
     (_, one, targets), (_, two, _) = (by_source.read(folder) for folder in folders)
 
@@ -200,21 +199,21 @@ def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
         rows = dataset.Rows(frame, [], truth[numbers], every[:0], every, 0, np.ones(len(every), np.float32))
         by_source.write(folder, rows, metrics.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
     caplog.set_level("INFO")
-    first, second = infer.blend_weights(folders)
+    first, second = predictors.blend_weights(folders)
     assert second > 0.95 and first + second == pytest.approx(1)
     assert f"{folders[1]}: 1.0000 alone on 25 images" in caplog.text and "blend: 1.0000" in caplog.text
-    monkeypatch.setattr(blends, "LEAST_TO_FIT", 25)
-    assert infer.blend_weights(folders) == [first, second]
-    monkeypatch.setattr(blends, "LEAST_TO_FIT", 26)
-    assert infer.blend_weights(folders) == [0.5, 0.5]
+    monkeypatch.setattr(predictors, "LEAST_TO_FIT", 25)
+    assert predictors.blend_weights(folders) == [first, second]
+    monkeypatch.setattr(predictors, "LEAST_TO_FIT", 26)
+    assert predictors.blend_weights(folders) == [0.5, 0.5]
     (folders[0] / "validation.safetensors").unlink()
-    assert infer.blend_weights(folders) == [0.5, 0.5]
+    assert predictors.blend_weights(folders) == [0.5, 0.5]
     caplog.clear()
-    assert infer.blend_weights(folders[:1]) == [1.0] and not caplog.text  # one alone needs no fit
-    assert infer.blend_weights(folders, (0.0, 3.0)) == [0.0, 3.0]
+    assert predictors.blend_weights(folders[:1]) == [1.0] and not caplog.text  # one alone needs no fit
+    assert predictors.blend_weights(folders, (0.0, 3.0)) == [0.0, 3.0]
     for given_ in ((1.0,), (0.0, 0.0), (-1.0, 2.0)):
         with pytest.raises(UserError, match="--blend"):
-            infer.blend_weights(folders, given_)
+            predictors.blend_weights(folders, given_)
 
 
 def test_of_several_views_the_mean_counts(tmp_path):
@@ -285,7 +284,7 @@ def test_wrong_blends_are_refused(folder, small_checkpoint, second_checkpoint, t
     bare = tmp_path / "bare"
     shutil.copytree(second_checkpoint, bare)
     (bare / "validation.safetensors").unlink()
-    assert infer.blend_weights([small_checkpoint, bare]) == [0.5, 0.5]
+    assert predictors.blend_weights([small_checkpoint, bare]) == [0.5, 0.5]
     assert "without validation predictions" in caplog.text
 
 

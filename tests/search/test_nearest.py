@@ -94,6 +94,7 @@ def test_an_index_is_built_once_and_follows_its_csvs(tmp_path, monkeypatch):
     vectors = metrics.unit(np.random.default_rng(0).standard_normal((30, 384)))
     many = nearest.Index(pa.array(map(str, range(30))), vectors.astype(np.float32))
     assert len(many.search(vectors[:1])[0]) == 10
+    assert many.some(10) == [str(row) for row in range(0, 30, 3)] and many.some(99) == many.prompts.to_pylist()
 
     again = nearest.open_index([one, two])
     assert len(encoded) == 1 and np.array_equal(again.vectors, index.vectors)
