@@ -3,7 +3,7 @@ import pytest
 
 from image_to_prompts.describe import compose, phrases
 from image_to_prompts.describe.phrases import Trigrams, words
-from image_to_prompts.models import text_encoder
+from image_to_prompts.models import metrics, text_encoder
 
 KNOWN = ["a photo of a cat, by Greg Rutkowski, sharp focus", "two dogs in a forest, pixel art", "a cat on a roof"]
 
@@ -35,15 +35,36 @@ def test_the_composed_prompt_is_nearer_than_the_nearest_known(vocabulary, langua
     assert compose.compose(targets[:1], known[:1], vocabulary, language) == found[:1]
 
 
-def test_where_composing_wins_little_the_known_prompt_is_shown(vocabulary, language):
-    targets = text_encoder.encode(KNOWN[2:])
-    assert first(targets, [[KNOWN[2], *KNOWN[:2]]], vocabulary, language) == [KNOWN[2]]
+@pytest.mark.parametrize(("share", "shown"), [(0, 0), (0.44, 0), (0.48, 1)])
+def test_where_composing_wins_little_the_known_prompt_is_shown(share, shown, vocabulary, language):
+    known, more = text_encoder.encode([KNOWN[2], "sharp focus"])
+    target = metrics.unit((known + share * more)[None])
+    texts = [KNOWN[2], f"{KNOWN[2]}, sharp focus"]
+    gain = (text_encoder.encode(texts) @ target[0]) @ [-1, 1]
+    assert (gain >= compose.WORTH) == bool(shown)
+    found = compose.compose(target, [[KNOWN[2], *KNOWN[:2]]], vocabulary, language)[0]
+    assert found[0] == texts[shown]
+    assert gain < 0 or texts[1] in found
 
 
 def test_like_goes_for_like(vocabulary, language):
     target = text_encoder.encode(["a photo of a horse, sharp focus"])
     (found,) = first(target, [KNOWN[:1]], vocabulary, language)
     assert found.startswith("a photo of") and "horse" in found.partition(",")[0], found
+
+
+def test_nothing_is_said_twice(vocabulary):
+    target = text_encoder.encode(["two cats and a cat on a roof"])
+    for text in compose.compose(target, [["a dog and a fox on a roof", "a cat"]], vocabulary, Trigrams([]))[0]:
+        assert sum(word in ("cat", "cats") for word in words(text)) <= 1, text
+
+
+def test_what_is_added_must_be_worth_it_and_an_artist_has_a_by(vocabulary, monkeypatch):
+    target = text_encoder.encode(["a cat on a roof by Greg Rutkowski"])
+    known = [KNOWN[2], KNOWN[1]]
+    assert "roof, by greg rutkowski" in first(target, [known], vocabulary, Trigrams([]))[0].lower()
+    monkeypatch.setattr(compose, "GAIN", 1.0)
+    assert "," not in compose.compose(target, [known[:1]], vocabulary, Trigrams([]))[0][0]
 
 
 def test_nobody_is_in_a_prompt_who_is_in_no_neighbour(vocabulary, language):

@@ -16,7 +16,9 @@ PIECES = ["a fox", "oil", "owl,", "in", "of", " and ", "by", "x|y", "; ", "stand
 
 @pytest.fixture(scope="module")
 def vocabulary():
-    return phrases.vocabulary(known=["a red fox on the roof of an observatory, by Ann Lee", "a fox; sharp focus"])
+    return phrases.vocabulary(
+        known=["a red fox on the roof of an observatory, by Ann Lee", "a fox; sharp focus", "(boats:1.2), <lora>"]
+    )
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=9).map(" ".join))
@@ -80,6 +82,8 @@ def test_phrases_of_known_prompts_and_of_lists_are_used(vocabulary):
     assert Part(" on ", "the roof") in vocabulary.parts["places"]
     assert Part("", "a red fox") in vocabulary.parts["subjects"]
     assert Part(", by ", "Ann Lee") in vocabulary.parts["artists"]
+    phrases_ = {part.phrase for parts in vocabulary.parts.values() for part in parts}
+    assert "sharp focus" in phrases_ and not phrases_ & {"(boats:1.2)", "<lora>"}
     assert Part("by ", "Greg Rutkowski") in vocabulary.parts["artists"]
     for kind, parts in vocabulary.parts.items():
         assert vocabulary.vectors[kind].shape == (len(parts), 384)
@@ -93,6 +97,9 @@ def test_own_lists(tmp_path):
     assert own.parts["subjects"] == [Part("", "a zeppelin"), Part("", "a red zeppelin")]
     assert "sharp focus" not in [part.phrase for part in own.parts["flavors"]] and not own.parts.get("artists")
     assert own.kind(Part("", "two zeppelin"), first=True) == "subjects"
+    assert "woodcut print" in [part.phrase for part in own.parts["mediums"]]
+    (tmp_path / "mediums.txt").write_text("a batik\n")
+    assert phrases.lists(tmp_path)["mediums"] == ["a batik"]
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"subjects\.txt"):
         phrases.vocabulary(tmp_path / "none")
