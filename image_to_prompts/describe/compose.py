@@ -10,10 +10,12 @@ the nearest prompts and a vocabulary; those are tried whose own embedding lies i
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
+import torch
 
-from ..models import text_encoder
+from ..models import metrics, text_encoder
 from .phrases import PEOPLE, Part, Trigrams, Vocabulary, cut, join, without_artists, words
 
 NEIGHBOURS = 20  # nearest prompts whose phrases are used
@@ -56,15 +58,13 @@ def compose(
     if not vocabulary.artists:
         known = [[text for text in without_artists(some) if text] or ["picture"] for some in known]
     texts = _Texts(language)
+    phrases = [_Phrases(some, vocabulary) for some in known]
     climbs = [
-        [
-            _Climb(target, _first(start, most_words), _Phrases(some, vocabulary), most_words, texts)
-            for start in some[:STARTS]
-        ]
-        for target, some in zip(targets, known, strict=True)
+        [_Climb(target, _first(start, most_words), own, most_words, texts) for start in some[:STARTS]]
+        for target, some, own in zip(targets, known, phrases, strict=True)
     ]
     live = [climb for some in climbs for climb in some]
-    texts.know([part.said for climb in live for parts in climb.phrases.own.values() for part in parts])
+    texts.know([part.said for some in phrases for parts in some.own.values() for part in parts])
     texts.know([join(climb.parts) for climb in live])
     for _ in range(ROUNDS):
         texts.know([join(parts) for climb in live for parts in climb.shorter()])
@@ -112,10 +112,15 @@ def _look_up(gaps: list[_Gap], vocabulary: Vocabulary) -> None:
     for kind, some in rows.items():
         if kind not in vocabulary.parts:
             continue
-        cosines = np.stack([gaps[row].direction for row in some]) @ vocabulary.vectors[kind].T
+        directions = np.stack([gaps[row].direction for row in some])
+        cosines = metrics.in_fixed_rows(partial(_products, vocabulary.vectors[kind]), [directions])
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :TRIED]
         for row, chosen, found in zip(some, best.tolist(), cosines, strict=True):
             gaps[row].fits |= {vocabulary.parts[kind][one]: float(found[one]) for one in chosen}
+
+
+def _products(vectors: np.ndarray, directions: list[np.ndarray]) -> np.ndarray:
+    return (torch.from_numpy(directions[0]) @ torch.from_numpy(vectors).T).numpy()
 
 
 class _Phrases:
