@@ -77,7 +77,7 @@ def loop(run: Path, count: int, rounds: int) -> Prepared:
         ]
 
     text_encoder.encode_once = encode
-    describer.index = SimpleNamespace(search=search)
+    describer.index = SimpleNamespace(search=search, some=describer.index.some)
     describer.describe(next(parts(run, 2, 1)))
     return lambda: [describer.describe([file]) for file in next(some)]
 
