@@ -155,10 +155,11 @@ def _texts(truth: list[str], predicted: np.ndarray, known: list[str]) -> dict[st
     from image_to_prompts.describe import compose, phrases
     from image_to_prompts.describe.phrases import Trigrams
     from image_to_prompts.models import text_encoder
+    from image_to_prompts.search import nearest
 
-    vectors, targets = text_encoder.encode(known), text_encoder.encode(truth)
-    order = np.argsort(-predicted @ vectors.T, axis=1)[:, : compose.NEIGHBOURS]
-    near = [[known[row] for row in rows] for rows in order]
+    targets = text_encoder.encode(truth)
+    rows, _ = nearest.nearest(predicted, text_encoder.encode(known), compose.NEIGHBOURS)
+    near = [[known[row] for row in some] for some in rows.tolist()]
     random.Random(1).shuffle(halves := [*known])
     guide, judge = (Trigrams(halves[start::2]) for start in (0, 1))
     composed = compose.compose(predicted, near, phrases.vocabulary(known=known), guide)

@@ -1,5 +1,6 @@
 """The phrases that an interrogator chooses from: CLIP Interrogator's lists (MIT), from its wheel, or one's own."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -57,3 +58,8 @@ def _lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in small letters, without marks."""
+    return re.findall(r"\w+", text.lower())

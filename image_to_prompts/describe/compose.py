@@ -1,7 +1,7 @@
 """A prompt whose embedding comes close to a predicted one, and which reads as if someone had written it.
 
 It starts from a known prompt that is near, cut into phrases, and climbs: of all texts in which a phrase is left out,
-gives way to one of its kind, or a modifier is added at the end, it goes on with the best. Texts are judged by their
+gives way to one of its kind, or a modifier is added at the end, the best one is taken next. Texts are judged by their
 cosine to the prediction, less a price for words that are unusual where they stand (see `Trigrams`). Phrases come from
 the nearest prompts and a vocabulary; those are tried whose own embedding lies in the direction that is missing
 (docs/log.md).
@@ -15,8 +15,9 @@ from functools import partial
 import numpy as np
 import torch
 
+from ..data.terms import words
 from ..models import metrics, text_encoder
-from .phrases import PEOPLE, Part, Trigrams, Vocabulary, cut, join, without_artists, words
+from .phrases import PEOPLE, Part, Trigrams, Vocabulary, cut, join, without_artists
 
 NEIGHBOURS = 20  # nearest prompts whose phrases are used
 STARTS = 3  # prompts from which a climb starts
@@ -209,16 +210,14 @@ class _Climb:
         price = self.texts.price(self.parts)
         tried: list[tuple[float, Move]] = []
         for gap in gaps:
-            ends = gap.place == len(self.parts)
-            others = {
-                word for part in (*self.parts[: gap.place], *self.parts[gap.place + 1 :]) for word in _content(part)
-            }
+            ends, before, after = gap.place == len(self.parts), self.parts[: gap.place], self.parts[gap.place + 1 :]
+            others = set[str]().union(*map(_content, before + after))
             for part, fit in gap.fits.items():
                 new = _content(part)
                 if new <= others or new & self.phrases.barred:
                     continue
                 put = _added(part, gap.kind) if ends else _instead(part, self.parts[gap.place], gap.kind)
-                parts = [*self.parts[: gap.place], put, *self.parts[gap.place + 1 :]]
+                parts = [*before, put, *after]
                 if parts == self.parts or len(join(parts).split()) > self.most_words:
                     continue
                 if (dearer := self.texts.price(parts) - price) < DEAR:
@@ -239,8 +238,7 @@ class _Climb:
 def _instead(part: Part, old: Part, kind: str) -> Part:
     """A phrase in the place of another one: with its own connective where that belongs to it."""
     if kind == "places" and part.connective:
-        mark = old.joint[: len(old.joint) - len(old.joint.lstrip(" ,;:|."))]
-        return Part(f"{mark}{part.connective} ", part.phrase)
+        return Part(f"{old.mark}{part.connective} ", part.phrase)
     return Part(old.joint, part.phrase)
 
 

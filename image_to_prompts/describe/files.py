@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data import images
 from ..data.metadata import IMAGE_SUFFIXES
+from ..data.terms import words
 from ..run import archives
 from ..run.devices import rank_and_processes
 from ..run.errors import UserError
@@ -212,17 +213,13 @@ def banned(words: Sequence[str]) -> frozenset[str]:
     return frozenset(word.lower() for word in found)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
 def worded(found: Description, prefix: str, suffix: str, banned: frozenset[str], top: int) -> Description:
     """A description as it is told: without banned words, with prefix and suffix, and `top` of the nearest prompts."""
 
     def told(prompt: str) -> str:
-        if banned and not banned.isdisjoint(_words(prompt)):
+        if banned and not banned.isdisjoint(words(prompt)):
             parts = re.split(r"\s*,\s*", prompt)
-            prompt = ", ".join(part for part in parts if banned.isdisjoint(_words(part)))
+            prompt = ", ".join(part for part in parts if banned.isdisjoint(words(part)))
         return f"{prefix}{prompt}{suffix}" if prompt else prompt
 
     others = tuple(filter(None, map(told, found.candidates)))

@@ -14,6 +14,7 @@ import polars as pl
 
 from .. import pipeline
 from ..data import terms
+from ..data.terms import words
 from ..models import text_encoder
 
 PLACES = ("at", "during", "in", "inside", "through")  # what follows says where or when
@@ -66,8 +67,6 @@ _LEADING = re.compile(rf"(?:{_JOINT}\s+)?", re.IGNORECASE)
 _MARKS = " ,;:|."
 _PLAIN_PHRASE = re.compile(r"(?=.*[^\W\d_])[\w\s'’&!-]+")
 _CUT = re.compile(rf"((?:\s*[,;:|]|\.(?=\s))\s*(?:{_JOINT}\s+)*|(?:^|\s+)(?:{_JOINT}\s+)+)", re.IGNORECASE)
-
-
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[,;:.|]")
 _Gram = tuple[str, ...]
 
@@ -82,6 +81,11 @@ class Part(NamedTuple):
     def connective(self) -> str:
         """The words of the joint, in small letters."""
         return self.joint.strip(_MARKS).lower()
+
+    @property
+    def mark(self) -> str:
+        """What stands in the joint before its words."""
+        return self.joint[: len(self.joint) - len(self.joint.lstrip(_MARKS))]
 
     @property
     def is_plain(self) -> bool:
@@ -186,15 +190,16 @@ def vocabulary(folder: Path | None = None, artists: bool = True, known: Sequence
         artists: See `lists`.
         known: Prompts.
     """
-    kinds = {bare(phrase): kind for kind, found in reversed(lists(None).items()) for phrase in found}
-    kinds |= {bare(phrase): kind for kind, found in reversed(lists(folder, artists).items()) for phrase in found}
+    own = lists(folder, artists)
+    both = (own,) if folder is None and artists else (lists(None), own)  # the own ones count, where a phrase is in both
+    kinds = {bare(text): kind for one in both for kind, texts in reversed(one.items()) for text in texts}
     counts = Counter[tuple[str, Part]]()
     for prompt in known if artists else without_artists(known):
         counts.update((_kind(part, not place, kinds), part) for place, part in enumerate(cut(prompt)) if part.is_plain)
     found = defaultdict[str, dict[Part, None]](dict)
     for (kind, part), _ in counts.most_common(OWN):
         found[kind][part] = None
-    for kind, phrases in lists(folder, artists).items():
+    for kind, phrases in own.items():
         if not artists:  # some modifiers name them too
             phrases = [one for one, left in zip(phrases, without_artists(phrases), strict=True) if one == left]
         for phrase in phrases:
@@ -231,17 +236,12 @@ def surnames() -> frozenset[str]:
     return frozenset(name[-1] for name in names if len(name) > 1 and name[-1] not in known)
 
 
-def words(text: str) -> list[str]:
-    """The words of a text in small letters, without marks."""
-    return re.findall(r"\w+", text.lower())
-
-
 class Trigrams:
     """Counts of one, two and three words in a row, interpolated by Witten and Bell's method.
 
     How much weight a longer context gets depends on how often, and before how many different words, it was seen
-    (Witten & Bell, IEEE Transactions on Information Theory 37, 1991; method C). The libraries were looked at: NLTK's
-    models take 40 times as long a word, KenLM has no wheel.
+    (Witten & Bell, IEEE Transactions on Information Theory 37, 1991; method C). NLTK's model of the same kind takes 20
+    times as long for a word (docs/log.md), and KenLM has no wheel.
     """
 
     def __init__(self, prompts: Iterable[str]) -> None:
@@ -255,8 +255,7 @@ class Trigrams:
             tokens = _tokens(prompt)
             for end in range(3, len(tokens) + 1):
                 self.counts.update((tokens[end - 1 : end], tokens[end - 2 : end], tokens[end - 3 : end]))
-        self.contexts: dict[_Gram, tuple[int, int]] = {}
-        seen, kinds = defaultdict[_Gram, int](int), Counter(gram[:-1] for gram in self.counts)
+        seen, kinds = Counter[_Gram](), Counter(gram[:-1] for gram in self.counts)
         for gram, count in self.counts.items():
             seen[gram[:-1]] += count
         self.contexts = {context: (count, kinds[context]) for context, count in seen.items()}

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from image_to_prompts.data.terms import words
 from image_to_prompts.describe import compose, phrases
-from image_to_prompts.describe.phrases import Trigrams, words
+from image_to_prompts.describe.phrases import Trigrams
 from image_to_prompts.models import metrics, text_encoder
 
 KNOWN = ["a photo of a cat, by Greg Rutkowski, sharp focus", "two dogs in a forest, pixel art", "a cat on a roof"]

@@ -79,7 +79,7 @@ def test_what_is_done_is_not_done_again(trained, tmp_path, shown):
     assert describe.run(config(run, pictures, out=out)) == first and out.read_bytes() == table
     Image.new("RGB", (64, 64), "red").save(pictures / "new.png")
     assert len(describe.run(config(run, pictures, out=out))) == 8 == len(pd.read_csv(out))
-    assert shown[7:] == ["damaged.png", "damaged.png", "new.png"]  # the first might have been mended
+    assert shown[7:] == ["damaged.png", "damaged.png", "new.png"]  # the first might have been repaired
     del shown[:]
     assert all(len(one.nearest) == 2 for one in describe.run(config(run, pictures, top=2, out=out)) if not one.error)
     assert shown == ["damaged.png"]
