@@ -42,8 +42,7 @@ def main() -> None:
             small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
             small.resize((96, 96)).save(folder / "images" / f"{i:08x}.png", compress_level=1)
         spec = backbones.describe("timm:tf_efficientnet_lite2", 64)
-        model = checkpoints.build(spec)
-        backbones.load_pretrained(model.backbone, spec)
+        model = checkpoints.pretrained(spec)
         checkpoints.save(
             folder / "checkpoint",
             model,

@@ -32,6 +32,7 @@ COMMANDS = {stage.name: (f"{stage.name}:Config", f"{stage.number} {stage.does}")
     "demo": ("describe.page:Config", "a page in the browser: drop an image, edit its prompt, render it again"),
     "explain": ("cli:explain", "a prompt's nearest neighbours, and why dedupe kept or removed it"),
     "catalogue": ("cli:catalogue", "metadata CSVs by source, which are there, and how to rebuild the others"),
+    "weights": ("downloads:Config", "lists the models, downloads their weights, checks those that are here"),
     "check-submission": ("cli:check_submission", "validates a submission file"),
     "import-checkpoint": ("cli:import_checkpoint", "converts the reference's .pt files into checkpoint folders"),
     "kaggle": ("kaggle.commands:Action", "pushes and watches kernels, submits, makes datasets"),

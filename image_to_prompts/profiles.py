@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pipeline
+from .models import weights
 from .run.bounds import check
 from .run.folders import Run, on_kaggle, profile_called
 
@@ -17,18 +18,35 @@ class StageConfig:
     """Folder in which every other path has its default."""
     profile: str = "embedded"
     """`embedded` (stand-ins, any machine) or `full` (the real models; weights, and a GPU or patience)."""
+    weights_dir: Path | None = None
+    """Folder of weights, looked into before all other places; left out: see `image-to-prompts weights`."""
     quiet: bool = False
     """No progress bars."""
 
     def __post_init__(self) -> None:
-        """Takes an old name of the profile for the new one; raises UserError where a field is below its bound."""
+        """Takes an old name of the profile for the new one, and `weights_dir` for this process's folder of weights.
+
+        Raises:
+            UserError: Where a field is below its bound, or the folder is not there.
+        """
         self.profile = profile_called(self.profile)
         check(self)
+        weights.use(self.weights_dir)
 
     def settings(self, *without: str) -> dict[str, Any]:
         """The fields on which a stage's outputs depend: all but those named, the shared ones, and who does the work."""
-        shared = {"run", "profile", "quiet", "engine", "address", "actors"}
+        shared = {"run", "profile", "weights_dir", "quiet", "engine", "address", "actors"}
         return {k: v for k, v in asdict(self).items() if k not in {*without, *shared}}
+
+
+@dataclass
+class Models:
+    """The models of CLIP Interrogator."""
+
+    caption: str = weights.CAPTION
+    """Its BLIP model: blip-large, or a folder."""
+    ranker: str = weights.RANKER
+    """Its CLIP model: open_clip:<model>, or a folder with open_clip_config.json."""
 
 
 # Only what differs from the dataclasses' own defaults, which are the embedded profile's.

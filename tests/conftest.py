@@ -19,7 +19,7 @@ from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, sav
 
 from image_to_prompts import dedupe, generate, profiles, render
 from image_to_prompts.__main__ import main
-from image_to_prompts.models import text_cache
+from image_to_prompts.models import text_cache, weights
 from image_to_prompts.run import folders
 
 for name in os.environ.get("PRELOADED", "").split():  # make mutants forks a process for each fault
@@ -64,6 +64,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 def own_cache(tmp_path_factory):
     """Keeps embeddings of tests out of the user's cache."""
     os.environ[text_cache.FOLDER] = str(tmp_path_factory.mktemp("cache"))
+    os.environ[weights.FOLDER] = str(tmp_path_factory.mktemp("weights"))
+    os.environ["HF_HUB_CACHE"] = str(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture

@@ -237,13 +237,14 @@ def test_downloads_are_checked_against_the_hubs_hashes(tmp_path, monkeypatch):
     import huggingface_hub
 
     content = b"weights" * 1000
-    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
-    snapshot = tmp_path / "snapshots" / "abc"
+    repository = tmp_path / "models--laion--CLIP-ViT-H-14-laion2B-s32B-b79K"
+    blob = repository / "blobs" / hashlib.sha256(content).hexdigest()
+    snapshot = repository / "snapshots" / "abc"
     for folder in (blob.parent, snapshot):
         folder.mkdir(parents=True)
     blob.write_bytes(content)
     (snapshot / "open_clip_model.safetensors").symlink_to(blob)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(hub, "cache", lambda: tmp_path)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *_, **__: str(snapshot / "open_clip_model.safetensors")
     )

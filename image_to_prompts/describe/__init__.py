@@ -28,10 +28,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import profiles
-from ..models import doubt, hub, text_encoder, weights
+from ..models import doubt, layouts, text_encoder, weights
 from ..predict import predictors
 from ..predict.predictors import Viewing
-from ..profiles import StageConfig
+from ..profiles import Models, StageConfig
 from ..run.bounds import Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
@@ -46,7 +46,7 @@ from .ways import BLOCK, Describer, from_files
 __all__ = ["Config", "Describer", "Description", "describe", "run"]
 log = logging.getLogger(__name__)
 FIRST = 4  # images of the first block, so that something is seen soon
-METHOD = 4  # to be raised when the same inputs give other texts
+METHOD = 5  # to be raised when the same inputs give other texts
 TABLES = (".csv", ".jsonl")
 WAYS = {
     "file": "prompts from their files",
@@ -103,7 +103,7 @@ class Words:
 
 
 @dataclass
-class Config(Main, Words, Viewing, StageConfig):
+class Config(Main, Words, Viewing, Models, StageConfig):
     """Says the prompts of images: the one that is in the file, or what a model predicts; a guess is called one."""
 
 
@@ -267,8 +267,8 @@ def _tell(folders: list[Path], found: list[Description]) -> None:
         )
     if counts["guess"]:
         log.warning(
-            "%d prompts are guesses, classes of ImageNet; CLIP Interrogator says more, if the weights of blip-large "
-            "and open_clip:ViT-H-14 are here (--profile full downloads them)",
+            "%d prompts are guesses, classes of ImageNet; CLIP Interrogator says more: "
+            "image-to-prompts weights get describe (5.8 GB)",
             counts["guess"],
         )
 
@@ -281,7 +281,9 @@ def _fingerprint(describer: Describer) -> str:
     names = ("model.safetensors", "config.json", doubt.FILE, "validation.safetensors")
     settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
     settings |= {"method": METHOD, "phrases": phrases.lists(config.vocabulary)}
-    settings["encoder"] = hub.digest(weights.locate(text_encoder.NAME))
+    at_hand = weights.interrogator_at_hand(config.caption, config.ranker)
+    settings["interrogator"] = [layouts.digest(path) if path else "" for path in at_hand]
+    settings["encoder"] = layouts.digest(weights.locate(text_encoder.NAME))
     return fingerprint(settings, [*(folder / name for folder in folders for name in names), *csvs])[:16]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data import file_prompt, images
 from ..encode import encoders
-from ..models import hub, metrics, text_encoder
+from ..models import metrics, text_encoder, weights
 from ..predict import predictors
 from ..run.errors import UserError
 from ..run.folders import Run
@@ -147,10 +147,20 @@ class Describer:
 
     @cached_property
     def _speaker(self) -> tuple[encoders.Encoder, str]:
-        """What says something without a checkpoint: CLIP Interrogator if its weights are there, or ImageNet classes."""
+        """What says something without a checkpoint: CLIP Interrogator if its weights are there, or ImageNet classes.
+
+        Raises:
+            UserError: If weights that the user named are nowhere or damaged.
+        """
+        config = self.config
+        chosen = {"caption": config.caption, "ranker": config.ranker, "artists": config.artists}
         try:
+            from ..models import hub
+
             with hub.without_network(self.config.profile == "embedded"):
-                return encoders.build("interrogator", 0), "interrogator"
+                return encoders.build("interrogator", 0, **chosen), "interrogator"
         except UserError as error:
+            if (config.caption, config.ranker) != (weights.CAPTION, weights.RANKER):
+                raise
             log.debug("no CLIP Interrogator: %s", error)
             return encoders.build("classes", 224), "guess"

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 from ..data import images
 from ..encode import embeddings, encoders
 from ..encode.encoders import Encoded
-from ..models import hub, text_encoder, weights
-from ..profiles import StageConfig
+from ..models import backbones, layouts, text_encoder, weights
+from ..profiles import Models, StageConfig
 from ..run import resume
 from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
@@ -61,10 +61,6 @@ class Main:
 class Texts:
     """What the interrogator says."""
 
-    caption: str = "blip-large"
-    """The interrogator's BLIP model: blip-large, or a folder."""
-    ranker: str = "open_clip:ViT-H-14"
-    """The interrogator's CLIP model: open_clip:<model or folder>."""
     mode: Literal["fast", "classic", "best"] = "fast"
     """How the interrogator puts its text together."""
     terms: str = ""
@@ -74,7 +70,7 @@ class Texts:
 
 
 @dataclass
-class Config(Main, Texts, EngineConfig, StageConfig):
+class Config(Main, Texts, Models, EngineConfig, StageConfig):
     """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
 
 
@@ -102,8 +98,11 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
     files = rows["path"].tolist()
     settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size")
     settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
-    places = [Path(name.partition(":")[2] or name) for name in (*config.encoders, config.caption, config.ranker)]
-    settings["weights"] = [hub.digest(place) for place in places if place.is_dir()]
+    models = {name: name.partition(":")[2] for name in config.encoders}
+    places = [backbones.locate(name) for name, model in models.items() if model and Path(model).is_dir()]
+    given = weights.interrogator(config.caption, config.ranker)
+    places += [weights.locate(name, folder) for name, folder in given if folder]
+    settings["weights"] = [layouts.digest(place) for place in places]
     terms = sorted(Path(config.terms).glob("*.txt")) if config.terms else []
     stamp = Stamp(config.out / ".embed.done", "embed", settings, [*tables, *terms])
     slugs = [slug(name) for name in config.encoders]
@@ -148,7 +147,7 @@ def _write(
 
 
 def _build(config: Config) -> list[encoders.Encoder]:
-    chosen = {one.name: getattr(config, one.name) for one in fields(Texts)}
+    chosen = {one.name: getattr(config, one.name) for kind in (Texts, Models) for one in fields(kind)}
     return weights.all_of(*(partial(encoders.build, name, config.image_size, **chosen) for name in config.encoders))
 
 

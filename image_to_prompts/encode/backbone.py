@@ -46,8 +46,7 @@ class BackboneEncoder:
         key = json.dumps(spec.to_dict(), sort_keys=True)
         found = _loaded.get(key)
         if found is None:
-            model = checkpoints.build(spec)
-            backbones.load_pretrained(model.backbone, spec)
+            model = checkpoints.pretrained(spec)
             model.head = nn.Identity()
             found = _loaded[key] = cls(model, spec)
         return found

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from ..data import terms as term_lists
 from ..data.rows import Fit
-from ..models import backbones, hub, text_cache, weights
+from ..models import backbones, layouts, text_cache, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
@@ -31,7 +32,6 @@ from ..run.progress import Estimate, progress_to
 
 log = logging.getLogger(__name__)
 MODES = ("fast", "classic", "best")
-CAPTION, RANKER = "blip-large", "open_clip:ViT-H-14"  # its models
 CAPTION_TOKENS, TERMS, FLAVOURS = 32, 32, 3  # clip-interrogator's limits: a caption, fast, classic
 CANDIDATES, LEAST_STEPS, MOST_STEPS = 2048, 8, 32  # and of best
 TEXTS = 512  # texts that CLIP embeds at once, and of a file of kept terms
@@ -214,8 +214,8 @@ def _keep(vectors: np.ndarray, name: str, places: list[Path]) -> None:
 
 
 def load(
-    caption: str = CAPTION,
-    ranker: str = RANKER,
+    caption: str = weights.CAPTION,
+    ranker: str = weights.RANKER,
     mode: str = "fast",
     terms: str = "",
     artists: bool = True,
@@ -224,7 +224,7 @@ def load(
 
     Args:
         caption: Name in `weights.WEIGHTS` of a BLIP model, or a folder of one.
-        ranker: open_clip:<model> or open_clip:<folder>, with both towers.
+        ranker: open_clip:<model>, or a folder with open_clip_config.json; with both towers.
         mode: One of `MODES`.
         terms: Folder of own term lists; see `terms.read`.
         artists: Whether names of artists are used.
@@ -235,31 +235,30 @@ def load(
     if mode not in MODES:
         raise UserError(f"--mode {mode}: must be one of {', '.join(MODES)}")
     lists = term_lists.read(Path(terms) if terms else None, artists)
-    model = ranker.partition(":")[2]
-    local = Path(model) / "open_clip_model.safetensors"
-    folder, file = weights.all_of(
-        lambda: weights.locate(caption, Path(caption) if caption not in weights.WEIGHTS else None),
-        lambda: backbones.locate(ranker, local if local.is_file() else None),
-    )
-    with weights.reading(folder, "a BLIP captioning model"):
-        captioner = BlipForConditionalGeneration.from_pretrained(folder, **weights.FROM_FOLDER)
-        processor = BlipProcessor.from_pretrained(folder, **weights.FROM_FOLDER)
-    with weights.reading(file, "open_clip weights"):
-        if local.is_file():
+    asked = weights.interrogator(caption, ranker)
+    name = asked[1][0]
+    folder, file = weights.all_of(*(partial(weights.locate, *one) for one in asked))
+    spec, model = backbones.describe(name), name.partition(":")[2]
+    with layouts.reading(folder, "a BLIP captioning model"):
+        captioner = BlipForConditionalGeneration.from_pretrained(
+            folder, variant=layouts.variant(folder), **layouts.FROM_FOLDER
+        )
+        processor = BlipProcessor.from_pretrained(folder, **layouts.FROM_FOLDER)
+    with layouts.reading(file, "open_clip weights"):
+        if Path(model).is_dir():
             model = f"local-dir:{model}"
-            clip = open_clip.create_model(model)
-        else:
-            clip = open_clip.create_model(model, pretrained=str(file))
+        clip = open_clip.create_model(model, load_weights=False)
+        backbones.fill(clip, backbones.read_state(file), file)
     settings = {"caption": caption, "ranker": ranker, "mode": mode, "terms": terms, "artists": artists}
     return Interrogator(
         captioner,
         processor,
         clip,
         open_clip.get_tokenizer(model),
-        backbones.describe(ranker),
+        spec,
         lists,
         mode,
-        hub.digest(file),
+        layouts.digest(file),
         file.parent,
         {"encoder": "interrogator", "image_size": 0, "settings": settings},
     )

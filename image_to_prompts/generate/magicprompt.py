@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from ..data.metadata import row_seed
-from ..models import weights
+from ..models import layouts, weights
 from ..run.devices import process_state
 from ..run.errors import UserError
 
@@ -60,9 +60,9 @@ def load(path: Path | None = None) -> tuple[GPT2LMHeadModel, PreTrainedTokenizer
         UserError: If the weights are nowhere to be found or cannot be read.
     """
     folder = weights.locate("magicprompt", path)
-    with weights.reading(folder, "a GPT-2 language model"):
-        model = AutoModelForCausalLM.from_pretrained(folder, **weights.FROM_FOLDER)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **weights.FROM_FOLDER)
+    with layouts.reading(folder, "a GPT-2 language model"):
+        model = AutoModelForCausalLM.from_pretrained(folder, variant=layouts.variant(folder), **layouts.FROM_FOLDER)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **layouts.FROM_FOLDER)
     return model.float().to(process_state().device).eval(), tokenizer
 
 

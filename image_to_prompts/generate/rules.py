@@ -208,6 +208,8 @@ def _long(frame: pl.DataFrame) -> tuple[pl.Series, dict[int, tuple[str, Any]]]:
     rows = (prompts.str.len_bytes() > CLIP_TOKENS).arg_true().to_list()  # a token has a byte at least
     texts = prompts.gather(rows).to_list()
     tokenizer = clip_tokenizer.load().backend_tokenizer
+    tokenizer.no_truncation()  # it remembers how others called it
+    tokenizer.no_padding()
     counts = [len(encoding) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     long = [(row, text) for row, text, count in zip(rows, texts, counts, strict=True) if count > CLIP_TOKENS]
     encodings = tokenizer.encode_batch([text for _, text in long], add_special_tokens=False)

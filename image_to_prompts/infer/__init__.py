@@ -22,7 +22,7 @@ from ..data import images, metadata
 from ..models import doubt, metrics, text_encoder
 from ..predict import predictors
 from ..predict.ladder import Rung, climb, ladder
-from ..profiles import StageConfig
+from ..profiles import Models, StageConfig
 from ..run.bounds import Amount
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig
@@ -58,7 +58,7 @@ class Main:
 
 
 @dataclass
-class Config(Main, predictors.Viewing, EngineConfig, StageConfig):
+class Config(Main, predictors.Viewing, Models, EngineConfig, StageConfig):
     """Predicts 384 numbers an image and writes the submission; with --key it also scores them."""
 
 
@@ -198,7 +198,7 @@ def _rungs(config: Config, folders: list[Path], weights: list[float]) -> list[Ru
     if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
         rungs += [_checkpoint_rung([folder], [1.0]) for folder in folders]
     if config.fallback and not config.checkpoint:
-        rungs += ladder(Run(config.run))
+        rungs += ladder(Run(config.run), config.caption, config.ranker)
     return rungs
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from ..models import layouts
 from ..models import weights as located
 from ..run.errors import UserError
 from ..run.files import atomic_path, sha256, write_json, write_text
@@ -133,7 +134,7 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
 
     Args:
         out: Folder to fill.
-        what: Checkpoint folders, model folders, files, or names that `weights.locate` knows.
+        what: Checkpoint folders, model folders, files, or names of models.
         owner: From `read_owner`.
 
     Returns:
@@ -142,14 +143,15 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
     Raises:
         UserError: If something is nowhere.
     """
-    targets = {name: out / re.sub(r"[^\w.-]+", "-", Path(name).name if Path(name).exists() else name) for name in what}
+    targets = {name: out / located.own_folder(Path(name).name if Path(name).exists() else name) for name in what}
     if len(set(targets.values())) < len(targets):
         raise UserError(f"weights: two of {', '.join(targets)} have one name; rename a folder")
     for name, target in targets.items():
-        path = Path(name) if Path(name).exists() else _locate(name)
+        path = Path(name) if Path(name).exists() else located.locate(name)
         base = path if path.is_dir() else path.parent
-        files = base.rglob("*") if path.is_dir() else [path, *(base / "terms").glob("*.npy")]  # the interrogator's
-        inside = {file.relative_to(base): file for file in sorted(files) if file.is_file()}
+        files = list(path.rglob("*")) if Path(name).is_dir() else layouts.files(path)
+        more = [*(base / "terms").glob("*.npy"), *base.glob("open_clip_config.json")]  # the interrogator's terms
+        inside = {file.relative_to(base): file for file in sorted({*files, *more}) if file.is_file()}
         names = {f"{target.name}/{at}": f for at, f in inside.items() if not any(p.startswith(".") for p in at.parts)}
         with _filling(out, f"weights-{target.name}", names, ()):
             pass
@@ -160,14 +162,6 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
         said = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
         subtitle = "Checkpoints and encoder weights of image-to-prompts"
         return describe(out, owner, "weights", "Image to prompts weights", subtitle, said)
-
-
-def _locate(name: str) -> Path:
-    if ":" not in name:
-        return located.locate(name)
-    from ..models import backbones
-
-    return backbones.locate(name)
 
 
 def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..models import weights
+from ..models.weights import WEIGHTS
 from ..run import folders
 
 # Folders of Kaggle's mount layout of 2026, and how deep below them an input lies; elsewhere it lies at the top.
@@ -32,7 +33,7 @@ def table() -> str:
     seen = [(what, folders.kaggle_inputs(marker)) for marker, what in MARKERS.items()]
     configs = [path for path in folders.kaggle_inputs("config.json") if folders.is_checkpoint(path.parent)]
     seen.append(("checkpoint", configs))
-    seen += [(f"weights of {name}", weights.attached(name)) for name in weights.WEIGHTS]
+    seen += [(f"weights of {name}", weights.attached(name)) for name in WEIGHTS]
     for what, paths in seen:
         for mount in {mount for mount in holds for path in paths if path.is_relative_to(mount)}:
             holds[mount].append(what)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from ..run import folders
 from ..run.errors import UserError
-from . import weights
+from . import layouts, weights
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +74,13 @@ def describe(name: str, image_size: int = 0) -> Spec:
     import open_clip
 
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    folder_config = Path(model) / "open_clip_config.json"
-    if folder_config.is_file():
-        stored = json.loads(folder_config.read_text(encoding="utf-8"))
+    if Path(model).is_dir():
+        stored = folders.read_json(Path(model) / "open_clip_config.json")
+        if "model_cfg" not in stored:
+            raise UserError(
+                f"{model}: no open_clip_config.json, so that nothing says which model this is; "
+                "`image-to-prompts weights get FOLDER --model open_clip:<model>` takes it over"
+            )
         tower, preprocess = stored["model_cfg"], stored.get("preprocess_cfg", {})
         mean, std = preprocess.get("mean", mean), preprocess.get("std", std)
     else:
@@ -92,9 +97,9 @@ def _of_transformers(name: str, image_size: int) -> Spec:
     from transformers import AutoConfig, AutoImageProcessor
 
     folder = locate(name)
-    with weights.reading(folder, "an image model of transformers"):
-        pixels = AutoImageProcessor.from_pretrained(folder, **weights.FROM_FOLDER)
-        config = AutoConfig.from_pretrained(folder, **weights.FROM_FOLDER)
+    with layouts.reading(folder, "an image model of transformers"):
+        pixels = AutoImageProcessor.from_pretrained(folder, **layouts.FROM_FOLDER)
+        config = AutoConfig.from_pretrained(folder, **layouts.FROM_FOLDER)
         size = pixels.size.get("shortest_edge") or pixels.size["height"]
     # ConvNeXt's processor sees the middle of images below 384 px, and all of larger ones.
     crop = getattr(pixels, "crop_pct", None) or 1.0
@@ -141,20 +146,19 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
     Args:
         backbone: The module to fill.
         spec: Its description.
-        path: File of weights; left out: the folder of an `open_clip:<folder>` backbone, else `weights.locate`.
+        path: File or folder of weights; left out: see `locate`.
 
     Raises:
         UserError: If the weights are nowhere or of another shape.
     """
-    library, _, model = spec.name.partition(":")
-    if path is None and (Path(model) / "open_clip_model.safetensors").is_file():
-        path = Path(model) / "open_clip_model.safetensors"
+    library, _, _ = spec.name.partition(":")
     file = locate(spec.name, path)
     if library == "transformers":
         from transformers import AutoModel
 
-        with weights.reading(file, "an image model of transformers"):
-            state = AutoModel.from_pretrained(file, **weights.FROM_FOLDER).state_dict()
+        with layouts.reading(file, "an image model of transformers"):
+            kind = layouts.variant(file)
+            state = AutoModel.from_pretrained(file, variant=kind, **layouts.FROM_FOLDER).state_dict()
         fill(backbone.model, state, file)
         return
     state = read_state(file)
@@ -173,51 +177,54 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
 
 
 def locate(name: str, path: Path | None = None) -> Path:
-    """Where a backbone's weights lie: `path`, or where `weights.locate` finds them; it says what it raises."""
+    """Where a backbone's weights lie: `path`, the folder in its name, or where `weights.locate` finds them."""
     library, _, model = name.partition(":")
-    if library == "transformers":
-        known = name in weights.WEIGHTS
-        return weights.locate(name, path if path or known else Path(model))
-    return weights.locate(name, path, _hub(library, model))
-
-
-def _hub(library: str, model: str) -> tuple[tuple[str, ...], str]:
-    """Hub repositories and file name for a backbone that `weights` has no entry for."""
-    if library == "timm":
-        import timm
-
-        return tuple(filter(None, [timm.get_pretrained_cfg(model).hf_hub_id])), "model.safetensors"
-    import open_clip
-
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    configs = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
-    repositories = tuple(config["hf_hub"].rstrip("/") for config in configs if config.get("hf_hub"))
-    return repositories[:1], "open_clip_model.safetensors"
+    if path is None and library in ("open_clip", "transformers") and Path(model).is_dir():
+        path = Path(model)
+    return weights.locate(name, path)
 
 
 def read_state(file: Path) -> dict[str, torch.Tensor]:
     """Tensors of a .safetensors file or of a PyTorch file, of which nothing but tensors is unpickled.
 
+    They lie in the file itself, mapped into memory, until somebody copies them.
+
+    Args:
+        file: The file; of shards the first.
+
     Raises:
         UserError: If it is neither.
     """
+    state: dict[str, torch.Tensor] = {}
+    for part in layouts.check_shards(file):
+        with layouts.reading(part, "a file of weights"):
+            state |= _tensors(part)
+    return state
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
-    with weights.reading(file, "a file of weights"):
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
 
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        for key in ("state_dict", "model_state_dict", "model"):
-            state = state.get(key, state)
-        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        return load_file(file)
+    # Files of before PyTorch 1.6 are no zip files and cannot be mapped.
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    for key in ("state_dict", "model_state_dict", "model"):
+        state = state.get(key, state)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def fill(module: nn.Module, state: dict[str, torch.Tensor], where: Path, remedy: str = "") -> None:
-    """Puts tensors into a module; raises UserError if some are missing, unknown or of another shape."""
+    """Makes tensors the module's own; raises UserError if some are missing, unknown or of another shape.
+
+    They are not copied, so that a module of parameters without memory (`checkpoints.pretrained`) takes no more than
+    its weights.
+    """
+    kinds = {name: value.dtype for name, value in module.state_dict().items()}
     try:
-        module.load_state_dict(state)
+        module.load_state_dict({k: v.to(kinds.get(k, v.dtype)) for k, v in state.items()}, assign=True)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
         raise UserError(f"{where}: weights of another shape than the model: {detail}{remedy}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from dataclasses import dataclass
@@ -41,21 +42,28 @@ class Checkpoint:
     mean: np.ndarray
 
 
-def build(spec: backbones.Spec) -> nn.Module:
+def build(spec: backbones.Spec, empty: bool = False) -> nn.Module:
     """Builds the model: normalisation, backbone, linear head to 384.
 
     It maps uint8 images (n, 3, s, s) to float32 (n, 384), not normalised; `features(images)` gives the head's input.
+
+    Args:
+        spec: The backbone.
+        empty: Whether the backbone's parameters get no memory yet; `backbones.fill` gives them some.
     """
     import torch
+    from accelerate import init_empty_weights
     from torch import nn
+
+    with torch.device("meta"):
+        pixels = torch.zeros(1, 3, spec.image_size, spec.image_size)
+        width = backbones.build(spec).eval()(pixels).shape[-1]
 
     class PromptModel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.backbone = backbones.build(spec)
-            with torch.no_grad():
-                self.backbone.eval()
-                width = self.backbone(torch.zeros(1, 3, spec.image_size, spec.image_size)).shape[-1]
+            with init_empty_weights() if empty else contextlib.nullcontext():
+                self.backbone = backbones.build(spec).eval()
             self.width = width
             self.head = nn.Linear(width, DIMENSION)
             self.to(memory_format=torch.channels_last)
@@ -73,6 +81,15 @@ def build(spec: backbones.Spec) -> nn.Module:
             return self
 
     return PromptModel()
+
+
+def pretrained(spec: backbones.Spec, path: Path | None = None) -> nn.Module:
+    """The model of `build` with the backbone's pretrained weights; see `backbones.load_pretrained`."""
+    import torch
+
+    model = build(spec, empty=True)
+    backbones.load_pretrained(model.backbone, spec, path)
+    return model.to(memory_format=torch.channels_last)
 
 
 def fit_head(model: nn.Module, features: np.ndarray, targets: np.ndarray) -> None:
@@ -215,12 +232,15 @@ def load(folder: Path) -> Checkpoint:
     Raises:
         UserError: If a file is missing or damaged, or the weights have another shape than config.json says.
     """
+    import torch
+
     config, state = read(folder)
     try:
         spec = backbones.Spec(**config["backbone"])
         mean = state.pop("mean_target").numpy()
-        model = build(spec)
+        model = build(spec, empty=True)
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder}: not a checkpoint of an image tower: {error!r}; run finetune again") from error
     backbones.fill(model, state, folder, "; run finetune again")
+    model.to(memory_format=torch.channels_last)
     return Checkpoint(model.eval(), spec, config, mean)

@@ -99,12 +99,16 @@ def half_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the frozen matrices and convolutions in `dtype`, the type in which autocast would use them.
 
     The outputs under autocast stay the same, the weights take half the memory and are not cast again at every step.
+    What stays as it is gets memory of its own if it lies in a file (`backbones.read_state`).
     """
     from torch import nn
 
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in layer.parameters()):
             layer.to(dtype)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor.data = tensor.data.clone()
 
 
 def trained_tail(backbone: nn.Module) -> tuple[nn.Module, nn.Module]:

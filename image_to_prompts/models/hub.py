@@ -1,43 +1,36 @@
 """Files of the Hugging Face hub, and what identifies weights: their SHA-256."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..run.errors import UserError
-from ..run.files import sha256
+from ..run.errors import UserError, explained
+from ..run.files import make_folder, sha256
+from . import layouts
+from .layouts import Layout
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 log = logging.getLogger(__name__)
+HUB = "huggingface.co"
+REACHED = 1.0  # seconds in which the hub must answer at all
 _stay_here = False  # see `without_network`
 
 
-def digest(path: Path) -> str:
-    """SHA-256 that identifies a model: of the file, or of the names and digests of a folder's weights and settings."""
-    if path.is_file():
-        return _file_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin", ".json", ".txt"))
-    listing = [f"{file.relative_to(path).as_posix()} {_file_digest(file)}" for file in files]
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-
-
-def _file_digest(file: Path) -> str:
-    info = file.stat()
-    return _cached_digest(file, info.st_size, info.st_mtime_ns)
-
-
-@functools.cache
-def _cached_digest(file: Path, size: int, modified: int) -> str:
-    """SHA-256 of a file; gigabytes are read once a process, however many folders a notebook renders."""
-    return sha256(file)
+class Unavailable(Exception):
+    """Where nothing was got, and why, in a few words."""
 
 
 @contextlib.contextmanager
 def without_network(stay_here: bool = True) -> Iterator[None]:
-    """Within it, `snapshot` finds what was downloaded before, and asks nobody for more."""
+    """Within it the hub is not asked."""
     global _stay_here
     before, _stay_here = _stay_here, stay_here
     try:
@@ -46,23 +39,117 @@ def without_network(stay_here: bool = True) -> Iterator[None]:
         _stay_here = before
 
 
-def snapshot(repository: str, patterns: list[str]) -> Path | None:
-    """Folder of a repository's files that fit `patterns`; None if the hub has none, or cannot be reached.
+def cache() -> Path:
+    """The folder in which the hub's library keeps what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def cached(repository: str, layout: Layout) -> Path | None:
+    """What the cache has of a repository, if it is complete; raises UserError if a file is damaged."""
+    found = layouts.inside(cache() / f"models--{repository.replace('/', '--')}", layout)
+    for file in layouts.files(found) if found else ():
+        _check_download(file)
+    return found
+
+
+def listing(repository: str) -> list[RepoFile]:
+    """The files of a repository.
 
     Raises:
-        UserError: If a file is another than the hub says.
+        Unavailable: If the hub cannot be reached, has no such repository, or asks for an agreement first.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    if _stay_here or constants.HF_HUB_OFFLINE:
+        raise Unavailable(f"{HUB} (not asked)")
+    if problem := _unreachable():
+        raise Unavailable(f"{HUB} ({problem})")
+    page = f"{HUB}/{repository}"
+    try:
+        return [one for one in HfApi().list_repo_tree(repository, recursive=True) if isinstance(one, RepoFile)]
+    except GatedRepoError as error:
+        raise Unavailable(f"{page} (accept its licence there, then log in with `hf auth login`)") from error
+    except RepositoryNotFoundError as error:
+        raise Unavailable(f"{page} (not there, or not for everybody)") from error
+    except (HfHubHTTPError, OSError, RuntimeError) as error:
+        raise Unavailable(f"{page} ({_said(error)})") from error
+
+
+@functools.cache
+def _unreachable() -> str:
+    """Why the hub cannot be reached, asked once; its library would try for 20 seconds."""
+    from huggingface_hub import constants, get_session
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=_stay_here))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        log.log(logging.DEBUG if _stay_here else logging.INFO, "hub %s: %s", repository, str(error).splitlines()[0])
-        return None
-    for file in folder.rglob("*"):
-        _check_download(file)
-    return folder
+        get_session().head(constants.ENDPOINT, timeout=REACHED)
+    except Exception as error:  # of whichever library it talks HTTP with
+        return f"cannot be reached: {_said(error)}"
+    return ""
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def chosen(repository: str, layout: Layout, half: bool = False) -> list[RepoFile]:
+    """The files of a repository that are downloaded; raises Unavailable if there are none, or see `listing`."""
+    found = {one.path: one for one in listing(repository)}
+    names = layouts.needed(found, layout, half)
+    if not layouts.tensors(names, layout.stems, half):
+        raise Unavailable(f"{HUB}/{repository} (no {layouts.wants(layout)})")
+    return [found[name] for name in names]
+
+
+def download(repository: str, files: list[RepoFile], folder: Path) -> None:
+    """Downloads files of a repository; of what an earlier call has left, only the rest.
+
+    Args:
+        repository: Its name.
+        files: From `chosen`.
+        folder: Where they go, under their paths in the repository.
+
+    Raises:
+        Unavailable: If the connection ends for good.
+        UserError: If a file is another than the hub says; it is removed.
+    """
+    from filelock import FileLock
+
+    with FileLock(make_folder(folder.parent) / f".{folder.name}.lock"):
+        for one in files:
+            _fetch(repository, one, folder / one.path)
+
+
+def _fetch(repository: str, one: RepoFile, target: Path) -> None:
+    """Downloads one file; its library gives up what was there when a process ends, so its parts are kept here."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    expected = one.lfs.sha256 if one.lfs else ""
+    if (
+        target.is_file()
+        and target.stat().st_size == one.size
+        and (not expected or layouts.file_digest(target) == expected)
+    ):
+        return
+    part = make_folder(target.parent) / f".{target.name}.{one.blob_id[:12]}.part"
+    url, headers = hf_hub_url(repository, one.path), build_hf_headers()
+    try:
+        with part.open("ab") as file:
+            http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=one.size)
+    except Exception as error:  # of whichever library it talks HTTP with
+        if explained(error):
+            raise
+        raise Unavailable(f"{HUB}/{repository} ({_said(error)})") from error
+    found = sha256(part) if expected else ""
+    if found != expected or part.stat().st_size != one.size:
+        part.unlink()
+        raise UserError(f"{target}: SHA-256 is {found}, the hub says {expected}; it was removed; start again")
+    part.replace(target)
 
 
 def dataset_files(given: str) -> list[Path]:
@@ -100,8 +187,14 @@ def dataset_files(given: str) -> list[Path]:
     return found
 
 
+def named_digest(file: Path) -> str:
+    """SHA-256 of a large file as the hub's cache has it: the name of what it links to; "" of others."""
+    name = file.resolve().name
+    return name if re.fullmatch("[0-9a-f]{64}", name) else ""
+
+
 def _check_download(file: Path) -> None:
-    """Compares a large file of the hub's cache with its SHA-256, after which the cache names it."""
-    blob = file.resolve()
-    if file.is_file() and re.fullmatch("[0-9a-f]{64}", blob.name) and (found := _file_digest(file)) != blob.name:
-        raise UserError(f"{file}: SHA-256 is {found}, the hub said {blob.name}; delete {blob} and start again")
+    """Compares a large file of the hub's cache with its SHA-256."""
+    expected = named_digest(file)
+    if expected and (found := layouts.file_digest(file)) != expected:
+        raise UserError(f"{file}: SHA-256 is {found}, the hub said {expected}; delete {file.resolve()} and start again")

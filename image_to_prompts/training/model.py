@@ -40,7 +40,7 @@ def build(
         accelerator: Device and precision.
         seed: Of the head's weights, and of the backbone's where none are loaded.
         init: Checkpoint folder to start from.
-        weights: File of backbone weights; None: wherever they are found.
+        weights: File or folder of backbone weights; None: wherever they are found.
         pretrained: Whether to load weights at all.
         grad_checkpointing: Compute activations twice to keep fewer of them.
 
@@ -53,11 +53,9 @@ def build(
     import torch
 
     torch.manual_seed(seed)
-    model = checkpoints.build(spec)
+    model = checkpoints.pretrained(spec, weights) if pretrained and init is None else checkpoints.build(spec)
     if init is not None:
         checkpoints.initialise(model, spec, init)
-    elif pretrained:
-        backbones.load_pretrained(model.backbone, spec, weights)
     names = freezing.unfreeze_last_quarter(model.backbone)
     freezing.half_frozen(model, type_of(accelerator.mixed_precision))
     if grad_checkpointing:

@@ -24,7 +24,7 @@ from IPython.display import Image, display
 from image_to_prompts import describe, notebook, profiles
 from image_to_prompts.data import metadata, pictures
 from image_to_prompts.describe.page import painter
-from image_to_prompts.encode import encoders, interrogator
+from image_to_prompts.encode import encoders
 from image_to_prompts.models import metrics, text_encoder, weights
 from image_to_prompts.run import folders
 
@@ -62,7 +62,7 @@ if known:
     rendered = metadata.read(folder / folders.MANIFEST).set_index("file")["prompt"]
     files = [one.path for one in found[:scored]]
     truth = [rendered[file.relative_to(folder).as_posix()] for file in files]
-    at_hand = all(weights.attached(name) for name in (interrogator.CAPTION, interrogator.RANKER))
+    at_hand = all(weights.interrogator_at_hand(weights.CAPTION, weights.RANKER))
     speaks = "classes" if profile == "embedded" else "interrogator" if at_hand else ""
     described = zip(describe.Describer(config).predict(files), truth, strict=True)
     seen, truth = zip(*((one, text) for one, text in described if one.nearest), strict=True)  # not the strange ones

@@ -188,7 +188,10 @@ def test_damaged_magicprompt_weights_name_the_file(refused, tiny_gpt2, tmp_path)
 
 def test_missing_magicprompt_weights_say_where_was_looked(refused, tmp_path):
     refused(
-        ["generate", "--run", tmp_path, "--source", "magicprompt"], "magicprompt", "/kaggle/input", "hub Gustavosta"
+        ["generate", "--run", tmp_path, "--source", "magicprompt"],
+        "magicprompt (0.51 GB",
+        "huggingface.co",
+        "weights get",
     )
     refused(["generate", "--run", tmp_path, "--source", "magicprompt", "--weights", tmp_path / "no"], "no such file")
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from image_to_prompts.generate import rules
+from image_to_prompts.models import clip_tokenizer
 from image_to_prompts.run.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -84,6 +85,7 @@ def test_columns_of_the_source_decide():
 def test_truncated_prompts_are_what_clip_reads():
     open_clip = pytest.importorskip("open_clip")
     encode = open_clip.get_tokenizer("ViT-B-32").encode
+    clip_tokenizer.load()("a fox", truncation=True, padding="max_length")  # as a pipeline of the same process does
     for text in (LONG, "日本語 " * 60 + "fox", "日本語" * 60, "don't " * 50 + "it's 1234567890 " * 8):
         cut = after("truncate", text)[0]
         assert text.startswith(cut) and 60 <= len(encode(cut)) <= rules.CLIP_TOKENS

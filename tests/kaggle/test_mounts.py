@@ -41,7 +41,10 @@ def test_every_input_is_found_and_named(layout, tmp_path, monkeypatch):
     trained = type(tmp_path)(str(where["notebook"]).format("04-finetune-convnext"))
     put(trained / "checkpoints" / "convnext" / "config.json", json.dumps({"backbone": {}}))
     put(trained / "data_meta" / "train.csv")
-    put(where["model"] / "model_index.json")
+    listed = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    put(where["model"] / "model_index.json", json.dumps(listed))
+    put(where["model"] / "unet" / "config.json")
+    put(where["model"] / "unet" / "diffusion_pytorch_model.bin")
 
     lines = dict(line.split(": ", 1) for line in mounts.table().splitlines())
     model = where["model"] if layout == "2026" else tmp_path / "stable-diffusion-v2"
@@ -50,7 +53,7 @@ def test_every_input_is_found_and_named(layout, tmp_path, monkeypatch):
         str(wheels): "1 files, 0.00 GB: wheels",
         str(other): "1 files, 0.00 GB: nothing of ours",
         str(trained): "2 files, 0.00 GB: metadata, checkpoint",
-        str(model): "1 files, 0.00 GB: weights of stable-diffusion-2",
+        str(model): "3 files, 0.00 GB: weights of stable-diffusion-2",
     }
     assert folders.competition_images() == where["competition"] / "images"
     assert folders.Run(tmp_path / "run").target_images() == where["competition"] / "images"

@@ -57,10 +57,12 @@ def test_sha256_is_checked(tmp_path):
 def test_kaggle_inputs_come_before_packages_and_hub(tmp_path, monkeypatch):
     folder = tmp_path / "datasets" / "someone" / "my-magicprompt" / "MagicPrompt-Stable-Diffusion"
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
+    for name in ("config.json", "pytorch_model.bin"):
+        (folder / name).write_text("{}")
     other = tmp_path / "models" / "another-model"
     other.mkdir(parents=True)
-    (other / "config.json").write_text("{}")
+    for name in ("config.json", "pytorch_model.bin"):
+        (other / name).write_text("{}")
     monkeypatch.setattr(weights.folders, "KAGGLE_INPUT", tmp_path)
     assert weights.locate("magicprompt") == folder
 
@@ -79,7 +81,7 @@ def test_the_faster_copy_computes_the_same_and_shares_its_parameters(name, tiny_
 
 
 def test_a_model_without_weights_on_the_hub_is_one_line():
-    with pytest.raises(UserError, match=r"weights of timm:efficientnet_b6 not found"):
+    with pytest.raises(UserError, match="weights not found: timm:efficientnet_b6"):
         backbones.locate("timm:efficientnet_b6")
 
 

