@@ -307,10 +307,9 @@ def check() -> str:
         files = layouts.files(found)
         expected = _expected(name, found, files)
         for file, digest in expected.items():
-            problem = damage(file) if file.suffix == ".safetensors" and file.is_file() else ""
             if not file.is_file():
                 bad.append(f"{file}: missing")
-            elif problem or (digest and sha256(file) != digest):
+            elif sha256(file) != digest if digest else file.suffix == ".safetensors" and damage(file):
                 bad.append(f"{file}: damaged")
         known = sum(bool(digest) for digest in expected.values())
         size = sum(file.stat().st_size for file in files)

@@ -141,6 +141,7 @@ EMBEDDED = {
     "words": "embedded.grammar:words",
     "scenes": "embedded.scenes:SceneBackend",
     "picture": "embedded.scenes:picture",
+    "undrawn": "embedded.grammar:undrawn",
     "classes": "embedded.classes:ClassInterrogator",
 }
 

@@ -120,14 +120,19 @@ SCHEDULE = (
 )
 
 
-def save(file) -> dict:
-    """Writes random weights in the original layout; returns them by name."""
+def save(file, unet_width: int = 32, vae_width: int = 32, context: int = 32) -> dict:
+    """Writes random weights in the original layout; returns them by name. The original's widths are 320, 128, 1024."""
     import torch
 
+    global WIDTH, CONTEXT
+    before = WIDTH, CONTEXT
+    WIDTH, CONTEXT = unet_width, context
     shapes = {f"model.diffusion_model.{name}": shape for name, shape in unet().items()}
+    WIDTH = vae_width
     shapes |= {f"first_stage_model.{name}": shape for name, shape in vae().items()}
     shapes |= {f"cond_stage_model.model.{name}": shape for name, shape in text().items()}
     shapes |= dict.fromkeys(SCHEDULE, (1000,))
+    WIDTH, CONTEXT = before
     generator = torch.Generator().manual_seed(0)
     tensors = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     if file.suffix == ".ckpt":

@@ -47,6 +47,10 @@ class Thing:
     count: int
 
 
+# Nobody misses these in a picture.
+UNSAID = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "by", "to", "from", "its", "style"}
+
+
 @dataclass(frozen=True)
 class Scene:
     """What a picture shows.
@@ -200,6 +204,17 @@ def parse(text: str) -> Scene:
     Returns:
         The scene; `things` is empty where the text names nothing of the vocabulary.
     """
+    return _read(text)[0]
+
+
+def undrawn(text: str) -> list[str]:
+    """The parts of a text that the renderer draws nothing for, in order; words such as "a" and "with" do not count."""
+    rest = (" ".join(word for word in part.split() if word not in UNSAID) for part in re.split(r"[,|]", _read(text)[1]))
+    return list(dict.fromkeys(filter(None, rest)))
+
+
+def _read(text: str) -> tuple[Scene, str]:
+    """The scene of a text, and the text with a bar for each letter that the scene says."""
     text = " ".join(text.lower().split())
     places, styles, things = _tables()
     counts, relations = _small_words()
@@ -210,18 +225,22 @@ def parse(text: str) -> Scene:
             # Blanked, not cut, so that no new phrase can form across the gap.
             text = table[0].sub(lambda match: "|" * len(match[0]), text)
     named: list[tuple[str, int]] = []
-    relation, end = None, 0
+    relation, end, rest = None, 0, text
     for match in _matches(text, things):
         between = text[end : match.start()]
         name, many = things[1][match[1]]
         number = counts[0].search(between)
         count = counts[1][number[1]] if number else (2 if many else 1)
+        said = [(match.start(), match.end())] + ([(end + number.start(), end + number.end())] if number else [])
         if len(named) == 1 and (words := _matches(between, relations)):
             relation = relations[1][words[0][1]]
+            said.append((end + words[0].start(), end + words[0].end()))
+        for first, last in said:
+            rest = rest[:first] + "|" * (last - first) + rest[last:]
         end = match.end()
         if name not in dict(named):
             named.append((name, count))
         if len(named) == 3:
             break
     place, style = found
-    return Scene(tuple(named), (relation or "beside") if len(named) > 1 else None, place, style)
+    return Scene(tuple(named), (relation or "beside") if len(named) > 1 else None, place, style), rest

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
@@ -213,6 +214,35 @@ def _keep(vectors: np.ndarray, name: str, places: list[Path]) -> None:
             log.info("%s: terms cannot be kept here: %s", place, error)
 
 
+def captioner(folder: Path) -> tuple[nn.Module, Any]:
+    """A BLIP model and its processor; raises UserError if the folder holds another one or damaged files."""
+    with layouts.reading(folder, "a BLIP captioning model"):
+        kind = layouts.variant(folder)
+        model = BlipForConditionalGeneration.from_pretrained(folder, variant=kind, **layouts.FROM_FOLDER)
+        return model, BlipProcessor.from_pretrained(folder, **layouts.FROM_FOLDER)
+
+
+def towers(name: str, file: Path) -> tuple[nn.Module, Any]:
+    """Both towers of an open_clip model, and its tokenizer.
+
+    Args:
+        name: open_clip:<model or folder>.
+        file: Its weights, from `weights.locate`.
+
+    Raises:
+        UserError: If they are damaged or another model's.
+    """
+    model = name.partition(":")[2]
+    config, _ = backbones.clip_config(model)
+    own_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if own_text else open_clip.CLIP
+    with layouts.reading(file, "open_clip weights"):
+        with init_empty_weights():  # open_clip.create_model would fill it with random numbers first
+            clip = kind(**config)
+        backbones.fill(clip, backbones.read_state(file), file)
+        return clip, open_clip.get_tokenizer(f"local-dir:{model}" if Path(model).is_dir() else model)
+
+
 def load(
     caption: str = weights.CAPTION,
     ranker: str = weights.RANKER,
@@ -238,23 +268,11 @@ def load(
     asked = weights.interrogator(caption, ranker)
     name = asked[1][0]
     folder, file = weights.all_of(*(partial(weights.locate, *one) for one in asked))
-    spec, model = backbones.describe(name), name.partition(":")[2]
-    with layouts.reading(folder, "a BLIP captioning model"):
-        captioner = BlipForConditionalGeneration.from_pretrained(
-            folder, variant=layouts.variant(folder), **layouts.FROM_FOLDER
-        )
-        processor = BlipProcessor.from_pretrained(folder, **layouts.FROM_FOLDER)
-    with layouts.reading(file, "open_clip weights"):
-        if Path(model).is_dir():
-            model = f"local-dir:{model}"
-        clip = open_clip.create_model(model, load_weights=False)
-        backbones.fill(clip, backbones.read_state(file), file)
+    spec = backbones.describe(name)
     settings = {"caption": caption, "ranker": ranker, "mode": mode, "terms": terms, "artists": artists}
     return Interrogator(
-        captioner,
-        processor,
-        clip,
-        open_clip.get_tokenizer(model),
+        *captioner(folder),
+        *towers(name, file),
         spec,
         lists,
         mode,

@@ -71,26 +71,35 @@ def describe(name: str, image_size: int = 0) -> Spec:
         return Spec(name, image_size or config.input_size[-1], tuple(config.mean), tuple(config.std))
     if library != "open_clip":
         raise UserError(f"unknown backbone {name!r}; write open_clip:<model>, timm:<model> or transformers:<folder>")
-    import open_clip
-
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    if Path(model).is_dir():
-        stored = folders.read_json(Path(model) / "open_clip_config.json")
-        if "model_cfg" not in stored:
-            raise UserError(
-                f"{model}: no open_clip_config.json, so that nothing says which model this is; "
-                "`image-to-prompts weights get FOLDER --model open_clip:<model>` takes it over"
-            )
-        tower, preprocess = stored["model_cfg"], stored.get("preprocess_cfg", {})
-        mean, std = preprocess.get("mean", mean), preprocess.get("std", std)
-    else:
-        tower = open_clip.get_model_config(model)
-        if tower is None:
-            raise _unknown(model, open_clip.list_models())
+    tower, preprocess = clip_config(model)
+    mean, std = preprocess["mean"], preprocess["std"]
     image_size = image_size or tower["vision_cfg"]["image_size"]
     vision = {**tower["vision_cfg"], "image_size": image_size}
     tower = {"embed_dim": tower["embed_dim"], "vision_cfg": vision, "quick_gelu": tower.get("quick_gelu", False)}
     return Spec(name, image_size, tuple(mean), tuple(std), tower)
+
+
+def clip_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of an open_clip model by its name or folder: of its towers, and of the pixels.
+
+    Raises:
+        UserError: If the name is unknown, with the nearest known ones, or the folder does not say which model it is.
+    """
+    import open_clip
+
+    pixels = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    if Path(model).is_dir():
+        stored = folders.read_json(Path(model) / "open_clip_config.json")
+        if "model_cfg" in stored:
+            return stored["model_cfg"], pixels | stored.get("preprocess_cfg", {})
+        raise UserError(
+            f"{model}: no open_clip_config.json, so that nothing says which model this is; "
+            "`image-to-prompts weights get FOLDER --model open_clip:<model>` takes it over"
+        )
+    known = open_clip.get_model_config(model)
+    if known is None:
+        raise _unknown(model, open_clip.list_models())
+    return known, pixels
 
 
 def _of_transformers(name: str, image_size: int) -> Spec:

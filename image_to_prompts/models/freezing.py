@@ -99,15 +99,17 @@ def half_frozen(module: nn.Module, dtype: torch.dtype) -> None:
     """Keeps the frozen matrices and convolutions in `dtype`, the type in which autocast would use them.
 
     The outputs under autocast stay the same, the weights take half the memory and are not cast again at every step.
-    What stays as it is gets memory of its own if it lies in a file (`backbones.read_state`).
+    What stays as it is gets memory of its own: loaded tensors lie in their file (`backbones.read_state`).
     """
+    import torch
     from torch import nn
 
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in layer.parameters()):
+        frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+        if frozen and isinstance(layer, (nn.Linear, nn.Conv2d)) and dtype != torch.float32:
             layer.to(dtype)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            continue
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
             tensor.data = tensor.data.clone()
 
 

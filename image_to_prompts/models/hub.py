@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,9 +46,9 @@ def cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def cached(repository: str, layout: Layout) -> Path | None:
+def cached(repository: str, layout: Layout, single_files: Iterable[str] = ()) -> Path | None:
     """What the cache has of a repository, if it is complete; raises UserError if a file is damaged."""
-    found = layouts.inside(cache() / f"models--{repository.replace('/', '--')}", layout)
+    found = layouts.inside(cache() / f"models--{repository.replace('/', '--')}", layout, single_files)
     for file in layouts.files(found) if found else ():
         _check_download(file)
     return found

