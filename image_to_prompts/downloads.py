@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
@@ -81,9 +81,7 @@ def table() -> str:
     head = ("model", "for", "commands", "GB", "licence", "where")
     rows = [head, *(_row(name, one) for name, one in WEIGHTS.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
+    lines = ["  ".join(map(str.ljust, row, [*widths, 0])) for row in rows]
     return "\n".join([*lines, f"\nfolder of weights: {weights.home()}"])
 
 
@@ -98,15 +96,8 @@ def _row(name: str, one: Weights) -> tuple[str, ...]:
     return name, one.what, " ".join(one.stages), size, one.licence, str(found or said)
 
 
-@dataclass(frozen=True)
-class Download:
-    """What is to be downloaded of a model.
-
-    Attributes:
-        name: The model.
-        repository: Of the hub; "": from Kaggle.
-        files: Of the repository.
-    """
+class Download(NamedTuple):
+    """What is to be downloaded: a model, its repository on the hub ("": from Kaggle), and files of that."""
 
     name: str
     repository: str
@@ -117,18 +108,12 @@ class Download:
         """Where it goes."""
         return weights.home() / weights.own_folder(self.name)
 
-    @property
-    def left(self) -> int:
-        """Bytes that are not there yet."""
-        here = (self.folder / one.path for one in self.files)
-        sizes = (file.stat().st_size if file.is_file() else 0 for file in here)
-        return sum(max(0, one.size - size) for one, size in zip(self.files, sizes, strict=True))
-
     def __str__(self) -> str:
+        one = named(self.name)
         if not self.repository:
-            return f"{self.name}: about {named(self.name).gb:.2f} GB from Kaggle's {named(self.name).kaggle}"
-        size, licence = sum(one.size for one in self.files), named(self.name).licence
-        return f"{self.name}: {size / 1e9:.2f} GB, {len(self.files)} files of {self.repository} ({licence})"
+            return f"{self.name}: about {one.gb:.2f} GB from Kaggle's {one.kaggle} ({one.licence})"
+        size = sum(file.size for file in self.files) / 1e9
+        return f"{self.name}: {size:.2f} GB, {len(self.files)} files of {self.repository} ({one.licence})"
 
 
 def get(what: Iterable[str], yes: bool = False, half: bool = False) -> str:
@@ -161,8 +146,9 @@ def get(what: Iterable[str], yes: bool = False, half: bool = False) -> str:
     for plan in plans:
         log.info("%s", plan)
     if plans:
-        _room_for(sum(plan.left for plan in plans))
-        _ask(sum(plan.left for plan in plans), yes)
+        left = sum(hub.left(plan.files, plan.folder) for plan in plans)
+        _room_for(left)
+        _ask(left, yes)
     for plan in plans:
         _download(plan)
     now = {name: weights.at_hand(name) for name in names}

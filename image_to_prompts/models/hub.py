@@ -123,6 +123,20 @@ def download(repository: str, files: list[RepoFile], folder: Path) -> None:
             _fetch(repository, one, folder / one.path)
 
 
+def left(files: list[RepoFile], folder: Path) -> int:
+    """Bytes of some files that are not in a folder yet."""
+    missing = 0
+    for one in files:
+        here = [path for path in (folder / one.path, _part(one, folder / one.path)) if path.is_file()]
+        missing += max(0, one.size - sum(path.stat().st_size for path in here))
+    return missing
+
+
+def _part(one: RepoFile, target: Path) -> Path:
+    """Where a file lies until it is whole."""
+    return target.with_name(f".{target.name}.{one.blob_id[:12]}.part")
+
+
 def _fetch(repository: str, one: RepoFile, target: Path) -> None:
     """Downloads one file; its library gives up what was there when a process ends, so its parts are kept here."""
     from huggingface_hub import hf_hub_url
@@ -136,7 +150,8 @@ def _fetch(repository: str, one: RepoFile, target: Path) -> None:
         and (not expected or layouts.file_digest(target) == expected)
     ):
         return
-    part = make_folder(target.parent) / f".{target.name}.{one.blob_id[:12]}.part"
+    part = _part(one, target)
+    make_folder(part.parent)
     url, headers = hf_hub_url(repository, one.path), build_hf_headers()
     try:
         with part.open("ab") as file:
