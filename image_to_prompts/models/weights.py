@@ -324,9 +324,10 @@ def all_of(*makes: Callable[[], T]) -> list[T]:
 def interrogator(caption: str, ranker: str) -> list[tuple[str, Path | None]]:
     """The two models of CLIP Interrogator, as `locate` takes them: names, and folders that the user gave."""
     tower = ranker.removeprefix("open_clip:")
+    given = ranker == tower or Path(tower).is_dir()
     return [
         (caption, None) if caption in WEIGHTS else (CAPTION, Path(caption)),
-        (f"open_clip:{tower}", Path(tower) if Path(tower).is_dir() else None),
+        (f"open_clip:{tower}", Path(tower) if given else None),
     ]
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from image_to_prompts import embed, generate, profiles
 from image_to_prompts.encode import interrogator
+from image_to_prompts.encode.backbone import BackboneEncoder
 from image_to_prompts.models import backbones, hub, weights
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
@@ -166,3 +167,15 @@ def test_a_model_of_several_formats_is_embedded_anew_only_when_what_is_loaded_ch
     (folder / "pytorch_model.bin").write_bytes(b"never read")
     embed.run(config)
     assert (tmp_path / "e" / ".embed.done").read_bytes() == stamp
+
+
+def test_what_is_loaded_to_look_with_no_longer_depends_on_its_file(places, tiny_encoders, tmp_path):
+    """Tensors are mapped from their file; a disk that goes away must not take the model along."""
+    folder = shutil.copytree(tiny_encoders["clip"], tmp_path / "clip")
+    encoder = BackboneEncoder.pretrained(backbones.describe(f"open_clip:{folder}"))
+    file = folder / "open_clip_model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    square = torch.randint(0, 255, (8, 3, 32, 32), dtype=torch.uint8)
+    again = BackboneEncoder.pretrained(backbones.describe(f"open_clip:{tiny_encoders['clip']}"))
+    assert (encoder.see([square]) == again.see([square])).all() and encoder.see([square]).any()
