@@ -10,6 +10,7 @@ Downloads go to the folder of weights, which every stage looks into before all o
 
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -201,6 +202,7 @@ def _ask(size: int, yes: bool) -> None:
 
 
 def _download(plan: Download) -> None:
+    _check_sums(plan.folder)
     if plan.repository:
         try:
             hub.download(plan.repository, plan.files, plan.folder)
@@ -236,6 +238,7 @@ def take_over(path: Path, model: str = "") -> None:
     _room_for(
         sum(file.stat().st_size for file in files if file.stat().st_dev != make_folder(weights.home()).stat().st_dev)
     )
+    _check_sums(folder)
     with alone(folder):
         written = [_link(file, folder / file.relative_to(base)) for file in files]
         _write_sums(folder, written)
@@ -243,6 +246,10 @@ def take_over(path: Path, model: str = "") -> None:
 
 
 def _link(source: Path, target: Path) -> Path:
+    if target.exists():
+        if not target.samefile(source) and layouts.file_digest(target) != layouts.file_digest(source):
+            raise UserError(f"{target}: another file is there; move it away")
+        return target
     with atomic_path(target) as part:
         try:
             os.link(source.resolve(), part)
@@ -264,6 +271,13 @@ def _recognised(path: Path) -> str:
         fitting = found or [name for name, one in WEIGHTS.items() if path.is_file() or layouts.inside(path, one.form)]
         raise UserError(f"{path}: which model is it? add --model NAME ({', '.join(fitting or WEIGHTS)})")
     return found[0]
+
+
+def _check_sums(folder: Path) -> None:
+    """Refuses to write sums over a file that holds something else."""
+    file = folder / SUMS
+    if file.exists() and not re.match(r"[0-9a-f]{64}  ", file.read_text("utf-8", "replace")):
+        raise UserError(f"{file}: holds no SHA-256 sums; move it away")
 
 
 def _write_sums(folder: Path, files: Iterable[Path]) -> None:

@@ -68,6 +68,12 @@ def own_cache(tmp_path_factory):
     os.environ["HF_HUB_CACHE"] = str(tmp_path_factory.mktemp("hub"))
 
 
+@pytest.fixture(autouse=True)
+def own_weights(monkeypatch):
+    """Forgets the folder of weights that a command was told."""
+    monkeypatch.setenv(weights.FOLDER, os.environ[weights.FOLDER])
+
+
 @pytest.fixture
 def shared_data() -> Path:
     if not SHARED.is_dir():

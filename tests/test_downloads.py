@@ -172,6 +172,15 @@ def test_through_a_proxy(stub, weights):
     assert tensors(stub, "blip-large")[0] == NEEDED["blip-large"]
 
 
+def test_a_file_of_ones_own_stays(stub, weights, tmp_path):
+    mine = tmp_path / "weights" / "magicprompt" / "model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    code, _, err = weights("get", "magicprompt", "--yes")
+    assert code == 2 and f"{mine}: another file is there than the hub has; move it away" in err
+    assert mine.read_bytes() == b"mine"
+
+
 def test_room_on_the_disk_is_checked_first(stub, monkeypatch, tmp_path):
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"0\.01 GB to download, 0\.00 GB free"):
@@ -203,9 +212,8 @@ def folder_of(tmp_path, *names):
     return folder
 
 
-def test_what_one_has_is_taken_over(tmp_path, command, monkeypatch):
+def test_what_one_has_is_taken_over(tmp_path, command):
     home = tmp_path / "weights"
-    monkeypatch.setenv(located.FOLDER, "put back after the test, since the command sets it")
     file = folder_of(tmp_path, "768-v-ema.ckpt") / "768-v-ema.ckpt"
     code, _, err = command("weights", "get", file, "--weights-dir", home)
     assert code == 0, err

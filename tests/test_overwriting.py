@@ -44,6 +44,7 @@ def inputs(tmp_path, small_run, small_checkpoint, small_embeddings):
     state = {f"backbone.{name}": value for name, value in found.backbone.state_dict().items()}
     state |= {f"head.{name}": value for name, value in found.head.state_dict().items()}
     torch.save(state, folder / "reference.pt")
+    (folder / "768-v-ema.ckpt").write_bytes(b"weights")
     return folder
 
 
@@ -99,6 +100,10 @@ COMMANDS = {
     "run": (
         lambda i, o: ["run", "--quick", "--count", 60, "--run", o],
         ["run.json", "data_meta/train.csv", "timings.json"],
+    ),
+    "weights": (
+        lambda i, o: ["weights", "get", i / "768-v-ema.ckpt", "--weights-dir", o],
+        ["stable-diffusion-2/768-v-ema.ckpt", "stable-diffusion-2/SHA256SUMS"],
     ),
     "import-checkpoint": (
         lambda i, o: [

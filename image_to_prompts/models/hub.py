@@ -144,12 +144,10 @@ def _fetch(repository: str, one: RepoFile, target: Path) -> None:
     from huggingface_hub.utils import build_hf_headers
 
     expected = one.lfs.sha256 if one.lfs else ""
-    if (
-        target.is_file()
-        and target.stat().st_size == one.size
-        and (not expected or layouts.file_digest(target) == expected)
-    ):
-        return
+    if target.exists():
+        if target.stat().st_size == one.size and expected in ("", layouts.file_digest(target)):
+            return
+        raise UserError(f"{target}: another file is there than the hub has; move it away")
     part = _part(one, target)
     make_folder(part.parent)
     url, headers = hf_hub_url(repository, one.path), build_hf_headers()

@@ -95,7 +95,7 @@ def test_every_layout_gives_the_tensors_of_its_file(layout, places, tiny_encoder
     backbones.load_pretrained(tower, backbones.describe(name))
     for key, value in state.items():
         wanted = value.half().float() if layout == "float16" else value
-        assert torch.equal(towers.state_dict()[key], wanted)
+        assert torch.equal(towers.state_dict()[key], wanted) and towers.state_dict()[key].dtype == torch.float32
         if key.startswith("visual."):
             assert torch.equal(tower.state_dict()[key.removeprefix("visual.")], wanted)
     if layout.endswith("shards"):
