@@ -235,9 +235,8 @@ def take_over(path: Path, model: str = "") -> None:
     base = found if found.is_dir() else found.parent
     config = [base / CONFIG] if found.is_file() and (base / CONFIG).is_file() else []
     files, folder = [*layouts.files(found), *config], weights.home() / weights.own_folder(name)
-    _room_for(
-        sum(file.stat().st_size for file in files if file.stat().st_dev != make_folder(weights.home()).stat().st_dev)
-    )
+    disk = make_folder(weights.home()).stat().st_dev
+    _room_for(sum(file.stat().st_size for file in files if file.stat().st_dev != disk))
     _check_sums(folder)
     with alone(folder):
         written = [_link(file, folder / file.relative_to(base)) for file in files]

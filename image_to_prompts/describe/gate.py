@@ -26,6 +26,8 @@ def check_upload(path: Path) -> None:
     Raises:
         ValueError: Says why.
     """
+    if path.stat().st_size > MEGABYTES * 1_000_000:
+        raise ValueError(f"The file has more than {MEGABYTES} MB.")
     pixels = float("inf")
     try:
         with warnings.catch_warnings():  # Pillow warns of, and then refuses, what is large; our limit is lower
@@ -35,7 +37,7 @@ def check_upload(path: Path) -> None:
     except Image.DecompressionBombError:
         pass
     except READ_ERRORS as error:
-        raise ValueError("This is no readable image. Give a PNG, JPEG or WebP file.") from error
+        raise ValueError("This file cannot be read as a PNG, JPEG or WebP picture.") from error
     if pixels > MEGAPIXELS * 1e6:
         raise ValueError(f"The image has more than {MEGAPIXELS} megapixels. Make it smaller.")
 

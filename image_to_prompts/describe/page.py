@@ -1,4 +1,4 @@
-"""A page in the browser: the prompt of a picture, edited and rendered again, and the prompts of a folder.
+"""A page in the browser: the prompt of a picture, edited and rendered again, and those of many.
 
     image-to-prompts demo                                    on this machine alone
     curl --data-binary @cat.png http://127.0.0.1:7860/describe    the same as JSON
@@ -9,6 +9,7 @@ an hour. Beside the loopback address it answers to one account only (--auth).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -38,11 +39,13 @@ log = logging.getLogger(__name__)
 WAITING = 64  # requests in the queue
 KEPT, SWEPT = 3600, 600  # seconds for which uploads and sessions are kept, and between two looks at them
 MOST_FILES = 500  # uploads of one folder
-DROP = "Drop a picture here, paste one, or click to choose"
+DROP = "Drop or paste a picture, or click to choose one"
 CSS = """
 #table img {max-width: 64px; max-height: 64px}
 .lines {width: 100%; margin: 4px 0 16px}
-.lines td {padding: 2px 12px 2px 0; vertical-align: top; border: none}
+.lines, .lines tr, .lines td {border: none !important; vertical-align: top}
+.lines td {padding: 2px 12px 2px 0}
+.lines td:first-child {width: 64px}
 """
 CLICK = "() => document.querySelector('#fetch a, a#fetch, #fetch')?.click()"
 
@@ -69,123 +72,111 @@ class Main:
 
 @dataclass
 class Config(Models, Main):
-    """Opens a page in the browser: drop a picture, edit its prompt, render it again; or describe a folder."""
+    """Opens a page in the browser: drop a picture, edit its prompt, render it again; or describe many."""
 
 
 def page(session: Session) -> gradio.Blocks:
-    """The page: a picture, and a folder."""
+    """The page: a picture, and many of them."""
     import gradio as gr
 
     _adapt()
-    with gr.Blocks(title="image-to-prompts", analytics_enabled=False, delete_cache=(SWEPT, KEPT)) as blocks:
-        gr.Markdown("# The prompt of a picture")
+    with gr.Blocks(title="The prompt of a picture", analytics_enabled=False, delete_cache=(SWEPT, KEPT)) as blocks:
+        gr.Markdown(f"# The prompt of a picture\n{session.introduction}")
         with gr.Tab("One picture"):
             _one_picture(session)
-        with gr.Tab("A folder"):
-            _a_folder(session)
+        with gr.Tab("Many pictures"):
+            _many_pictures(session)
+        gr.Markdown("For scripts: `curl --data-binary @picture.png ADDRESS-OF-THIS-PAGE/describe`", elem_id="scripts")
     return blocks
 
 
 def _one_picture(session: Session) -> None:
     import gradio as gr
 
-    found = gr.State(None, time_to_live=KEPT)
-    visited = gr.State([], time_to_live=KEPT)
+    vector, here = (gr.State(None, time_to_live=KEPT) for _ in range(2))
+    visited = gr.State([], time_to_live=KEPT)  # (path, prompt as it was left) of each picture
     with gr.Row():
         with gr.Column(min_width=320):
-            picture = gr.Image(
-                label="picture",
-                sources=["upload", "clipboard"],
-                height=360,
-                placeholder=DROP,
-                elem_id="picture",
-                buttons=[],
-            )
+            upload = {"sources": ["upload"], "placeholder": DROP, "buttons": []}
+            picture = gr.Image(label="Picture", height=360, elem_id="picture", **upload)
+            history = gr.Gallery(
+                label="This visit", columns=6, height=150, fit_columns=False, allow_preview=False, buttons=[],
+                object_fit="contain", elem_id="history", visible=False,
+            )  # fmt: skip
         with gr.Column(min_width=320):
-            source = gr.Markdown(elem_id="source")
-            prompt = gr.Textbox(
-                label="prompt", lines=3, max_length=MOST_LETTERS, elem_id="prompt", interactive=True, buttons=["copy"]
-            )
-            cosine = gr.Textbox(
-                label="similarity to the prediction", interactive=False, elem_id="similarity", visible=False
-            )
-            others = gr.Radio([], label="candidates", elem_id="candidates", visible=False)
+            source = gr.HTML(elem_id="source")
+            prompt = gr.Textbox(label="Prompt", lines=3, max_length=MOST_LETTERS, elem_id="prompt", buttons=["copy"])
+            fits = gr.Markdown(elem_id="similarity")
+            others = gr.Radio([], label="Candidates, best to read first", elem_id="candidates", visible=False)
     worth = gr.HTML(elem_id="worth")
+    refusal = gr.Markdown(elem_id="refusal")
     with gr.Row(visible=False) as again:
         with gr.Column(min_width=320):
-            seed = gr.Number(label="seed", precision=0, minimum=0, maximum=2**32 - 1, elem_id="seed")
+            info = "The same number draws the same picture of a text."
+            seed = gr.Number(label="Seed", precision=0, info=info, elem_id="seed")
             button = gr.Button("Render again", variant="primary", elem_id="render")
-            said = gr.Markdown(elem_id="undrawn")
+            said = gr.HTML(elem_id="undrawn")
         with gr.Column(min_width=320):
             drawn = gr.Image(
-                label="rendered again", type="pil", interactive=False, format="png", height=360, elem_id="again",
-                buttons=["download", "fullscreen"],
+                label="Rendered again", type="pil", interactive=False, format="png", height=360, elem_id="again",
+                buttons=["download", "fullscreen"], visible=False,
             )  # fmt: skip
-    refusal = gr.Markdown(elem_id="refusal")
     nearest = gr.HTML(elem_id="nearest")
-    history = gr.Gallery(
-        label="this visit",
-        columns=8,
-        height=180,
-        fit_columns=False,
-        allow_preview=False,
-        buttons=[],
-        object_fit="contain",
-        elem_id="history",
-        visible=False,
-    )
 
     def look(path: str | None, past: list[tuple[str, str]]) -> dict[Any, Any]:
         blank: dict[Any, Any] = {
-            found: None, prompt: "", source: "", refusal: "", drawn: None, said: "",
-            picture: gr.Image(None, placeholder=DROP), again: gr.Row(visible=False),
-            others: gr.Radio(choices=[], visible=False), nearest: "",
-            worth: "", cosine: gr.Textbox("", visible=False),
+            vector: None, here: None, prompt: "", source: "", refusal: "", said: "",
+            drawn: gr.Image(None, visible=False), again: gr.Row(visible=False),
+            others: gr.Radio(choices=[], visible=False),
+            nearest: "", worth: "", fits: "",
         }  # fmt: skip
-        if path is None:
+        if path is None:  # the picture itself stays as it is: another may be on its way
             return blank
         (one,) = session.describe([Path(path)])
         if one.error:
             return {**blank, picture: gr.Image(None, placeholder=f"# {one.error}\n{DROP}")}
-        no = session.refusal(one)
-        vector = None if one.familiar is False else one.vector  # the prediction for a strange picture says nothing
-        choices = [one.prompt, *one.candidates]
-        now = [*((old, text) for old, text in past if old != path), (path, one.prompt)]
-        own = int(one.seed) if one.seed.isdigit() and int(one.seed) < 2**32 else sessions.seed_of(one.prompt)
-        rows = [[f"{value:.3f}", text] for text, value in one.nearest]
+        no, own = session.refusal(one), session.seed(one)
+        known = None if one.familiar is False else one.vector  # the prediction for a strange picture says nothing
+        text = dict(past).get(path, one.prompt)  # as it was left
+        now = past if path in dict(past) else [*past, (path, text)]
+        choices = session.rated([one.prompt, *one.candidates], known)
+        rows = [[f"{value:.2f}", near] for near, value in one.nearest]
         return {
             **blank,
-            found: vector, prompt: one.prompt, source: f"**{session.source(one)}**", picture: gr.Image(path),
-            others: gr.Radio(choices=choices, value=one.prompt, visible=len(choices) > 1),
-            nearest: _lines("Nearest known prompts", rows), refusal: no, again: gr.Row(visible=not no), seed: own,
-            visited: now, history: gr.Gallery(now[::-1], visible=len(now) > 1), **judge(one.prompt, vector),
+            vector: known, here: path, prompt: text, source: session.source(one), picture: gr.Image(path),
+            others: gr.Radio(choices=choices, value=text, visible=len(choices) > 1),
+            nearest: _lines("The most similar prompts that the model has learned from", rows), refusal: no,
+            again: gr.Row(visible=not no), seed: own, visited: now, **judge(text, known),
+            history: gr.Gallery(now, visible=True, selected_index=list(dict(now)).index(path)),
         }  # fmt: skip
 
-    def judge(text: str, vector: Any) -> dict[Any, Any]:
-        near, rows = session.judge(text, vector)
-        return {
-            cosine: gr.Textbox(near, visible=bool(near)),
-            worth: _lines("What each phrase adds to the similarity", rows),
-        }
+    def judge(text: str, known: Any) -> dict[Any, Any]:
+        near, rows = session.judge(text, known)
+        return {fits: near, worth: _lines("What that number loses without a phrase", rows)}
+
+    def edit(text: str, known: Any, path: str, past: list[tuple[str, str]]) -> dict[Any, Any]:
+        left = [(one, text if one == path else old) for one, old in past]
+        return {visited: left, others: gr.Radio(value=text), **judge(text, known)}
 
     def draw(text: str, number: float | None) -> dict[Any, Any]:
         if not text.strip():
-            return {said: "Write a prompt first."}
-        image, missing = session.draw(text, sessions.seed_of(text) if number is None else int(number))
-        return {drawn: image, said: missing}
+            return {drawn: gr.Image(None, visible=False), said: "Write a prompt first."}
+        image, missing = session.draw(text, sessions.seed_of(text) if number is None else int(number) % 2**32)
+        return {drawn: gr.Image(image, visible=image is not None), said: missing}
 
     def back(past: list[tuple[str, str]], chosen: gr.SelectData) -> dict[Any, Any]:
-        return look(past[::-1][chosen.index][0], past)
+        return look(past[chosen.index][0], past)
 
-    shown = [found, visited, prompt, source, cosine, worth, nearest, others, seed, again, refusal, said, drawn, picture]
-    every = {"concurrency_limit": 16}  # the models themselves are asked one after the other, see `Session`
-    picture.input(look, [picture, visited], [*shown, history], api_name="look", **every)
     back.__annotations__["chosen"] = gr.SelectData
-    history.select(back, visited, [*shown, history], api_visibility="private", **every)
-    quietly = {"trigger_mode": "always_last", "show_progress": "hidden", "api_visibility": "private"}
-    prompt.change(judge, [prompt, found], [cosine, worth], **quietly, **every)
-    others.input(lambda text: text, others, prompt, api_visibility="private")
-    button.click(draw, [prompt, seed], [drawn, said], api_visibility="private", **every)
+    every = {"concurrency_limit": 16, "show_progress_on": source}  # the models themselves are asked one after the other
+    shown = [vector, here, prompt, source, fits, worth, nearest, others, seed, again, refusal, said, drawn, picture]
+    picture.input(look, [picture, visited], [*shown, visited, history], api_name="look", **every)
+    private = {"api_visibility": "private"}
+    history.select(back, visited, [*shown, visited, history], **private, **every)
+    quietly = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_limit": 16}
+    prompt.change(edit, [prompt, vector, here, visited], [visited, others, fits, worth], **private, **quietly)
+    others.input(lambda text: text, others, prompt, show_progress="hidden", **private)
+    button.click(draw, [prompt, seed], [drawn, said], concurrency_limit=16, show_progress_on=said, **private)
 
 
 def _lines(title: str, rows: list[list[str]]) -> str:
@@ -194,62 +185,85 @@ def _lines(title: str, rows: list[list[str]]) -> str:
     return f"<b>{title}</b><table class=lines>{cells}</table>" if rows else ""
 
 
-def _a_folder(session: Session) -> None:
+def _many_pictures(session: Session) -> None:
     import gradio as gr
 
     rows = gr.State([], time_to_live=KEPT)
-    files = gr.File(label="pictures", file_count="multiple", height=140, elem_id="files")
-    start = gr.Button("Describe them", variant="primary", elem_id="start")
-    state = gr.Markdown(elem_id="state")
-    with gr.Row():
-        words = gr.Textbox(label="show only rows with", elem_id="filter", min_width=200)
-        prefix = gr.Textbox(label="text before", elem_id="prefix", min_width=120)
-        suffix = gr.Textbox(label="text after", elem_id="suffix", min_width=120)
+    files = gr.File(label="Pictures", file_count="multiple", height=140, elem_id="files")
+    start = gr.Button("Describe the new ones", variant="primary", elem_id="start")
+    state = gr.Markdown("Double-click a prompt in the table to edit it.", elem_id="state")
+    with gr.Row(equal_height=True):
+        words = gr.Textbox(label="Show only rows with (file, prompt or source)", elem_id="filter", min_width=200)
+        prefix = gr.Textbox(label="Text before, with its comma", elem_id="prefix", min_width=140)
+        suffix = gr.Textbox(label="Text after, with its comma", elem_id="suffix", min_width=140)
         add = gr.Button("Add to the prompts shown", elem_id="add", min_width=160)
     table = gr.Dataframe(
-        headers=list(sessions.COLUMNS),
+        headers=["", *sessions.COLUMNS[1:]],
         datatype=["html", "str", "str", "str", "str"],
-        static_columns=[0, 1, 3, 4],
-        column_widths=["90px", "190px", "600px", "180px", "110px"],
+        static_columns=[0, 2, 3, 4],
+        column_widths=["84px", "420px", "190px", "130px", "100px"],
+        row_count=(1, "fixed"),
+        column_count=(len(sessions.COLUMNS), "fixed"),
         interactive=True,
         wrap=True,
         elem_id="table",
     )
     with gr.Row():
-        as_csv = gr.Button("Download the table (CSV)", elem_id="csv")
-        as_texts = gr.Button("Download one .txt per picture (zip)", elem_id="texts")
+        as_csv = gr.Button("Download the rows shown (CSV)", elem_id="csv")
+        as_texts = gr.Button("Download one .txt per picture shown (zip)", elem_id="texts")
     fetched = gr.DownloadButton(elem_id="fetch", visible="hidden")
 
-    def begin(paths: list[str] | None) -> Iterator[tuple[list[dict[str, Any]], pd.DataFrame, str]]:
-        given = [Path(path) for path in (paths or [])[:MOST_FILES]]
-        done: list[dict[str, Any]] = []
-        for part in session.rows(given):
+    def begin(paths: list[str] | None, old: list[dict[str, Any]], kept: str) -> Iterator[dict[Any, Any]]:
+        given = list(dict.fromkeys(paths or []))[:MOST_FILES]
+        done = [row for row in old if row["path"] in given]
+        left = [Path(path) for path in given if path not in {row["path"] for row in old}]
+        yield {state: f"0 of {len(left)} files", table: gr.Dataframe(sessions.shown(done, kept), interactive=False)}
+        taken = {row["image"] for row in done}
+        for part in session.rows(left, taken):
             done += part
-            yield done, sessions.shown(done, ""), f"{len(done)} of {len(given)} pictures"
-        left = len(paths or []) - len(given)
-        bad = sum(not row["picture"] for row in done)
-        said = [f"{len(done) - bad} pictures described" if given else "Choose pictures first"]
-        said += [f"{bad} files are no pictures that can be read"] if bad else []
-        said += [f"{left} left out: at most {MOST_FILES} at once"] if left else []
-        yield done, sessions.shown(done, ""), "; ".join(said) + "."
+            count = len(done) - len(given) + len(left)
+            yield {rows: done, table: sessions.shown(done, kept), state: f"{count} of {len(left)} files"}
+        yield {
+            rows: done,
+            table: gr.Dataframe(sessions.shown(done, kept), interactive=True),
+            state: sessions.told(done),
+        }
+
+    def narrow(every: list[dict[str, Any]], kept: str) -> dict[Any, Any]:
+        part = sessions.shown(every, kept)
+        return {table: part, state: f"{len(part)} of {len(every)} rows." if kept.strip() else sessions.told(every)}
+
+    def around(every: list[dict[str, Any]], part: pd.DataFrame, before: str, after: str, kept: str) -> dict[Any, Any]:
+        changed = sessions.surrounded(every, part, before, after)
+        number = sum(
+            new["prompt"] != old["prompt"] for new, old in zip(changed, sessions.edited(every, part), strict=True)
+        )
+        names = set(part["image"])
+        table_now = sessions.shown([row for row in changed if row["image"] in names], "")
+        return {rows: changed, table: table_now, prefix: "", suffix: "", state: f"Added to {number} prompts."}
 
     def save(write: Callable[[pd.DataFrame, Path], Path], name: str) -> Callable[[pd.DataFrame], str]:
-        def saved(shown: pd.DataFrame) -> str:
-            return str(write(shown, Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name))
+        def saved(part: pd.DataFrame) -> str:
+            if not part.iloc[:, sessions.COLUMNS.index("image")].astype(str).str.strip().any():
+                raise gr.Error("There is nothing to download yet.", print_exception=False)
+            folder = tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])
+            return str(write(sessions.named(part), Path(folder) / name))
 
         return saved
 
     private = {"api_visibility": "private"}
-    start.click(begin, files, [rows, table, state], concurrency_limit=8, **private)
+    start.click(
+        begin, [files, rows, words], [rows, table, state], concurrency_limit=8, show_progress_on=state, **private
+    )
     table.input(sessions.edited, [rows, table], rows, show_progress="hidden", **private)
-    words.change(sessions.shown, [rows, words], table, show_progress="hidden", trigger_mode="always_last", **private)
-    around = add.click(sessions.surrounded, [rows, table, prefix, suffix], rows, **private)
-    around.then(sessions.shown, [rows, words], table, **private)
+    quietly = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    words.change(narrow, [rows, words], [table, state], **quietly, **private)
+    add.click(around, [rows, table, prefix, suffix, words], [rows, table, prefix, suffix, state], **private)
     for clicked, write, name in (
         (as_csv, sessions.write_csv, "prompts.csv"),
         (as_texts, sessions.write_texts, "prompts.zip"),
     ):
-        clicked.click(save(write, name), table, fetched, **private).then(None, js=CLICK, **private)
+        clicked.click(save(write, name), table, fetched, **private).success(None, js=CLICK, **private)
 
 
 def _adapt() -> None:
@@ -275,22 +289,27 @@ def _adapt() -> None:
 def _answerer(session: Session, folder: Path) -> Callable[[Request], Any]:
     """What answers `POST /describe`: the body is a picture, the answer what was found out, as JSON."""
     from starlette.concurrency import run_in_threadpool
-    from starlette.responses import JSONResponse
+    from starlette.responses import Response
+
+    def reply(said: dict[str, Any], status: int = 200) -> Response:
+        return Response(f"{json.dumps(said, ensure_ascii=False)}\n", status, media_type="application/json")
 
     async def answer(request: Request) -> Response:
         body = b""
         async for chunk in request.stream():
             body += chunk
             if len(body) > gate.MEGABYTES * 1_000_000:
-                return JSONResponse({"error": f"The file has more than {gate.MEGABYTES} MB."}, 413)
+                return reply({"error": f"The file has more than {gate.MEGABYTES} MB."}, 413)
+        if not body or "multipart" in request.headers.get("content-type", ""):
+            return reply({"error": "Send the picture itself: curl --data-binary @picture.png"}, 400)
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(body)
             file.flush()
             (found,) = await run_in_threadpool(session.describe, [Path(file.name)])
         if found.error:
-            return JSONResponse({"error": found.error}, 400)
+            return reply({"error": found.error}, 400)
         said = {name: value for name, value in asdict(found).items() if name not in ("path", "error", "vector")}
-        return JSONResponse(said)
+        return reply(said)
 
     return answer
 
@@ -324,12 +343,13 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
         blocks.launch(
             server_name=config.host,
             server_port=config.port,
-            max_file_size=gate.MEGABYTES * gr.FileSize.MB,
+            max_file_size=5 * gate.MEGABYTES * gr.FileSize.MB,
             app_kwargs={
                 "middleware": [Middleware(gate.Gate, folder=Path(folder.name), user=user, password=password)],
                 "routes": [Route("/describe", _answerer(session, Path(folder.name)), methods=["POST"])],
             },
             css=CSS,
+            head=f"<script>{Path(__file__).with_suffix('.js').read_text(encoding='utf-8')}</script>",
             ssr_mode=False,
             footer_links=[],
             quiet=True,

@@ -7,6 +7,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MOST_LETTERS = 1000  # of an edited prompt; all-MiniLM-L6-v2 reads the first 256
 MOST_PHRASES = 24  # of a prompt whose worth is told
 THUMBNAIL = 64  # px
 AT_ONCE = 8  # pictures of a folder between two looks at the table
-COLUMNS = ("picture", "image", "prompt", "source", "familiar")
+COLUMNS = ("picture", "prompt", "image", "source", "familiar")
 WRITTEN = ("image", "prompt", "source", "familiar")  # columns of the CSV
 
 
@@ -59,7 +60,12 @@ def painter(profile: str) -> Painter:
         else:
             return Painter(lambda prompt, seed: backend.render([Row(0, "", prompt, seed, "")])[0][0])
     picture = pipeline.embedded("picture")
-    return Painter(lambda prompt, seed: picture(prompt, seed)[0], pipeline.embedded("undrawn"))
+
+    def scene(prompt: str, seed: int) -> Image.Image | None:
+        image, nothing_known = picture(prompt, seed)
+        return None if nothing_known else image
+
+    return Painter(scene, pipeline.embedded("undrawn"))
 
 
 def seed_of(prompt: str) -> int:
@@ -94,28 +100,55 @@ class Session:
             for d in described
         ]
 
-    def source(self, found: Description) -> str:
-        """Where a prompt comes from, in words."""
-        if found.source == "file":
-            return f"found in the file{f', written by {found.generator}' if found.generator else ''}"
-        if found.source == "checkpoint":
-            return "predicted"
-        if found.source == "interrogator":
-            return "by CLIP Interrogator"
+    @property
+    def introduction(self) -> str:
+        """What the page is for, and what its model knows."""
         known = predictors.knows(self.describer.folders).removeprefix("it ")
-        return f"a guess: this model {known}" if known else "a guess: there is no model here that knows pictures"
+        model = f"The model here {known}." if known else "There is no model here that knows pictures yet."
+        return (
+            "A prompt is the text from which Stable Diffusion made a picture. If it is in the file it is shown; "
+            f"otherwise the model says what it can. {model} PNG, JPEG or WebP, up to {gate.MEGABYTES} MB. No picture "
+            "leaves the machine on which this page runs."
+        )
+
+    def source(self, found: Description) -> str:
+        """Where a prompt comes from, in words, as HTML."""
+        if found.source == "file":
+            about = [found.generator, f"seed {found.seed}" if found.seed else "", found.model]
+            said = f" ({', '.join(filter(None, about))})" if any(about) else ""
+            without = f"<br>Negative prompt: {escape(found.negative_prompt)}" if found.negative_prompt else ""
+            return f"<b>Found in the file</b>{escape(said)}{without}"
+        if found.source == "checkpoint":
+            return "<b>The model's prediction</b>, which can be wrong"
+        if found.source == "interrogator":
+            return "<b>By CLIP Interrogator</b>: a caption, and terms that CLIP finds fitting"
+        known = predictors.knows(self.describer.folders).removeprefix("it ")
+        why = f"this model {known}" if known else "there is no model here that knows pictures"
+        return f"<b>A guess, not a prompt</b>: {why}. Things that may be in the picture:"
 
     def refusal(self, found: Description) -> str:
         """Why rendering again makes no sense; "" if it does."""
         if self.painter.undrawn is None or found.source == "checkpoint":
             return ""
         return (
-            "Rendering again: without Stable Diffusion 2 this page can draw emoji scenes alone, which says nothing "
-            "about this picture. `image-to-prompts weights get render` gets it; then `demo --profile full`."
+            "This page can redraw only emoji scenes. To redraw any picture, stop it and run "
+            "`image-to-prompts weights get render`, then `image-to-prompts demo --profile full`."
         )
 
+    def seed(self, found: Description) -> int:
+        """The seed that the file says, or one that depends on the prompt."""
+        return int(found.seed) % 2**32 if found.seed.isdigit() else seed_of(found.prompt)
+
+    def rated(self, prompts: Sequence[str], vector: np.ndarray | None) -> list[tuple[str, str]]:
+        """Candidates as (what is shown, the text): with how well each fits."""
+        if vector is None:
+            return [(text, text) for text in prompts]
+        with self.lock:
+            cosines = text_encoder.encode_once(list(prompts)) @ vector
+        return [(f"{cosine:.2f}  {text}", text) for text, cosine in zip(prompts, cosines, strict=True)]
+
     def judge(self, prompt: str, vector: np.ndarray | None) -> tuple[str, list[list[str]]]:
-        """How near a prompt comes to the prediction, and what each of its phrases adds to that."""
+        """How near a prompt comes to the prediction, in words, and what each of its phrases adds to that."""
         text = prompt[:MOST_LETTERS].strip()
         if vector is None or not text:
             return "", []
@@ -125,19 +158,23 @@ class Session:
         with self.lock:
             cosines = text_encoder.encode_once(asked) @ vector
         worth = [[f"{cosines[0] - cosine:+.3f}", phrase] for phrase, cosine in zip(phrases, cosines[1:], strict=False)]
-        return f"{cosines[0]:.3f}", worth
+        return f"Fits what the model sees: **{cosines[0]:.3f}** (1 would be perfect)", worth
 
     def draw(self, prompt: str, seed: int) -> tuple[Image.Image | None, str]:
-        """The picture of a prompt, and what of it was not drawn, in words."""
+        """The picture of a prompt, and what of it was not drawn, as HTML."""
         text = prompt[:MOST_LETTERS]
         with self.lock:
             picture = self.painter.draw(text, seed)
+        if picture is None:
+            return None, "Nothing of this text can be drawn here."
         missing = self.painter.undrawn(text) if self.painter.undrawn else []
-        return picture, f"Not drawn: {', '.join(missing)}." if missing else ""
+        left_out = f"<br>Not drawn: {escape(', '.join(missing))}." if missing else ""
+        return picture, f"Drawn from: {escape(text)}{left_out}"
 
-    def rows(self, files: Sequence[Path]) -> Iterator[list[dict[str, Any]]]:
-        """Rows of a folder's table, block by block: name, thumbnail, prompt, source, familiar."""
-        names = unique([file.name for file in files])
+    def rows(self, files: Sequence[Path], taken: Iterable[str] = ()) -> Iterator[list[dict[str, Any]]]:
+        """Rows of the table of many pictures, block by block, with names that are not taken yet."""
+        before = list(taken)
+        names = unique([*before, *(file.name for file in files)])[len(before) :]
         for start in range(0, len(files), AT_ONCE):
             part = range(start, min(start + AT_ONCE, len(files)))
             found = self.describe([files[row] for row in part])
@@ -145,10 +182,10 @@ class Session:
 
     def _row(self, name: str, found: Description) -> dict[str, Any]:
         familiar = {True: "yes", False: "no", None: ""}[found.familiar]
-        row = {"image": name, "prompt": found.prompt, "familiar": familiar}
+        row = {"path": str(found.path), "image": name, "prompt": found.prompt, "familiar": familiar}
         if found.error:
             return {**row, "picture": "", "source": found.error}
-        return {**row, "picture": thumbnail(found.path), "source": self.source(found).partition(":")[0]}
+        return {**row, "picture": thumbnail(found.path), "source": found.source}
 
 
 def thumbnail(path: Path) -> str:
@@ -177,6 +214,14 @@ def unique(names: Iterable[str]) -> list[str]:
     return found
 
 
+def told(rows: Sequence[dict[str, Any]]) -> str:
+    """How many pictures were described, and which files could not be read."""
+    bad = [row["image"] for row in rows if not row["picture"]]
+    good = len(rows) - len(bad)
+    text = f"{good} picture{'' if good == 1 else 's'} described. Double-click a prompt to edit it."
+    return f"{text} Not read: {', '.join(bad)}." if bad else text if rows else "Choose pictures first."
+
+
 def shown(rows: Sequence[dict[str, Any]], words: str) -> pd.DataFrame:
     """The rows that hold all of some words, as the table shows them."""
     wanted = words.lower().split()
@@ -185,15 +230,21 @@ def shown(rows: Sequence[dict[str, Any]], words: str) -> pd.DataFrame:
     return pd.DataFrame([[row[column] for column in COLUMNS] for row in kept], columns=list(COLUMNS))
 
 
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """The table as it comes from the page, with its columns' names; one of them is not shown there."""
+    return table.set_axis(list(COLUMNS), axis=1)
+
+
 def edited(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows with the prompts that stand in the table, which may show a part of them."""
+    table = named(table)
     prompts = dict(zip(table["image"], table["prompt"].fillna("").astype(str), strict=True))
     return [{**row, "prompt": prompts.get(row["image"], row["prompt"])} for row in rows]
 
 
 def surrounded(rows: Sequence[dict[str, Any]], table: pd.DataFrame, prefix: str, suffix: str) -> list[dict[str, Any]]:
     """The rows with a text before and behind each prompt that the table shows."""
-    names = set(table["image"])
+    names = set(named(table)["image"])
     return [
         {**row, "prompt": f"{prefix}{row['prompt']}{suffix}"} if row["image"] in names and row["prompt"] else row
         for row in edited(rows, table)

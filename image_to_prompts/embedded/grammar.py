@@ -48,7 +48,7 @@ class Thing:
 
 
 # Nobody misses these in a picture.
-UNSAID = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "by", "to", "from", "its", "style"}
+UNSAID = {"a", "an", "the", "of", "in", "on", "at", "and", "with", "by", "to", "from", "its", "one", "style"}
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,8 @@ def parse(text: str) -> Scene:
 
 def undrawn(text: str) -> list[str]:
     """The parts of a text that the renderer draws nothing for, in order; words such as "a" and "with" do not count."""
-    rest = (" ".join(word for word in part.split() if word not in UNSAID) for part in re.split(r"[,|]", _read(text)[1]))
+    parts = (re.findall(r"[\w'-]+", part) for part in re.split(r"[,|]", _read(text)[1]))
+    rest = (" ".join(word for word in words if word not in UNSAID) for words in parts)
     return list(dict.fromkeys(filter(None, rest)))
 
 

@@ -30,7 +30,7 @@ class Pretending:
 
 def rows(*names):
     return [
-        {"picture": "<img>", "image": n, "prompt": f"a {n}", "source": "predicted", "familiar": "yes"} for n in names
+        {"picture": "<img>", "image": n, "prompt": f"a {n}", "source": "checkpoint", "familiar": "yes"} for n in names
     ]
 
 
@@ -41,7 +41,7 @@ def test_each_phrase_is_worth_what_the_prompt_loses_without_it():
         text: float(text_encoder.encode_once([text])[0] @ vector) for text in ("a red fox in snow, oil painting",)
     }
     whole = float(text_encoder.encode_once(["a red fox in snow, oil painting, by nobody"])[0] @ vector)
-    assert near == f"{whole:.3f}"
+    assert f"**{whole:.3f}**" in near
     assert [phrase for _, phrase in worth] == ["a red fox in snow", "oil painting", "by nobody"]
     assert worth[2][0] == f"{whole - cosine['a red fox in snow, oil painting']:+.3f}" and float(worth[0][0]) > 0.2
     assert session.Session(Pretending(), None).judge("a fox", None) == ("", [])
@@ -56,6 +56,7 @@ def test_each_phrase_is_worth_what_the_prompt_loses_without_it():
         ("two robots beside a castle, oil painting", []),
         ("two robots", []),
         ("portrait of nobody", ["portrait nobody"]),
+        ("stained glass window: one cloud, fantasy", ["fantasy"]),
         ("", []),
     ],
 )
@@ -85,7 +86,7 @@ def test_a_refused_file_does_not_reach_the_models(tmp_path):
     (tmp_path / "bad.png").write_text("<html>")
     good, bad = session.Session(Pretending(), None).describe([tmp_path / "good.png", tmp_path / "bad.png"])
     assert good.prompt == "a fox" and len(good.nearest) == 2 and good.path.name == "good.png"
-    assert bad.error.startswith("This is no readable image") and not bad.prompt
+    assert bad.error.startswith("This file cannot be read") and not bad.prompt
 
 
 def test_names_are_told_apart():
@@ -127,4 +128,4 @@ def test_two_pictures_of_one_stem_get_two_texts(tmp_path):
 
 def test_a_vector_of_a_strange_picture_is_not_shown_as_known():
     found = Description(Path("a.png"), "helmet", "guess", familiar=False, vector=np.ones(384, np.float32))
-    assert session.Session(Pretending(), None).source(found) == "a guess: there is no model here that knows pictures"
+    assert session.Session(Pretending(), None).source(found).startswith("<b>A guess, not a prompt</b>: there is no")
