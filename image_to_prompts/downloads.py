@@ -239,9 +239,17 @@ def take_over(path: Path, model: str = "") -> None:
     _room_for(sum(file.stat().st_size for file in files if file.stat().st_dev != disk))
     _check_sums(folder)
     with alone(folder):
-        written = [_link(file, folder / file.relative_to(base)) for file in files]
+        written = [_link(file, folder / _called(file.relative_to(base), named(name))) for file in files]
         _write_sums(folder, written)
     log.info("%s: taken over to %s", name, folder)
+
+
+def _called(file: Path, one: Weights) -> Path:
+    """What a file is called in the folder of weights: as on the hub, whatever its name was, where the file is all."""
+    if one.form.marker or file.name in (CONFIG, *one.single_files) or layouts.tensors([file.name], one.form.stems):
+        return file
+    ends = ("safetensors", "bin")
+    return Path(f"{one.form.stems[file.suffix != '.safetensors']}.{ends[file.suffix != '.safetensors']}")
 
 
 def _link(source: Path, target: Path) -> Path:

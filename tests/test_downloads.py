@@ -225,6 +225,10 @@ def test_what_one_has_is_taken_over(tmp_path, command):
     assert command("weights", "get", clip, "--model", "open_clip:ViT-H-14", "--weights-dir", home)[0] == 0
     assert located.locate("open_clip:ViT-H-14") == home / "open_clip-ViT-H-14" / "open_clip_pytorch_model.bin"
     assert not (home / "open_clip-ViT-H-14" / "pytorch_model.bin").exists()
+    tower = folder_of(tmp_path / "c", "my clip.pt") / "my clip.pt"
+    assert command("weights", "get", tower, "--model", "open_clip:ViT-B-32-quickgelu", "--weights-dir", home)[0] == 0
+    name = "open_clip-ViT-B-32-quickgelu"
+    assert located.locate("open_clip:ViT-B-32-quickgelu") == home / name / "open_clip_pytorch_model.bin"
     code, out, _ = command("weights", "check", "--weights-dir", home)
     assert code == 0 and "1 of 1 files have a known SHA-256" in out
     located.locate("open_clip:ViT-H-14").unlink()

@@ -227,7 +227,7 @@ def shown(rows: Sequence[dict[str, Any]], words: str) -> pd.DataFrame:
     wanted = words.lower().split()
     said = (f"{row['image']} {row['prompt']} {row['source']}".lower() for row in rows)
     kept = [row for row, text in zip(rows, said, strict=True) if all(word in text for word in wanted)]
-    return pd.DataFrame([[row[column] for column in COLUMNS] for row in kept], columns=list(COLUMNS))
+    return pd.DataFrame([[row[column] for column in COLUMNS] for row in kept], columns=["", *COLUMNS[1:]])
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
