@@ -24,3 +24,23 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   if (give([...event.clipboardData.files])) event.preventDefault();
 });
+// The prompts of many pictures as they stand in the list; whoever leaves with edits is asked first.
+let edited = false;
+function collect() {
+  edited = false;
+  return [...document.querySelectorAll("#table .line")].map((line) => (
+    { image: line.dataset.image, prompt: line.querySelector("textarea")?.value ?? "" }));
+}
+document.addEventListener("input", (event) => {
+  if (event.target.closest("#table")) edited = true;
+});
+window.addEventListener("beforeunload", (event) => {
+  if (edited) event.preventDefault();
+});
+// Gradio changes the text inside an area that is there already; an area that somebody edited would not show it.
+new MutationObserver((changes) => {
+  for (const { target } of changes) {
+    const area = (target.nodeType == Node.TEXT_NODE ? target.parentElement : target)?.closest?.("#table textarea");
+    if (area) area.value = area.defaultValue;
+  }
+}).observe(document, { childList: true, characterData: true, subtree: true });

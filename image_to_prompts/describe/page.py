@@ -27,11 +27,10 @@ from ..run import folders
 from ..run.errors import UserError
 from . import Describer, gate
 from . import session as sessions
-from .session import MOST_LETTERS, Session
+from .session import MOST_LETTERS, Row, Session
 
 if TYPE_CHECKING:
     import gradio
-    import pandas as pd
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -41,12 +40,18 @@ KEPT, SWEPT = 3600, 600  # seconds for which uploads and sessions are kept, and 
 MOST_FILES = 500  # uploads of one folder
 DROP = "Drop or paste a picture, or click to choose one"
 CSS = """
-#table img {max-width: 64px; max-height: 64px}
+.line {display: flex; gap: 12px; padding: 8px 0; border-top: 1px solid var(--border-color-primary)}
+.line .thumb {flex: 0 0 64px}
+.line .thumb img {max-width: 64px; max-height: 64px; margin: 0}
+.line .text {flex: 1; min-width: 0; overflow-wrap: anywhere}
+.line textarea {width: 100%; margin-top: 4px; padding: 4px 8px; color: inherit; border-radius: 4px;
+  background: var(--input-background-fill); border: 1px solid var(--border-color-primary)}
 .lines {width: 100%; margin: 4px 0 16px}
 .lines, .lines tr, .lines td {border: none !important; vertical-align: top}
 .lines td {padding: 2px 12px 2px 0}
 .lines td:first-child {width: 64px}
 """
+COLLECT = "(...given) => { given[1] = collect(); return given; }"
 CLICK = "() => document.querySelector('#fetch a, a#fetch, #fetch')?.click()"
 
 
@@ -189,81 +194,65 @@ def _many_pictures(session: Session) -> None:
     import gradio as gr
 
     rows = gr.State([], time_to_live=KEPT)
+    seen = gr.JSON(visible="hidden")  # the prompts as they stand in the list: `page.js` reads them at each action
     files = gr.File(label="Pictures", file_count="multiple", height=140, elem_id="files")
     start = gr.Button("Describe the new ones", variant="primary", elem_id="start")
-    state = gr.Markdown("Double-click a prompt in the table to edit it.", elem_id="state")
+    state = gr.Markdown(elem_id="state")
     with gr.Row(equal_height=True):
-        words = gr.Textbox(label="Show only rows with (file, prompt or source)", elem_id="filter", min_width=200)
-        prefix = gr.Textbox(label="Text before, with its comma", elem_id="prefix", min_width=140)
-        suffix = gr.Textbox(label="Text after, with its comma", elem_id="suffix", min_width=140)
+        words = gr.Textbox(label="Show only rows with", elem_id="filter", min_width=200)
+        prefix = gr.Textbox(label="Text before", placeholder="sks, ", elem_id="prefix", min_width=120)
+        suffix = gr.Textbox(label="Text after", placeholder=", 4k", elem_id="suffix", min_width=120)
         add = gr.Button("Add to the prompts shown", elem_id="add", min_width=160)
-    table = gr.Dataframe(
-        headers=["", *sessions.COLUMNS[1:]],
-        datatype=["html", "str", "str", "str", "str"],
-        static_columns=[0, 2, 3, 4],
-        column_widths=["84px", "420px", "190px", "130px", "100px"],
-        row_count=(1, "fixed"),
-        column_count=(len(sessions.COLUMNS), "fixed"),
-        interactive=True,
-        wrap=True,
-        elem_id="table",
-    )
+    table = gr.HTML(elem_id="table", max_height=640)
     with gr.Row():
         as_csv = gr.Button("Download the rows shown (CSV)", elem_id="csv")
         as_texts = gr.Button("Download one .txt per picture shown (zip)", elem_id="texts")
     fetched = gr.DownloadButton(elem_id="fetch", visible="hidden")
 
-    def begin(paths: list[str] | None, old: list[dict[str, Any]], kept: str) -> Iterator[dict[Any, Any]]:
+    def begin(old: list[Row], now: Any, paths: list[str] | None, kept: str) -> Iterator[dict[Any, Any]]:
         given = list(dict.fromkeys(paths or []))[:MOST_FILES]
-        done = [row for row in old if row["path"] in given]
-        left = [Path(path) for path in given if path not in {row["path"] for row in old}]
-        yield {state: f"0 of {len(left)} files", table: gr.Dataframe(sessions.shown(done, kept), interactive=False)}
-        taken = {row["image"] for row in done}
-        for part in session.rows(left, taken):
+        done = [row for row in sessions.edited(old, now) if row["path"] in given]
+        left = [Path(path) for path in given if path not in {row["path"] for row in done}]
+        yield {state: f"0 of {len(left)} files", table: sessions.listing(sessions.shown(done, kept), locked=True)}
+        before = len(done)
+        for part in session.rows(left, {row["image"] for row in done}):
             done += part
-            count = len(done) - len(given) + len(left)
-            yield {rows: done, table: sessions.shown(done, kept), state: f"{count} of {len(left)} files"}
-        yield {
-            rows: done,
-            table: gr.Dataframe(sessions.shown(done, kept), interactive=True),
-            state: sessions.told(done),
-        }
+            said = f"{len(done) - before} of {len(left)} files"
+            yield {rows: done, table: sessions.listing(sessions.shown(done, kept), locked=True), state: said}
+        yield {rows: done, table: sessions.listing(sessions.shown(done, kept)), state: sessions.told(done)}
 
-    def narrow(every: list[dict[str, Any]], kept: str) -> dict[Any, Any]:
+    def narrow(every: list[Row], now: Any, kept: str) -> dict[Any, Any]:
+        every = sessions.edited(every, now)
         part = sessions.shown(every, kept)
-        return {table: part, state: f"{len(part)} of {len(every)} rows." if kept.strip() else sessions.told(every)}
+        said = f"{len(part)} of {len(every)} rows." if kept.strip() else sessions.told(every)
+        return {rows: every, table: sessions.listing(part), state: said}
 
-    def around(every: list[dict[str, Any]], part: pd.DataFrame, before: str, after: str, kept: str) -> dict[Any, Any]:
-        changed = sessions.surrounded(every, part, before, after)
-        number = sum(
-            new["prompt"] != old["prompt"] for new, old in zip(changed, sessions.edited(every, part), strict=True)
-        )
-        names = set(part["image"])
-        table_now = sessions.shown([row for row in changed if row["image"] in names], "")
-        return {rows: changed, table: table_now, prefix: "", suffix: "", state: f"Added to {number} prompts."}
+    def around(every: list[Row], now: Any, before: str, after: str) -> dict[Any, Any]:
+        part = sessions.only(every, now)
+        longer = [{**row, "prompt": f"{before}{row['prompt']}{after}"} if row["prompt"] else row for row in part]
+        said = f"Added to {sum(bool(row['prompt']) for row in part)} prompts."
+        whole = sessions.edited(sessions.edited(every, now), longer)
+        return {rows: whole, table: sessions.listing(longer), prefix: "", suffix: "", state: said}
 
-    def save(write: Callable[[pd.DataFrame, Path], Path], name: str) -> Callable[[pd.DataFrame], str]:
-        def saved(part: pd.DataFrame) -> str:
-            if not part.iloc[:, sessions.COLUMNS.index("image")].astype(str).str.strip().any():
+    def save(write: Callable[[list[Row], Path], Path], name: str) -> Callable[[list[Row], Any], str]:
+        def saved(every: list[Row], now: Any) -> str:
+            if not (part := sessions.only(every, now)):
                 raise gr.Error("There is nothing to download yet.", print_exception=False)
-            folder = tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])
-            return str(write(sessions.named(part), Path(folder) / name))
+            return str(write(part, Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name))
 
         return saved
 
-    private = {"api_visibility": "private"}
-    start.click(
-        begin, [files, rows, words], [rows, table, state], concurrency_limit=8, show_progress_on=state, **private
-    )
-    table.input(sessions.edited, [rows, table], rows, show_progress="hidden", **private)
+    private = {"api_visibility": "private", "js": COLLECT}
+    slowly = {"concurrency_limit": 8, "show_progress_on": state}
+    start.click(begin, [rows, seen, files, words], [rows, table, state], **slowly, **private)
     quietly = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    words.change(narrow, [rows, words], [table, state], **quietly, **private)
-    add.click(around, [rows, table, prefix, suffix, words], [rows, table, prefix, suffix, state], **private)
+    words.change(narrow, [rows, seen, words], [rows, table, state], **quietly, **private)
+    add.click(around, [rows, seen, prefix, suffix], [rows, table, prefix, suffix, state], **private)
     for clicked, write, name in (
         (as_csv, sessions.write_csv, "prompts.csv"),
         (as_texts, sessions.write_texts, "prompts.zip"),
     ):
-        clicked.click(save(write, name), table, fetched, **private).success(None, js=CLICK, **private)
+        clicked.click(save(write, name), [rows, seen], fetched, **private).success(None, js=CLICK)
 
 
 def _adapt() -> None:

@@ -1,4 +1,4 @@
-"""What the page does for its users: it describes pictures, judges edited prompts, and keeps a folder's table."""
+"""What the page does for its users: it describes pictures, judges edited prompts, and keeps the list of many."""
 
 import base64
 import io
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from .. import pipeline
 from ..data import metadata
 from ..models import text_encoder
 from ..predict import predictors
-from ..render.store import Row
+from ..render import store
 from ..run.errors import UserError
 from . import gate
 from .files import Description
@@ -29,8 +28,8 @@ log = logging.getLogger(__name__)
 MOST_LETTERS = 1000  # of an edited prompt; all-MiniLM-L6-v2 reads the first 256 tokens
 MOST_PHRASES = 24  # of a prompt whose worth is told
 THUMBNAIL = 64  # px
-AT_ONCE = 8  # pictures of a folder between two looks at the table
-COLUMNS = ("picture", "prompt", "image", "source", "familiar")
+Row = dict[str, str]  # of the list of many pictures: path, image, picture (HTML), prompt, source, familiar
+AT_ONCE = 8  # pictures between two looks at the list
 WRITTEN = ("image", "prompt", "source", "familiar")  # columns of the CSV
 
 
@@ -58,7 +57,7 @@ def painter(profile: str) -> Painter:
         except UserError as error:
             log.warning("embedded scenes instead of Stable Diffusion 2: %s", error)
         else:
-            return Painter(lambda prompt, seed: backend.render([Row(0, "", prompt, seed, "")])[0][0])
+            return Painter(lambda prompt, seed: backend.render([store.Row(0, "", prompt, seed, "")])[0][0])
     picture = pipeline.embedded("picture")
 
     def scene(prompt: str, seed: int) -> Image.Image | None:
@@ -171,8 +170,8 @@ class Session:
         left_out = f"<br>Not drawn: {escape(', '.join(missing))}." if missing else ""
         return picture, f"Drawn from: {escape(text)}{left_out}"
 
-    def rows(self, files: Sequence[Path], taken: Iterable[str] = ()) -> Iterator[list[dict[str, Any]]]:
-        """Rows of the table of many pictures, block by block, with names that are not taken yet."""
+    def rows(self, files: Sequence[Path], taken: Iterable[str] = ()) -> Iterator[list[Row]]:
+        """Rows of the list of many pictures, block by block, with names that are not taken yet."""
         before = list(taken)
         names = unique([*before, *(file.name for file in files)])[len(before) :]
         for start in range(0, len(files), AT_ONCE):
@@ -180,7 +179,7 @@ class Session:
             found = self.describe([files[row] for row in part])
             yield [self._row(names[row], one) for row, one in zip(part, found, strict=True)]
 
-    def _row(self, name: str, found: Description) -> dict[str, Any]:
+    def _row(self, name: str, found: Description) -> Row:
         familiar = {True: "yes", False: "no", None: ""}[found.familiar]
         row = {"path": str(found.path), "image": name, "prompt": found.prompt, "familiar": familiar}
         if found.error:
@@ -214,55 +213,60 @@ def unique(names: Iterable[str]) -> list[str]:
     return found
 
 
-def told(rows: Sequence[dict[str, Any]]) -> str:
+def told(rows: Sequence[Row]) -> str:
     """How many pictures were described, and which files could not be read."""
     bad = [row["image"] for row in rows if not row["picture"]]
     good = len(rows) - len(bad)
-    text = f"{good} picture{'' if good == 1 else 's'} described. Double-click a prompt to edit it."
+    text = f"{good} picture{'' if good == 1 else 's'} described."
     return f"{text} Not read: {', '.join(bad)}." if bad else text if rows else "Choose pictures first."
 
 
-def shown(rows: Sequence[dict[str, Any]], words: str) -> pd.DataFrame:
-    """The rows that hold all of some words, as the table shows them."""
+def shown(rows: Sequence[Row], words: str) -> list[Row]:
+    """The rows whose file, prompt or source holds all of some words."""
     wanted = words.lower().split()
     said = (f"{row['image']} {row['prompt']} {row['source']}".lower() for row in rows)
-    kept = [row for row, text in zip(rows, said, strict=True) if all(word in text for word in wanted)]
-    return pd.DataFrame([[row[column] for column in COLUMNS] for row in kept], columns=["", *COLUMNS[1:]])
+    return [row for row, text in zip(rows, said, strict=True) if all(word in text for word in wanted)]
 
 
-def named(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as it comes from the page, with its columns' names; one of them is not shown there."""
-    return table.set_axis(list(COLUMNS), axis=1)
+def listing(rows: Sequence[Row], locked: bool = False) -> str:
+    """The rows as HTML: thumbnail, file and source, and the prompt to be edited; `page.js` reads it again."""
+    lines = []
+    for row in rows:
+        known = f"familiar: {row['familiar']}" if row["familiar"] else ""
+        about = f"<b>{escape(row['image'])}</b> {escape(' · '.join(filter(None, [row['source'], known])))}"
+        name = f"prompt of {escape(row['image'])}"
+        text = f'<textarea rows=2 aria-label="{name}"{" readonly" * locked}>\n{escape(row["prompt"])}</textarea>'
+        lines.append(
+            f'<div class=line data-image="{escape(row["image"])}"><div class=thumb>{row["picture"]}</div>'
+            f"<div class=text>{about}{text if row['picture'] else ''}</div></div>"
+        )
+    return "".join(lines)
 
 
-def edited(rows: Sequence[dict[str, Any]], table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows with the prompts that stand in the table, which may show a part of them."""
-    table = named(table)
-    prompts = dict(zip(table["image"], table["prompt"].fillna("").astype(str), strict=True))
+def edited(rows: Sequence[Row], seen: Sequence[Row] | None) -> list[Row]:
+    """The rows with the prompts that a user sees, of all or some of them."""
+    prompts = {one["image"]: str(one["prompt"]) for one in seen or ()}
     return [{**row, "prompt": prompts.get(row["image"], row["prompt"])} for row in rows]
 
 
-def surrounded(rows: Sequence[dict[str, Any]], table: pd.DataFrame, prefix: str, suffix: str) -> list[dict[str, Any]]:
-    """The rows with a text before and behind each prompt that the table shows."""
-    names = set(named(table)["image"])
-    return [
-        {**row, "prompt": f"{prefix}{row['prompt']}{suffix}"} if row["image"] in names and row["prompt"] else row
-        for row in edited(rows, table)
-    ]
+def only(rows: Sequence[Row], seen: Sequence[Row] | None) -> list[Row]:
+    """The rows that a user sees, with the prompts as they are seen."""
+    names = {one["image"] for one in seen or ()}
+    return [row for row in edited(rows, seen) if row["image"] in names]
 
 
-def write_csv(table: pd.DataFrame, path: Path) -> Path:
-    """The table without its pictures, as CSV."""
-    table[list(WRITTEN)].to_csv(path, index=False)
+def write_csv(rows: Sequence[Row], path: Path) -> Path:
+    """Rows without their pictures, as CSV."""
+    pd.DataFrame(rows, columns=list(WRITTEN)).to_csv(path, index=False)
     return path
 
 
-def write_texts(table: pd.DataFrame, path: Path) -> Path:
+def write_texts(rows: Sequence[Row], path: Path) -> Path:
     """A .txt a picture, in a zip archive; names as `describe --txt` has them."""
-    stems = [Path(name).stem for name in table["image"]]
+    stems = [Path(row["image"]).stem for row in rows]
     twice = {stem for stem in stems if stems.count(stem) > 1}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, stem, prompt in zip(table["image"], stems, table["prompt"].fillna("").astype(str), strict=True):
-            if prompt:
-                archive.writestr(f"{name if stem in twice else stem}.txt", f"{prompt}\n")
+        for row, stem in zip(rows, stems, strict=True):
+            if row["prompt"]:
+                archive.writestr(f"{row['image'] if stem in twice else stem}.txt", f"{row['prompt']}\n")
     return path

@@ -2,10 +2,10 @@
 
 import csv
 import zipfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,22 +97,53 @@ def test_names_are_told_apart():
 
 def test_a_filter_hides_rows_and_keeps_their_edits():
     every = rows("cat.png", "dog.png", "heron.png")
-    assert session.shown(every, "")["image"].tolist() == ["cat.png", "dog.png", "heron.png"]
+    assert session.shown(every, "") == every
     part = session.shown(every, "A DOG")
-    assert part["image"].tolist() == ["dog.png"]
-    part.loc[0, "prompt"] = "a wolf"
-    changed = session.edited(every, part)
+    assert part == every[1:2]
+    changed = session.edited(every, [{"image": "dog.png", "prompt": "a wolf"}])
     assert [row["prompt"] for row in changed] == ["a cat.png", "a wolf", "a heron.png"]
-    around = session.surrounded(changed, session.shown(changed, "wolf"), "sks, ", ", 4k")
-    assert [row["prompt"] for row in around] == ["a cat.png", "sks, a wolf, 4k", "a heron.png"]
+    assert session.edited(every, None) == every and session.only(every, None) == []
+    assert (
+        session.only(every, [{"image": "dog.png", "prompt": "a wolf"}, {"image": "no", "prompt": ""}]) == changed[1:2]
+    )
+
+
+class Reader(HTMLParser):
+    """Reads the list as a browser does."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.found, self.inside, self.tags = [], False, []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if "data-image" in dict(attributes):
+            self.found.append([dict(attributes)["data-image"], ""])
+        self.inside = tag == "textarea"
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.found[-1][1] += data
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text().map(lambda text: text.replace("\r", "")))))
+def test_what_is_listed_is_what_is_in_the_rows(pairs):
+    every = [{**rows("x")[0], "picture": "", "image": name, "prompt": text} for name, text in pairs]
+    listed = Reader(session.listing([{**row, "picture": "<i></i>"} for row in every]))
+    assert [(name, text.removeprefix("\n")) for name, text in listed.found] == pairs
+    assert set(listed.tags) <= {"div", "i", "b", "textarea"}, "no text becomes an element"
+    assert "textarea" not in Reader(session.listing(every)).tags, "what is no picture has no prompt"
 
 
 @given(st.lists(st.text(max_size=20).map(lambda text: text.replace("\r", "").replace("\0", "")), max_size=6))
 def test_what_is_written_is_what_is_shown(tmp_path_factory, prompts):
     folder = tmp_path_factory.mktemp("written")
-    table = session.shown(
-        [{**row, "prompt": p} for row, p in zip(rows(*map(str, range(6))), prompts, strict=False)], ""
-    )
+    named = zip(rows(*map(str, range(6))), prompts, strict=False)
+    table = [{**row, "prompt": prompt} for row, prompt in named]
     with session.write_csv(table, folder / "t.csv").open(encoding="utf-8", newline="") as file:
         assert [row["prompt"] for row in csv.DictReader(file)] == prompts
     with zipfile.ZipFile(session.write_texts(table, folder / "t.zip")) as archive:
@@ -121,8 +152,7 @@ def test_what_is_written_is_what_is_shown(tmp_path_factory, prompts):
 
 
 def test_two_pictures_of_one_stem_get_two_texts(tmp_path):
-    table = pd.DataFrame(rows("a.png", "a.jpg", "b.png"))
-    with zipfile.ZipFile(session.write_texts(table, tmp_path / "t.zip")) as archive:
+    with zipfile.ZipFile(session.write_texts(rows("a.png", "a.jpg", "b.png"), tmp_path / "t.zip")) as archive:
         assert archive.namelist() == ["a.png.txt", "a.jpg.txt", "b.txt"]
 
 
