@@ -173,7 +173,8 @@ def _one_picture(session: Session) -> None:
         return look(past[chosen.index][0], past)
 
     back.__annotations__["chosen"] = gr.SelectData
-    every = {"concurrency_limit": 16, "show_progress_on": source}  # the models themselves are asked one after the other
+    # The models themselves are asked one after the other. A picture that comes while another goes must not be lost.
+    every = {"concurrency_limit": 16, "show_progress_on": source, "trigger_mode": "always_last"}
     shown = [vector, here, prompt, source, fits, worth, nearest, others, seed, again, refusal, said, drawn, picture]
     picture.input(look, [picture, visited], [*shown, visited, history], api_name="look", **every)
     private = {"api_visibility": "private"}
