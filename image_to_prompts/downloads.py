@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
@@ -208,7 +209,8 @@ def _download(plan: Download) -> None:
             hub.download(plan.repository, plan.files, plan.folder)
         except hub.Unavailable as error:
             raise UserError(f"{plan.name}: {error}; the same command goes on from here") from error
-        _write_sums(plan.folder, [plan.folder / one.path for one in plan.files])
+        known = {plan.folder / one.path: one.lfs.sha256 for one in plan.files if one.lfs}  # and compared already
+        _write_sums(plan.folder, [plan.folder / one.path for one in plan.files], known)
         return
     import kagglehub
 
@@ -287,8 +289,9 @@ def _check_sums(folder: Path) -> None:
         raise UserError(f"{file}: holds no SHA-256 sums; move it away")
 
 
-def _write_sums(folder: Path, files: Iterable[Path]) -> None:
-    lines = (f"{layouts.file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+def _write_sums(folder: Path, files: Iterable[Path], known: Mapping[Path, str] = MappingProxyType({})) -> None:
+    digests = {file: known.get(file) or layouts.file_digest(file) for file in files}
+    lines = (f"{digest}  {file.relative_to(folder).as_posix()}\n" for file, digest in digests.items())
     write_text(folder / SUMS, "".join(lines))
 
 
