@@ -217,8 +217,7 @@ def _download(plan: Download) -> None:
     try:
         found = Path(kagglehub.model_download(named(plan.name).kaggle))
     except Exception as error:  # of whichever library it talks HTTP with
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{plan.name}: Kaggle: {said}; the same command goes on from here") from error
+        raise UserError(f"{plan.name}: Kaggle: {hub.in_words(error)}; the same command goes on from here") from error
     take_over(found, plan.name)
 
 

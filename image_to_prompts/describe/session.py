@@ -100,10 +100,14 @@ class Session:
         ]
 
     @property
+    def known(self) -> str:
+        """What the checkpoint has seen, in words; "" if there is none that can tell."""
+        return predictors.knows(self.describer.folders).removeprefix("it ")
+
+    @property
     def introduction(self) -> str:
         """What the page is for, and what its model knows."""
-        known = predictors.knows(self.describer.folders).removeprefix("it ")
-        model = f"The model here {known}." if known else "There is no model here that knows pictures yet."
+        model = f"The model here {self.known}." if self.known else "There is no model here that knows pictures yet."
         return (
             "A prompt is the text from which Stable Diffusion made a picture. If it is in the file it is shown; "
             f"otherwise the model says what it can. {model} PNG, JPEG or WebP, up to {gate.MEGABYTES} MB. No picture "
@@ -121,8 +125,7 @@ class Session:
             return "<b>The model's prediction</b>, which can be wrong"
         if found.source == "interrogator":
             return "<b>By CLIP Interrogator</b>: a caption, and terms that CLIP finds fitting"
-        known = predictors.knows(self.describer.folders).removeprefix("it ")
-        why = f"this model {known}" if known else "there is no model here that knows pictures"
+        why = f"this model {self.known}" if self.known else "there is no model here that knows pictures"
         return f"<b>A guess, not a prompt</b>: {why}. Things that may be in the picture:"
 
     def refusal(self, found: Description) -> str:

@@ -76,7 +76,7 @@ def listing(repository: str) -> list[RepoFile]:
     except RepositoryNotFoundError as error:
         raise Unavailable(f"{page} (not there, or not for everybody)") from error
     except (HfHubHTTPError, OSError, RuntimeError) as error:
-        raise Unavailable(f"{page} ({_said(error)})") from error
+        raise Unavailable(f"{page} ({in_words(error)})") from error
 
 
 @functools.cache
@@ -87,11 +87,12 @@ def _unreachable() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=REACHED)
     except Exception as error:  # of whichever library it talks HTTP with
-        return f"cannot be reached: {_said(error)}"
+        return f"cannot be reached: {in_words(error)}"
     return ""
 
 
-def _said(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """An error as one line of at most 200 letters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -157,7 +158,7 @@ def _fetch(repository: str, one: RepoFile, target: Path) -> None:
     except Exception as error:  # of whichever library it talks HTTP with
         if explained(error):
             raise
-        raise Unavailable(f"{HUB}/{repository} ({_said(error)})") from error
+        raise Unavailable(f"{HUB}/{repository} ({in_words(error)})") from error
     found = sha256(part) if expected else ""
     if found != expected or part.stat().st_size != one.size:
         part.unlink()
