@@ -29,7 +29,7 @@ STAGES = {stage.name for stage in pipeline.STAGES}
 # Name: where it lies below this package, and what it does.
 COMMANDS = {stage.name: (f"{stage.name}:Config", f"{stage.number} {stage.does}") for stage in pipeline.STAGES} | {
     "run": ("embedded.whole_run:Config", "the whole chain on the embedded profile; ends in a report and its scores"),
-    "demo": ("describe.page:Config", "a page in the browser: drop an image, edit its prompt, render it again"),
+    "demo": ("describe.serve:Config", "a page in the browser: drop an image, edit its prompt, render it again"),
     "explain": ("cli:explain", "a prompt's nearest neighbours, and why dedupe kept or removed it"),
     "catalogue": ("cli:catalogue", "metadata CSVs by source, which are there, and how to rebuild the others"),
     "weights": ("downloads:Config", "lists the models, downloads their weights, checks those that are here"),

@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -168,20 +169,16 @@ def _models(word: str) -> list[str]:
 
 
 def _plan(name: str, half: bool) -> Download:
-    one, said = named(name), []
-    for repository in one.hub:
-        try:
-            return Download(name, repository, hub.chosen(repository, one.form, half))
-        except hub.Unavailable as error:
-            said.append(str(error))
-    if one.kaggle:
-        try:
-            import kagglehub  # noqa: F401
-        except ImportError:
-            said.append(f"Kaggle's {one.kaggle} (python -m pip install kagglehub)")
-        else:
-            return Download(name, "", [])
-    raise hub.Unavailable("; ".join(dict.fromkeys(said)) or "no place on the hub")
+    one = named(name)
+    try:
+        return Download(name, *hub.first(one.hub, one.form, half))
+    except hub.Unavailable as error:
+        if not one.kaggle:
+            raise
+        if find_spec("kagglehub") is None:
+            advice = f"Kaggle's {one.kaggle} (python -m pip install kagglehub)"
+            raise hub.Unavailable(f"{error}; {advice}") from error
+        return Download(name, "", [])
 
 
 def _room_for(size: int) -> None:

@@ -16,6 +16,7 @@ from ..run.errors import UserError
 MEGABYTES, MEGAPIXELS = 20, 40  # of an upload
 FORMATS = ("PNG", "JPEG", "WEBP")
 STARTED = "/gradio_api/startup-events"  # by which Gradio asks itself whether it has started
+UPLOADS = ("/upload", "/describe")
 MOST_BYTES = 2_000_000_000  # of all uploads together; they are deleted after an hour
 READ_ERRORS = (OSError, ValueError, SyntaxError)  # what Pillow raises for files that are no images
 
@@ -90,13 +91,14 @@ class Gate:
         asked = scope["type"] in ("http", "websocket") and self.expected and scope["path"] != STARTED
         if asked and not secrets.compare_digest(given, self.expected):
             await _answer(send, 401, b"Password, please.", (b"www-authenticate", b'Basic realm="image-to-prompts"'))
-        elif scope.get("method") == "POST" and self._used() + int(headers.get(b"content-length", 0)) > MOST_BYTES:
+        elif scope["type"] == "http" and scope["path"].endswith(UPLOADS) and self._full(headers):
             await _answer(send, 507, b"Too many uploads are kept at the moment. Try again in an hour.")
         else:
             await self.app(scope, receive, send)
 
-    def _used(self) -> int:
-        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+    def _full(self, headers: dict[bytes, bytes]) -> bool:
+        used = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        return used + int(headers.get(b"content-length", 0)) > MOST_BYTES
 
 
 async def _answer(send: Callable[..., Any], status: int, text: bytes, *headers: tuple[bytes, bytes]) -> None:

@@ -24,6 +24,17 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   if (give([...event.clipboardData.files])) event.preventDefault();
 });
+// Arrow keys, as usual among choices and tabs.
+document.addEventListener("keydown", (event) => {
+  const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
+  const group = event.target.closest("fieldset, [role=tablist]");
+  const all = [...(group?.querySelectorAll("input[type=radio], [role=tab]") ?? [])];
+  if (!step || !all.includes(event.target)) return;
+  const next = all[(all.indexOf(event.target) + step + all.length) % all.length];
+  next.focus();
+  next.click();
+  event.preventDefault();
+});
 // The prompts of many pictures as they stand in the list; whoever leaves with edits is asked first.
 let edited = false;
 function collect() {
@@ -33,6 +44,10 @@ function collect() {
 }
 document.addEventListener("input", (event) => {
   if (event.target.closest("#table")) edited = true;
+});
+document.addEventListener("click", (event) => {
+  const line = event.target.closest("#table button")?.closest(".line");
+  if (line) line.querySelector("textarea").value = line.dataset.first;
 });
 window.addEventListener("beforeunload", (event) => {
   if (edited) event.preventDefault();

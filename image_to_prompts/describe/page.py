@@ -1,41 +1,20 @@
-"""A page in the browser: the prompt of a picture, edited and rendered again, and those of many.
-
-    image-to-prompts demo                                    on this machine alone
-    curl --data-binary @cat.png http://127.0.0.1:7860/describe    the same as JSON
-
-It reads no file but those that are uploaded to it. What is uploaded is checked before it is decoded, and deleted after
-an hour. Beside the loopback address it answers to one account only (--auth).
-"""
+"""What the page shows: one picture with its prompt, edited and rendered again, and a list of many."""
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import profiles
-from ..profiles import Models
-from ..run import folders
-from ..run.errors import UserError
-from . import Describer, gate
 from . import session as sessions
 from .session import MOST_LETTERS, Row, Session
 
 if TYPE_CHECKING:
     import gradio
-    from starlette.requests import Request
-    from starlette.responses import Response
 
-log = logging.getLogger(__name__)
-WAITING = 64  # requests in the queue
 KEPT, SWEPT = 3600, 600  # seconds for which uploads and sessions are kept, and between two looks at them
 MOST_FILES = 500  # uploads of one folder
 DROP = "Drop or paste a picture, or click to choose one"
@@ -46,6 +25,9 @@ CSS = """
 .line .text {flex: 1; min-width: 0; overflow-wrap: anywhere}
 .line textarea {width: 100%; margin-top: 4px; padding: 4px 8px; color: inherit; border-radius: 4px;
   background: var(--input-background-fill); border: 1px solid var(--border-color-primary)}
+#picture .icon-button, #prompt .icon-button, button[aria-label="Remove Image"], #prompt button {
+  min-width: 32px; min-height: 32px}
+.line button {align-self: center; padding: 8px}
 .lines {width: 100%; margin: 4px 0 16px}
 .lines, .lines tr, .lines td {border: none !important; vertical-align: top}
 .lines td {padding: 2px 12px 2px 0}
@@ -53,31 +35,6 @@ CSS = """
 """
 COLLECT = "(...given) => { given[1] = collect(); return given; }"
 CLICK = "() => document.querySelector('#fetch a, a#fetch, #fetch')?.click()"
-
-
-@dataclass
-class Main:
-    """Opens the page."""
-
-    run: Path = Path("runs/default")
-    """Run whose checkpoints and known prompts to use."""
-    profile: str = "embedded"
-    """`embedded` or `full`; left out: the run's own."""
-    host: str = "127.0.0.1"
-    """Address to answer on; any other lets others in and wants --auth."""
-    port: int = 7860
-    """Port to answer on."""
-    auth: str = ""
-    """USER:PASSWORD_FILE, the one account of the page."""
-    artists: bool = True
-    """Let prompts name artists."""
-    weights_dir: Path | None = None
-    """Folder of weights, looked into before all other places; left out: see `image-to-prompts weights`."""
-
-
-@dataclass
-class Config(Models, Main):
-    """Opens a page in the browser: drop a picture, edit its prompt, render it again; or describe many."""
 
 
 def page(session: Session) -> gradio.Blocks:
@@ -110,7 +67,10 @@ def _one_picture(session: Session) -> None:
             )  # fmt: skip
         with gr.Column(min_width=320):
             source = gr.HTML(elem_id="source")
-            prompt = gr.Textbox(label="Prompt", lines=3, max_length=MOST_LETTERS, elem_id="prompt", buttons=["copy"])
+            prompt = gr.Textbox(
+                label=f"Prompt (up to {MOST_LETTERS:,} letters)", max_length=MOST_LETTERS, lines=3, elem_id="prompt",
+                buttons=["copy"],
+            )  # fmt: skip
             fits = gr.Markdown(elem_id="similarity")
             others = gr.Radio([], label="Candidates, best to read first", elem_id="candidates", visible=False)
     worth = gr.HTML(elem_id="worth")
@@ -126,14 +86,16 @@ def _one_picture(session: Session) -> None:
                 label="Rendered again", type="pil", interactive=False, format="png", height=360, elem_id="again",
                 buttons=["download", "fullscreen"], visible=False,
             )  # fmt: skip
-    nearest = gr.HTML(elem_id="nearest")
+    nearest = gr.Radio(
+        [], label="The most similar prompts that the model has learned from", elem_id="nearest", visible=False
+    )
 
     def look(path: str | None, past: list[tuple[str, str]]) -> dict[Any, Any]:
         blank: dict[Any, Any] = {
             vector: None, here: None, prompt: "", source: "", refusal: "", said: "",
             drawn: gr.Image(None, visible=False), again: gr.Row(visible=False),
-            others: gr.Radio(choices=[], visible=False),
-            nearest: "", worth: "", fits: "",
+            others: gr.Radio(choices=[], visible=False), nearest: gr.Radio(choices=[], visible=False),
+            worth: "", fits: "",
         }  # fmt: skip
         if path is None:  # the picture itself stays as it is: another may be on its way
             return blank
@@ -145,13 +107,13 @@ def _one_picture(session: Session) -> None:
         text = dict(past).get(path, one.prompt)  # as it was left
         now = past if path in dict(past) else [*past, (path, text)]
         choices = session.rated([one.prompt, *one.candidates], known)
-        rows = [[f"{value:.2f}", near] for near, value in one.nearest]
+        learned = [(f"{cosine:.2f}  {near}", near) for near, cosine in one.nearest]
         return {
             **blank,
             vector: known, here: path, prompt: text, source: session.source(one), picture: gr.Image(path),
             others: gr.Radio(choices=choices, value=text, visible=len(choices) > 1),
-            nearest: _lines("The most similar prompts that the model has learned from", rows), refusal: no,
-            again: gr.Row(visible=not no), seed: own, visited: now, **judge(text, known),
+            nearest: gr.Radio(choices=learned, value=None, visible=bool(learned)),
+            refusal: no, again: gr.Row(visible=not no), seed: own, visited: now, **judge(text, known),
             history: gr.Gallery(now, visible=True, selected_index=list(dict(now)).index(path)),
         }  # fmt: skip
 
@@ -161,7 +123,7 @@ def _one_picture(session: Session) -> None:
 
     def edit(text: str, known: Any, path: str, past: list[tuple[str, str]]) -> dict[Any, Any]:
         left = [(one, text if one == path else old) for one, old in past]
-        return {visited: left, others: gr.Radio(value=text), **judge(text, known)}
+        return {visited: left, others: gr.Radio(value=text), nearest: gr.Radio(value=text), **judge(text, known)}
 
     def draw(text: str, number: float | None) -> dict[Any, Any]:
         if not text.strip():
@@ -180,8 +142,9 @@ def _one_picture(session: Session) -> None:
     private = {"api_visibility": "private"}
     history.select(back, visited, [*shown, visited, history], **private, **every)
     quietly = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_limit": 16}
-    prompt.change(edit, [prompt, vector, here, visited], [visited, others, fits, worth], **private, **quietly)
-    others.input(lambda text: text, others, prompt, show_progress="hidden", **private)
+    prompt.change(edit, [prompt, vector, here, visited], [visited, others, nearest, fits, worth], **private, **quietly)
+    for choice in (others, nearest):
+        choice.input(lambda text: text, choice, prompt, show_progress="hidden", **private)
     button.click(draw, [prompt, seed], [drawn, said], concurrency_limit=16, show_progress_on=said, **private)
 
 
@@ -197,6 +160,7 @@ def _many_pictures(session: Session) -> None:
     rows = gr.State([], time_to_live=KEPT)
     seen = gr.JSON(visible="hidden")  # the prompts as they stand in the list: `page.js` reads them at each action
     files = gr.File(label="Pictures", file_count="multiple", height=140, elem_id="files")
+    folder = gr.UploadButton("Add a whole folder", file_count="directory", elem_id="folder")
     start = gr.Button("Describe the new ones", variant="primary", elem_id="start")
     state = gr.Markdown(elem_id="state")
     with gr.Row(equal_height=True):
@@ -245,6 +209,9 @@ def _many_pictures(session: Session) -> None:
 
     private = {"api_visibility": "private", "js": COLLECT}
     slowly = {"concurrency_limit": 8, "show_progress_on": state}
+    folder.upload(
+        lambda old, new: [*(old or []), *sorted(new, key=_name)], [files, folder], files, api_visibility="private"
+    )
     start.click(begin, [rows, seen, files, words], [rows, table, state], **slowly, **private)
     quietly = {"show_progress": "hidden", "trigger_mode": "always_last"}
     words.change(narrow, [rows, seen, words], [rows, table, state], **quietly, **private)
@@ -254,6 +221,10 @@ def _many_pictures(session: Session) -> None:
         (as_texts, sessions.write_texts, "prompts.zip"),
     ):
         clicked.click(save(write, name), [rows, seen], fetched, **private).success(None, js=CLICK)
+
+
+def _name(path: str) -> str:
+    return Path(path).name
 
 
 def _adapt() -> None:
@@ -274,88 +245,3 @@ def _adapt() -> None:
 
     block.async_move_resource_to_block_cache = move_local
     gr.Image.preprocess = lambda self, payload: payload and payload.path
-
-
-def _answerer(session: Session, folder: Path) -> Callable[[Request], Any]:
-    """What answers `POST /describe`: the body is a picture, the answer what was found out, as JSON."""
-    from starlette.concurrency import run_in_threadpool
-    from starlette.responses import Response
-
-    def reply(said: dict[str, Any], status: int = 200) -> Response:
-        return Response(f"{json.dumps(said, ensure_ascii=False)}\n", status, media_type="application/json")
-
-    async def answer(request: Request) -> Response:
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > gate.MEGABYTES * 1_000_000:
-                return reply({"error": f"The file has more than {gate.MEGABYTES} MB."}, 413)
-        if not body or "multipart" in request.headers.get("content-type", ""):
-            return reply({"error": "Send the picture itself: curl --data-binary @picture.png"}, 400)
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(body)
-            file.flush()
-            (found,) = await run_in_threadpool(session.describe, [Path(file.name)])
-        if found.error:
-            return reply({"error": found.error}, 400)
-        said = {name: value for name, value in asdict(found).items() if name not in ("path", "error", "vector")}
-        return reply(said)
-
-    return answer
-
-
-def launch(config: Config, wait: bool = True) -> gradio.Blocks:
-    """Serves the page until it is stopped.
-
-    Args:
-        config: Settings.
-        wait: Whether to return only when the server has been stopped.
-
-    Raises:
-        UserError: If gradio is not installed, the address cannot be used or would let others in, or see `Describer`.
-    """
-    gate.check_address(config.host, config.port, config.auth)
-    user, password = gate.account(config.auth)
-    folder = tempfile.TemporaryDirectory(prefix="image-to-prompts-")  # lives as long as the page, see below
-    os.environ |= {"GRADIO_TEMP_DIR": folder.name, "GRADIO_ANALYTICS_ENABLED": "False"}
-    try:
-        import gradio as gr
-        from starlette.middleware import Middleware
-        from starlette.routing import Route
-    except ModuleNotFoundError as error:
-        raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
-    chosen = {name: getattr(config, name) for name in ("artists", "caption", "ranker", "weights_dir")}
-    describer = Describer(profiles.default_config("describe", folders.Run(config.run), config.profile, **chosen))
-    session = Session(describer, sessions.painter(describer.config.profile))
-    blocks = page(session).queue(max_size=WAITING)
-    blocks.uploads = folder
-    try:
-        blocks.launch(
-            server_name=config.host,
-            server_port=config.port,
-            max_file_size=5 * gate.MEGABYTES * gr.FileSize.MB,
-            app_kwargs={
-                "middleware": [Middleware(gate.Gate, folder=Path(folder.name), user=user, password=password)],
-                "routes": [Route("/describe", _answerer(session, Path(folder.name)), methods=["POST"])],
-            },
-            css=CSS,
-            head=f"<script>{Path(__file__).with_suffix('.js').read_text(encoding='utf-8')}</script>",
-            ssr_mode=False,
-            footer_links=[],
-            quiet=True,
-            share=False,
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        raise UserError(f"--host {config.host} --port {config.port}: {error}") from error
-    log.info("open %s (Ctrl-C stops it)", blocks.local_url)
-    if wait:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too
-        blocks.block_thread()
-    return blocks
-
-
-def run(config: Config) -> str:
-    """Runs the command: see `launch`."""
-    launch(config)
-    return ""

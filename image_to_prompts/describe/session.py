@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MOST_LETTERS = 1000  # of an edited prompt; all-MiniLM-L6-v2 reads the first 256 tokens
 MOST_PHRASES = 24  # of a prompt whose worth is told
 THUMBNAIL = 64  # px
-Row = dict[str, str]  # of the list of many pictures: path, image, picture (HTML), prompt, source, familiar
+Row = dict[str, str]  # of the list of many pictures: path, image, picture (HTML), prompt, first (as described), ...
 AT_ONCE = 8  # pictures between two looks at the list
 WRITTEN = ("image", "prompt", "source", "familiar")  # columns of the CSV
 
@@ -184,7 +184,8 @@ class Session:
 
     def _row(self, name: str, found: Description) -> Row:
         familiar = {True: "yes", False: "no", None: ""}[found.familiar]
-        row = {"path": str(found.path), "image": name, "prompt": found.prompt, "familiar": familiar}
+        row = {"path": str(found.path), "image": name, "familiar": familiar}
+        row |= {"prompt": found.prompt, "first": found.prompt}
         if found.error:
             return {**row, "picture": "", "source": found.error}
         return {**row, "picture": thumbnail(found.path), "source": found.source}
@@ -239,9 +240,11 @@ def listing(rows: Sequence[Row], locked: bool = False) -> str:
         about = f"<b>{escape(row['image'])}</b> {escape(' · '.join(filter(None, [row['source'], known])))}"
         name = f"prompt of {escape(row['image'])}"
         text = f'<textarea rows=2 aria-label="{name}"{" readonly" * locked}>\n{escape(row["prompt"])}</textarea>'
+        undo = f'<button title="Undo the edits" aria-label="undo the edits of the {name}">↶</button>'
         lines.append(
-            f'<div class=line data-image="{escape(row["image"])}"><div class=thumb>{row["picture"]}</div>'
-            f"<div class=text>{about}{text if row['picture'] else ''}</div></div>"
+            f'<div class=line data-image="{escape(row["image"])}" data-first="{escape(row["first"])}">'
+            f"<div class=thumb>{row['picture']}</div><div class=text>{about}{text if row['picture'] else ''}</div>"
+            f"{undo if row['picture'] and not locked else ''}</div>"
         )
     return "".join(lines)
 

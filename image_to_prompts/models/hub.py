@@ -105,6 +105,17 @@ def chosen(repository: str, layout: Layout, half: bool = False) -> list[RepoFile
     return [found[name] for name in names]
 
 
+def first(repositories: Iterable[str], layout: Layout, half: bool = False) -> tuple[str, list[RepoFile]]:
+    """The first repository that has a model, and what is downloaded of it; raises Unavailable, with why none has."""
+    said = []
+    for repository in repositories:
+        try:
+            return repository, chosen(repository, layout, half)
+        except Unavailable as error:
+            said.append(str(error))
+    raise Unavailable("; ".join(dict.fromkeys(said)) or "no place on the hub")
+
+
 def download(repository: str, files: list[RepoFile], folder: Path) -> None:
     """Downloads files of a repository; of what an earlier call has left, only the rest.
 

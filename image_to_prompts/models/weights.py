@@ -235,18 +235,14 @@ def from_hub(name: str, weights: Weights, half: bool = False) -> Path | str:
     """The hub itself; what is downloaded goes to the folder of weights, in one format."""
     from . import hub
 
-    said, folder = [], home() / own_folder(name)
-    for repository in weights.hub:
-        try:
-            files = hub.chosen(repository, weights.form, half)
-            log.info("%s: %.2f GB of %s, to %s", name, sum(one.size for one in files) / 1e9, repository, folder)
-            hub.download(repository, files, folder)
-            if found := layouts.inside(folder, weights.form):
-                return found
-            said.append(f"huggingface.co/{repository} (incomplete)")
-        except hub.Unavailable as error:
-            said.append(str(error))
-    return "; ".join(dict.fromkeys(said)) or f"the hub (no weights of {name} there)"
+    folder = home() / own_folder(name)
+    try:
+        repository, files = hub.first(weights.hub, weights.form, half)
+        log.info("%s: %.2f GB of %s, to %s", name, sum(one.size for one in files) / 1e9, repository, folder)
+        hub.download(repository, files, folder)
+    except hub.Unavailable as error:
+        return str(error)
+    return layouts.inside(folder, weights.form) or f"huggingface.co/{repository} (incomplete)"
 
 
 PLACES: tuple[Place, ...] = (weights_folder, kaggle_input, package, hub_cache, from_hub)

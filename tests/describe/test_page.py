@@ -172,6 +172,10 @@ def test_a_person_uses_the_page(server, pictures, alone, browser):
     assert [text for text in alone[0].candidates if text in page.inner_text("#candidates")] == [*alone[0].candidates]
     page.locator("#candidates label").nth(1).click()
     visit.wait(f"document.querySelector('#prompt textarea').value == {alone[0].candidates[0]!r}")
+    page.keyboard.press("ArrowUp")
+    visit.wait(f"document.querySelector('#prompt textarea').value == {alone[0].prompt!r}")
+    page.locator("#nearest label").nth(1).click()
+    visit.wait(f"document.querySelector('#prompt textarea').value == {alone[0].nearest[1][0]!r}")
 
     page.fill("#prompt textarea", "a bowl of soup, on the moon, by nobody")
     visit.wait(f"Math.abs({SIMILARITY} - {alone[0].cosine}) > 0.1")
@@ -308,6 +312,9 @@ def test_what_is_downloaded_of_a_folder_is_what_is_shown(server, pictures, alone
         and shown[0][1] == f"sks, {alone[0].prompt}, 4k"
         and not shown[4][1]
     )
+    visit.page.locator("#table button").nth(0).click()
+    shown[0][1] = alone[0].prompt
+    assert visit.table() == shown
     rows, texts = downloaded()
     assert rows == shown and texts[f"{pictures[2].stem}.txt"] == "sks, a heron, at ${1+1} dawn <b>, 4k\n"
 
@@ -329,10 +336,14 @@ def test_what_is_downloaded_of_a_folder_is_what_is_shown(server, pictures, alone
 
 def test_a_large_folder(server, small_run, alone, pictures, tmp_path, browser):
     files = sorted(small_run.images.glob("*.png"))
-    many = [shutil.copy(files[number % len(files)], tmp_path / f"{number:03}.png") for number in range(UPLOADS)]
+    for number in range(UPLOADS):
+        shutil.copy(files[number % len(files)], tmp_path / f"{number:03}.png")
     visit = Visit(browser, server.url)
-    visit.folder(many)
-    assert visit.page.inner_text("#state") == f"{UPLOADS} pictures described."
+    visit.page.get_by_role("tab", name="Many pictures").click()
+    visit.page.set_input_files("input[type=file][webkitdirectory]", tmp_path)
+    visit.wait(f"document.querySelectorAll('#files a').length == {UPLOADS}")
+    visit.page.click("#start")
+    visit.wait(f"document.querySelector('#state').innerText == '{UPLOADS} pictures described.'")
     rows = list(csv.DictReader(visit.download("csv").open(newline="", encoding="utf-8")))
     assert [row["image"] for row in rows] == [f"{number:03}.png" for number in range(UPLOADS)]
     expected = {file: one.prompt for file, one in zip(pictures, alone, strict=True)}
@@ -555,14 +566,14 @@ def test_uploads_are_taken_only_while_there_is_room(tmp_path, monkeypatch):
     (tmp_path / "a" / "upload.png").write_bytes(bytes(600))
     one = gate.Gate(behind, tmp_path, "", "")
 
-    def ask(method, length):
+    def ask(path, length):
         head = [(b"content-length", str(length).encode())]
-        finished(one({"type": "http", "method": method, "headers": head}, None, send))
+        finished(one({"type": "http", "path": path, "method": "POST", "headers": head}, None, send))
 
-    ask("POST", 300)
-    ask("POST", 500)
-    ask("GET", 0)
-    assert passed == ["POST", "GET"] and answers[0] == 507 and b"Try again" in answers[1]
+    ask("/gradio_api/upload", 300)
+    ask("/gradio_api/upload", 500)
+    ask("/gradio_api/queue/join", 500)
+    assert passed == ["POST", "POST"] and answers[0] == 507 and b"Try again" in answers[1]
 
 
 def test_the_port_and_the_run_are_checked(server, refused, trained_run, tmp_path):

@@ -30,7 +30,15 @@ class Pretending:
 
 def rows(*names):
     return [
-        {"picture": "<img>", "image": n, "prompt": f"a {n}", "source": "checkpoint", "familiar": "yes"} for n in names
+        {
+            "picture": "<img>",
+            "image": n,
+            "prompt": f"a {n}",
+            "first": f"a {n}",
+            "source": "checkpoint",
+            "familiar": "yes",
+        }
+        for n in names
     ]
 
 
@@ -135,7 +143,7 @@ def test_what_is_listed_is_what_is_in_the_rows(pairs):
     every = [{**rows("x")[0], "picture": "", "image": name, "prompt": text} for name, text in pairs]
     listed = Reader(session.listing([{**row, "picture": "<i></i>"} for row in every]))
     assert [(name, text.removeprefix("\n")) for name, text in listed.found] == pairs
-    assert set(listed.tags) <= {"div", "i", "b", "textarea"}, "no text becomes an element"
+    assert set(listed.tags) <= {"div", "i", "b", "textarea", "button"}, "no text becomes an element"
     assert "textarea" not in Reader(session.listing(every)).tags, "what is no picture has no prompt"
 
 
