@@ -100,9 +100,9 @@ def _ways(
     preset = PRESETS[config.preset]
     settings = {**preset._asdict(), "epochs": config.epochs, "seed": seed}
     widths = [array.shape[1] for array in arrays]
-    network, _ = loop.fit(lambda: SeedFusion(widths), arrays, rows, **settings)
+    network, *_ = loop.fit(lambda: SeedFusion(widths), arrays, rows, **settings)
     yield "attention across images", lambda some: loop.predict(network, some, preset.batch_size)
-    ours, _ = loop.fit(lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, **settings)
+    ours, *_ = loop.fit(lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, **settings)
     yield "attention across embeddings", lambda some: loop.predict(ours, some)
 
 

@@ -167,6 +167,8 @@ def _run(words: list[str]) -> str:
     set_up(getattr(found, "quiet", isinstance(found, functools.partial)))
     if isinstance(found, functools.partial):
         return found()
+    if name == "kaggle":
+        return found.run()
     module = sys.modules[type(found).__module__]
     if name == "describe":  # leaves no folder of a run where there is none
         pipeline.announce(name)

@@ -8,6 +8,17 @@ from typing import Any
 log = logging.getLogger(__name__)
 COMPETITION = "stable-diffusion-image-to-prompts"
 DIFFUSION = ("stabilityai/stable-diffusion-v2/pytorch/1/1",)
+IMAGES = "image-to-prompts-images"  # with -1, -2, ... behind it, the datasets that sessions of render publish
+# Kaggle datasets of others, images of Stable Diffusion 2 with their prompts, which `generate --source pairs` reads.
+PAIRS = (
+    "motono0223/gustavosta-stable-diffusion-prompts-sd2",
+    "motono0223/gustavosta-stable-diffusion-prompts-sd2-v2",
+    "xiaozhouwang/sd2gpt2",
+    "xiaozhouwang/sd2hardcode",
+    "rturley/stable-diffusion-100k-custom-prompts-and-images",
+    "jeinsong/chatgpt-images-w-prompts",
+    "jeinsong/sd2-images-211238",
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +29,10 @@ class Kernel:
         gpu: Whether it needs one.
         internet: Whether weights may come from the hub.
         after: Stages whose kernels' output it reads.
+        also: Stages whose kernels' output it reads if it is there.
         datasets: Ours that it reads if they are there: `weights`, `metadata`, `embeddings`.
+        images: Whether it reads the images that sessions of render have published.
+        pairs: Whether it reads `PAIRS`.
         models: Kaggle models, `owner/model/framework/variation/version`.
         competition: Whether it reads the competition's files and submits.
     """
@@ -26,7 +40,10 @@ class Kernel:
     gpu: bool
     internet: bool = True
     after: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
+    images: bool = False
+    pairs: bool = False
     models: tuple[str, ...] = ()
     competition: bool = False
 
@@ -80,7 +97,7 @@ STAGES = (
         "Stable Diffusion 2 at 768 px, downsized to 512",
         "data_meta/<name>.csv",
         "images/<name>/*.png or *.tar, manifest.csv",
-        Kernel(gpu=True, after=("dedupe",), models=DIFFUSION),
+        Kernel(gpu=True, after=("dedupe",), images=True, models=DIFFUSION),
     ),
     Stage(
         4,
@@ -89,7 +106,7 @@ STAGES = (
         "ConvNeXt-XXLarge, last quarter of its layers unfrozen, linear head to 384",
         "images/<name>",
         "checkpoints/convnext/",
-        Kernel(gpu=True, after=("render",)),
+        Kernel(gpu=True, also=("render",), images=True, pairs=True),
     ),
     Stage(
         5,
@@ -98,7 +115,7 @@ STAGES = (
         "CLIP ViT-B/32, ConvNeXt-Tiny and CLIP-Interrogator embeddings, and the prompts' own",
         "images/<name>",
         "embeddings/*.npy, *.names.csv",
-        Kernel(gpu=True, after=("render",)),
+        Kernel(gpu=True, also=("render",), images=True, pairs=True),
     ),
     Stage(
         6,
@@ -107,7 +124,7 @@ STAGES = (
         "transformer encoder that fuses the embeddings of an image",
         "embeddings/",
         "checkpoints/ensemble/",
-        Kernel(gpu=True, after=("render", "embed")),
+        Kernel(gpu=True, after=("embed",), also=("render",), images=True),
     ),
     Stage(
         7,
@@ -119,7 +136,7 @@ STAGES = (
         Kernel(
             gpu=True,
             internet=False,
-            after=("finetune", "ensemble"),
+            also=("finetune", "ensemble"),
             datasets=("weights", "metadata", "embeddings"),
             competition=True,
         ),
@@ -131,7 +148,13 @@ STAGES = (
         "says the prompt of any image in words that can be edited",
         "any images, checkpoints/",
         "prompts.csv, prompts.jsonl or a .txt beside each image",
-        Kernel(gpu=True, after=("dedupe", "render", "finetune", "ensemble"), datasets=("weights", "metadata")),
+        Kernel(
+            gpu=True,
+            also=("dedupe", "render", "finetune", "ensemble"),
+            datasets=("weights", "metadata"),
+            images=True,
+            models=DIFFUSION,
+        ),
     ),
 )
 BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/gpu.py

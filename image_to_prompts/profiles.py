@@ -85,12 +85,12 @@ def place_defaults(stage: str, run: Run) -> dict[str, Any]:
     hours = {name: value for name, value in limits.items() if name == "max_hours"}
     images = run.rendered(run.filled(run.images, run.train_images))  # the whole chain holds test images out
     defaults: dict[str, dict[str, Any]] = {
-        "generate": {"out": run.prompts},
+        "generate": {"out": run.prompts, **hours},
         "dedupe": {"prompts": (run.have(run.prompts),), "out": run.metadata},
         "render": {"metadata": run.have(run.metadata), "out": run.images, **limits},
         "finetune": {"images": images, "out": run.checkpoint, **hours},
-        "embed": {"images": images, "out": run.embeddings},
-        "ensemble": {"embeddings": run.have(run.embeddings), "out": run.ensemble},
+        "embed": {"images": images, "out": run.embeddings, **hours},
+        "ensemble": {"embeddings": run.have(run.embeddings), "out": run.ensemble, **hours},
         "infer": {
             "images": run.filled(run.images, run.test_images),
             "out": run.submission,

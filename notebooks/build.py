@@ -100,7 +100,8 @@ def kernel_files(stage: Any) -> dict[str, str]:
     """Name and text of each file of a stage's kernel folder."""
     from image_to_prompts.pipeline import stage as stage_called
 
-    before = [stage_called(name).notebook.replace("_", "-") for name in stage.kernel.after]
+    read = (*stage.kernel.after, *stage.kernel.also)
+    before = [stage_called(name).notebook.replace("_", "-") for name in read]
     return _kernel(stage.notebook.replace("_", "-"), read_source(stage.notebook), stage.kernel, before)
 
 
@@ -131,7 +132,7 @@ def _kernel(slug: str, notebook: Any, asks: Any, before: list[str]) -> dict[str,
     """A kernel folder's files: the notebook with the set-up cell after its title, and the metadata."""
     import nbformat
 
-    from image_to_prompts.pipeline import COMPETITION
+    from image_to_prompts.pipeline import COMPETITION, PAIRS
 
     owner = json.loads((ROOT / "kernels" / "owner.json").read_text())
     file = f"{slug.replace('-', '_')}.ipynb"
@@ -148,7 +149,10 @@ def _kernel(slug: str, notebook: Any, asks: Any, before: list[str]) -> dict[str,
         "enable_internet": asks.internet,
         **({"machine_shape": "NvidiaTeslaT4"} if asks.gpu else {}),
         "competition_sources": [COMPETITION] if asks.competition else [],
-        "dataset_sources": [f"{owner['owner']}/{owner[name]}" for name in ("wheels", *asks.datasets)],
+        "dataset_sources": [
+            *(f"{owner['owner']}/{owner[name]}" for name in ("wheels", *asks.datasets)),
+            *(PAIRS if asks.pairs else ()),
+        ],
         "kernel_sources": [f"{owner['owner']}/{name}" for name in before],
         "model_sources": list(asks.models),
     }

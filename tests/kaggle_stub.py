@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+ME = "ada"
+
 
 class Stub:
     """What the server answers, and what it was asked.
@@ -48,6 +50,10 @@ class Stub:
                 if f"{asked['ownerSlug']}/{asked['datasetSlug']}" in self.datasets
                 else self.not_found
             ),
+            "GetAcceleratorQuotaStatistics": {
+                "gpuQuota": {"timeUsed": "30600s", "totalTimeAllowed": "108000s"},
+                "quotaRefreshTime": "2026-11-28T00:00:00Z",
+            },
             "StartBlobUpload": lambda asked: {"token": f"t-{asked['name']}", "createUrl": self.url(asked["name"])},
             "CreateDataset": {"url": "https://www.kaggle.com/datasets/x", "status": "ok"},
             "CreateDatasetVersion": {"url": "https://www.kaggle.com/datasets/x", "status": "ok"},
@@ -134,3 +140,10 @@ assert proxy and proxy.startswith("http://127.0.0.1:"), proxy
 def assert_redirected(env: dict[str, str]) -> None:
     """Refuses to go on unless whatever the `kaggle` package sends in this environment ends on the loopback address."""
     subprocess.run([sys.executable, "-c", CHECK], env=env, check=True, capture_output=True, text=True)
+
+
+def sign_in(home: Path, text: str = '{"username": "ada", "key": "0123456789abcdef"}') -> Path:
+    path = home / ".kaggle" / "kaggle.json"
+    path.write_text(text)
+    path.chmod(0o600)
+    return path

@@ -214,3 +214,12 @@ def _sides(text: str) -> tuple[str, str]:
     """Prompt and negative prompt of AUTOMATIC1111's text."""
     prompt, *negative = NEGATIVE.split(SETTINGS.sub("", text), maxsplit=1)
     return prompt.strip(), "".join(negative).strip()
+
+
+def beside(file: Path) -> FilePrompt | None:
+    """The text that lies beside an image, in a .txt of the same stem."""
+    try:
+        text = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return FilePrompt(text) if text else None

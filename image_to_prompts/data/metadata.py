@@ -3,7 +3,9 @@
 import hashlib
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 
@@ -59,18 +61,26 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
     return frame
 
 
-def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",), unique: bool = True) -> pd.DataFrame:
+def read_prompts(
+    path: Path,
+    required: tuple[str, ...] = ("prompt",),
+    unique: bool = True,
+    called: Mapping[str, str] = MappingProxyType({}),
+) -> pd.DataFrame:
     """Reads a CSV with a `prompt` column and what else is `required`; `image_name` and the rest are optional.
 
     Args:
         path: The file.
         required: Columns that must be there.
         unique: Whether an `image_name` that stands twice is bad.
+        called: What the file calls columns that have another name here.
 
     Raises:
         UserError: As `read_table`, or if a prompt is blank or the text NaN, or an `image_name` is bad (see `check`).
     """
-    frame = read_table(path, required)
+    frame = read_table(path, tuple(called.get(name, name) for name in required))
+    other = {theirs: ours for ours, theirs in called.items() if theirs != ours}
+    frame = frame.drop(columns=[ours for ours in other.values() if ours in frame]).rename(columns=other)
     for row, prompt in enumerate(frame["prompt"], start=1):
         if not prompt.strip() or prompt.strip().lower() in ("nan", "null"):
             raise UserError(f"{path}: row {row}: the prompt is blank ({prompt!r}); fill it in or delete the row")
@@ -79,12 +89,12 @@ def read_prompts(path: Path, required: tuple[str, ...] = ("prompt",), unique: bo
     return frame
 
 
-def read(path: Path, unique: bool = True) -> pd.DataFrame:
+def read(path: Path, unique: bool = True, called: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
     """Reads a metadata CSV, that is `read_prompts` with `image_name` required.
 
     Args:
         path: The file.
-        unique: See `read_prompts`.
+        unique, called: See `read_prompts`.
 
     Returns:
         A frame with `image_name` and `prompt` first, `seed` (int, derived from the row where the file has none) and,
@@ -93,7 +103,7 @@ def read(path: Path, unique: bool = True) -> pd.DataFrame:
     Raises:
         UserError: See `read_prompts`.
     """
-    frame = with_keys(read_prompts(path, ("image_name", "prompt"), unique), path)
+    frame = with_keys(read_prompts(path, ("image_name", "prompt"), unique, called), path)
     if "fold" in frame:
         frame["fold"] = _integers(frame["fold"], path, "fold")
     return frame

@@ -35,6 +35,16 @@ document.addEventListener("keydown", (event) => {
   next.click();
   event.preventDefault();
 });
+// Gradio refuses a whole folder for a hidden file in it, such as .DS_Store.
+document.addEventListener("change", (event) => {
+  const input = event.target;
+  const files = [...(input.files ?? [])];
+  const shown = files.filter((file) => !file.name.startsWith("."));
+  if (!input.webkitdirectory || shown.length == files.length) return;
+  const carried = new DataTransfer();
+  shown.forEach((file) => carried.items.add(file));
+  input.files = carried.files;
+}, true);
 // The prompts of many pictures as they stand in the list; whoever leaves with edits is asked first.
 let edited = false;
 function collect() {

@@ -27,7 +27,9 @@ CSS = """
   background: var(--input-background-fill); border: 1px solid var(--border-color-primary)}
 #picture .icon-button, #prompt .icon-button, button[aria-label="Remove Image"], #prompt button {
   min-width: 32px; min-height: 32px}
-.line button {align-self: center; padding: 8px}
+.line textarea {field-sizing: content; min-height: 48px}
+.line textarea[readonly] {opacity: .6}
+.line button {min-width: 32px; min-height: 32px; align-self: center; padding: 8px}
 .lines {width: 100%; margin: 4px 0 16px}
 .lines, .lines tr, .lines td {border: none !important; vertical-align: top}
 .lines td {padding: 2px 12px 2px 0}
@@ -55,7 +57,7 @@ def page(session: Session) -> gradio.Blocks:
 def _one_picture(session: Session) -> None:
     import gradio as gr
 
-    vector, here = (gr.State(None, time_to_live=KEPT) for _ in range(2))
+    vector, here, model = (gr.State(None, time_to_live=KEPT) for _ in range(3))
     visited = gr.State([], time_to_live=KEPT)  # (path, prompt as it was left) of each picture
     with gr.Row():
         with gr.Column(min_width=320):
@@ -72,13 +74,18 @@ def _one_picture(session: Session) -> None:
                 buttons=["copy"],
             )  # fmt: skip
             fits = gr.Markdown(elem_id="similarity")
-            others = gr.Radio([], label="Candidates, best to read first", elem_id="candidates", visible=False)
+            others = gr.Radio(
+                [],
+                label="Candidates, the most readable first; the number says how well one fits",
+                elem_id="candidates",
+                visible=False,
+            )
     worth = gr.HTML(elem_id="worth")
     refusal = gr.Markdown(elem_id="refusal")
     with gr.Row(visible=False) as again:
         with gr.Column(min_width=320):
             info = "The same number draws the same picture of a text."
-            seed = gr.Number(label="Seed", precision=0, info=info, elem_id="seed")
+            seed = gr.Number(label="Seed", precision=0, info=info, minimum=0, maximum=2**32 - 1, elem_id="seed")
             button = gr.Button("Render again", variant="primary", elem_id="render")
             said = gr.HTML(elem_id="undrawn")
         with gr.Column(min_width=320):
@@ -92,7 +99,7 @@ def _one_picture(session: Session) -> None:
 
     def look(path: str | None, past: list[tuple[str, str]]) -> dict[Any, Any]:
         blank: dict[Any, Any] = {
-            vector: None, here: None, prompt: "", source: "", refusal: "", said: "",
+            vector: None, here: None, model: None, prompt: "", source: "", refusal: "", said: "",
             drawn: gr.Image(None, visible=False), again: gr.Row(visible=False),
             others: gr.Radio(choices=[], visible=False), nearest: gr.Radio(choices=[], visible=False),
             worth: "", fits: "",
@@ -106,11 +113,13 @@ def _one_picture(session: Session) -> None:
         known = None if one.familiar is False else one.vector  # the prediction for a strange picture says nothing
         text = dict(past).get(path, one.prompt)  # as it was left
         now = past if path in dict(past) else [*past, (path, text)]
+        found = {"texts": [one.prompt, *one.candidates], "source": session.source(one)}
         choices = session.rated([one.prompt, *one.candidates], known)
         learned = [(f"{cosine:.2f}  {near}", near) for near, cosine in one.nearest]
         return {
             **blank,
-            vector: known, here: path, prompt: text, source: session.source(one), picture: gr.Image(path),
+            vector: known, here: path, prompt: text, picture: gr.Image(path),
+            model: found, source: _origin(found, text),
             others: gr.Radio(choices=choices, value=text, visible=len(choices) > 1),
             nearest: gr.Radio(choices=learned, value=None, visible=bool(learned)),
             refusal: no, again: gr.Row(visible=not no), seed: own, visited: now, **judge(text, known),
@@ -121,9 +130,10 @@ def _one_picture(session: Session) -> None:
         near, rows = session.judge(text, known)
         return {fits: near, worth: _lines("What that number loses without a phrase", rows)}
 
-    def edit(text: str, known: Any, path: str, past: list[tuple[str, str]]) -> dict[Any, Any]:
+    def edit(text: str, known: Any, found: Any, path: str, past: list[tuple[str, str]]) -> dict[Any, Any]:
         left = [(one, text if one == path else old) for one, old in past]
-        return {visited: left, others: gr.Radio(value=text), nearest: gr.Radio(value=text), **judge(text, known)}
+        choices = {others: gr.Radio(value=text), nearest: gr.Radio(value=text)}
+        return {visited: left, source: _origin(found, text), **choices, **judge(text, known)}
 
     def draw(text: str, number: float | None) -> dict[Any, Any]:
         if not text.strip():
@@ -137,15 +147,42 @@ def _one_picture(session: Session) -> None:
     back.__annotations__["chosen"] = gr.SelectData
     # The models themselves are asked one after the other. A picture that comes while another goes must not be lost.
     every = {"concurrency_limit": 16, "show_progress_on": source, "trigger_mode": "always_last"}
-    shown = [vector, here, prompt, source, fits, worth, nearest, others, seed, again, refusal, said, drawn, picture]
+    shown = [
+        vector,
+        here,
+        model,
+        prompt,
+        source,
+        fits,
+        worth,
+        nearest,
+        others,
+        seed,
+        again,
+        refusal,
+        said,
+        drawn,
+        picture,
+    ]
     picture.input(look, [picture, visited], [*shown, visited, history], api_name="look", **every)
     private = {"api_visibility": "private"}
     history.select(back, visited, [*shown, visited, history], **private, **every)
     quietly = {"trigger_mode": "always_last", "show_progress": "hidden", "concurrency_limit": 16}
-    prompt.change(edit, [prompt, vector, here, visited], [visited, others, nearest, fits, worth], **private, **quietly)
+    prompt.change(
+        edit,
+        [prompt, vector, model, here, visited],
+        [visited, source, others, nearest, fits, worth],
+        **private,
+        **quietly,
+    )
     for choice in (others, nearest):
         choice.input(lambda text: text, choice, prompt, show_progress="hidden", **private)
     button.click(draw, [prompt, seed], [drawn, said], concurrency_limit=16, show_progress_on=said, **private)
+
+
+def _origin(found: dict[str, Any] | None, text: str) -> str:
+    """Where the text of a picture comes from, as HTML."""
+    return "" if found is None else found["source"] if text in found["texts"] else "<b>Your own text</b>"
 
 
 def _lines(title: str, rows: list[list[str]]) -> str:
@@ -186,8 +223,8 @@ def _many_pictures(session: Session) -> None:
             yield {rows: done, table: sessions.listing(sessions.shown(done, kept), locked=True), state: said}
         yield {rows: done, table: sessions.listing(sessions.shown(done, kept)), state: sessions.told(done)}
 
-    def narrow(every: list[Row], now: Any, kept: str) -> dict[Any, Any]:
-        every = sessions.edited(every, now)
+    def narrow(every: list[Row], now: Any, kept: str, paths: list[str] | None) -> dict[Any, Any]:
+        every = [row for row in sessions.edited(every, now) if row["path"] in (paths or ())]
         part = sessions.shown(every, kept)
         said = f"{len(part)} of {len(every)} rows." if kept.strip() else sessions.told(every)
         return {rows: every, table: sessions.listing(part), state: said}
@@ -195,14 +232,19 @@ def _many_pictures(session: Session) -> None:
     def around(every: list[Row], now: Any, before: str, after: str) -> dict[Any, Any]:
         part = sessions.only(every, now)
         longer = [{**row, "prompt": f"{before}{row['prompt']}{after}"} if row["prompt"] else row for row in part]
-        said = f"Added to {sum(bool(row['prompt']) for row in part)} prompts."
+        count = sum(row["prompt"] != new["prompt"] for row, new in zip(part, longer, strict=True))
+        said = (
+            f"Added to {count} of {len(every)} prompts." if count else "Nothing to add: write a text before or after."
+        )
         whole = sessions.edited(sessions.edited(every, now), longer)
         return {rows: whole, table: sessions.listing(longer), prefix: "", suffix: "", state: said}
 
     def save(write: Callable[[list[Row], Path], Path], name: str) -> Callable[[list[Row], Any], str]:
         def saved(every: list[Row], now: Any) -> str:
             if not (part := sessions.only(every, now)):
-                raise gr.Error("There is nothing to download yet.", print_exception=False)
+                raise gr.Error(
+                    "No rows are shown: describe pictures first, or show more of them.", print_exception=False
+                )
             return str(write(part, Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / name))
 
         return saved
@@ -214,7 +256,8 @@ def _many_pictures(session: Session) -> None:
     )
     start.click(begin, [rows, seen, files, words], [rows, table, state], **slowly, **private)
     quietly = {"show_progress": "hidden", "trigger_mode": "always_last"}
-    words.change(narrow, [rows, seen, words], [rows, table, state], **quietly, **private)
+    for changed in (words, files):
+        changed.change(narrow, [rows, seen, words, files], [rows, table, state], **quietly, **private)
     add.click(around, [rows, seen, prefix, suffix], [rows, table, prefix, suffix, state], **private)
     for clicked, write, name in (
         (as_csv, sessions.write_csv, "prompts.csv"),

@@ -29,6 +29,12 @@ MOST_LETTERS = 1000  # of an edited prompt; all-MiniLM-L6-v2 reads the first 256
 MOST_PHRASES = 24  # of a prompt whose worth is told
 THUMBNAIL = 64  # px
 Row = dict[str, str]  # of the list of many pictures: path, image, picture (HTML), prompt, first (as described), ...
+SOURCES = {
+    "file": "found in the file",
+    "checkpoint": "predicted",
+    "interrogator": "by CLIP Interrogator",
+    "guess": "a guess",
+}
 AT_ONCE = 8  # pictures between two looks at the list
 WRITTEN = ("image", "prompt", "source", "familiar")  # columns of the CSV
 
@@ -159,7 +165,7 @@ class Session:
         asked = [text, *rests] if len(phrases) > 1 else [text]
         with self.lock:
             cosines = text_encoder.encode_once(asked) @ vector
-        worth = [[f"{cosines[0] - cosine:+.3f}", phrase] for phrase, cosine in zip(phrases, cosines[1:], strict=False)]
+        worth = [[f"{cosines[0] - cosine:.3f}", phrase] for phrase, cosine in zip(phrases, cosines[1:], strict=False)]
         return f"Fits what the model sees: **{cosines[0]:.3f}** (1 would be perfect)", worth
 
     def draw(self, prompt: str, seed: int) -> tuple[Image.Image | None, str]:
@@ -228,7 +234,7 @@ def told(rows: Sequence[Row]) -> str:
 def shown(rows: Sequence[Row], words: str) -> list[Row]:
     """The rows whose file, prompt or source holds all of some words."""
     wanted = words.lower().split()
-    said = (f"{row['image']} {row['prompt']} {row['source']}".lower() for row in rows)
+    said = (f"{row['image']} {row['prompt']} {SOURCES.get(row['source'], row['source'])}".lower() for row in rows)
     return [row for row, text in zip(rows, said, strict=True) if all(word in text for word in wanted)]
 
 
@@ -236,10 +242,12 @@ def listing(rows: Sequence[Row], locked: bool = False) -> str:
     """The rows as HTML: thumbnail, file and source, and the prompt to be edited; `page.js` reads it again."""
     lines = []
     for row in rows:
-        known = f"familiar: {row['familiar']}" if row["familiar"] else ""
-        about = f"<b>{escape(row['image'])}</b> {escape(' · '.join(filter(None, [row['source'], known])))}"
+        known = "unlike what the model knows" if row["familiar"] == "no" else ""
+        said = SOURCES.get(row["source"], row["source"])
+        about = f"<b>{escape(row['image'])}</b> {escape(' · '.join(filter(None, [said, known])))}"
         name = f"prompt of {escape(row['image'])}"
-        text = f'<textarea rows=2 aria-label="{name}"{" readonly" * locked}>\n{escape(row["prompt"])}</textarea>'
+        how = f'rows=2 maxlength={MOST_LETTERS} aria-label="{name}"{" readonly" * locked}'
+        text = f"<textarea {how}>\n{escape(row['prompt'])}</textarea>"
         undo = f'<button title="Undo the edits" aria-label="undo the edits of the {name}">↶</button>'
         lines.append(
             f'<div class=line data-image="{escape(row["image"])}" data-first="{escape(row["first"])}">'

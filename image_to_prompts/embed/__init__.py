@@ -24,10 +24,11 @@ from ..encode.encoders import Encoded
 from ..models import backbones, layouts, text_encoder, weights
 from ..profiles import Models, StageConfig
 from ..run import resume
-from ..run.bounds import AtLeast, NotNegative, Positive
+from ..run.bounds import Amount, AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
+from ..run.progress import Deadline
 from ..run.resume import Stamp, alone
 from ..training import dataset
 
@@ -55,6 +56,8 @@ class Main:
     """Images at once."""
     loader_workers: NotNegative = 0
     """Threads that decode images; 0: one a core."""
+    max_hours: Amount = 0.0
+    """Stop before this process has run for so many hours, and write what is there of the first images; 0: never."""
 
 
 @dataclass
@@ -96,7 +99,7 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
 def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
     rows = dataset.load_metadata(tables, config.images)
     files = rows["path"].tolist()
-    settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size")
+    settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size", "max_hours")
     settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
     models = {name: name.partition(":")[2] for name in config.encoders}
     places = [backbones.locate(name) for name, model in models.items() if model and Path(model).is_dir()]
@@ -114,12 +117,19 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
     work = stamp.work_folder()
     built = _build(config)
     blocks = _blocks(built, files, config, work)
+    done = min(len(blocks) * BLOCK, len(files))
+    if not done:
+        raise UserError(f"--max-hours {config.max_hours:g}: no block of {BLOCK} images fits into it; allow more")
     if process_state().is_main_process:
-        encoded = _joined(blocks, len(files), len(built))
+        encoded = _joined(blocks, done, len(built))
         if np.isnan(encoded[0].vectors).all():
             raise UserError("no image can be read; check --images")
-        _write(rows, slugs, built, encoded, config.out)
-        stamp.write(outputs)
+        _write(rows.iloc[:done], slugs, built, encoded, config.out)
+        if done == len(files):
+            stamp.write(outputs)
+        else:
+            said = "stopped by --max-hours %g with %d of %d images; the same command goes on from here"
+            log.warning(said, config.max_hours, done, len(files))
     process_state().wait_for_everyone()
     return _shapes(config.out, slugs)
 
@@ -166,7 +176,7 @@ def _blocks(built: list[encoders.Encoder], files: list[Path], config: Config, wo
             texts = json.dumps([one.texts for one in found]).encode()
             yield {"texts": np.frombuffer(texts, np.uint8), **{str(i): one.vectors for i, one in enumerate(found)}}
 
-    return resume.blocks(work, len(files), BLOCK, make)
+    return resume.blocks(work, len(files), BLOCK, make, Deadline(config.max_hours).passed)
 
 
 def _joined(blocks: list[Path], count: int, encoders: int) -> list[Encoded]:

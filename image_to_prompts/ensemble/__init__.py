@@ -62,6 +62,8 @@ class Steps:
     """Stop after so many epochs without a better one; 0: never."""
     seed: int = 0
     """Seed of the weights and the shuffling."""
+    max_hours: Amount = 0.0
+    """Stop after an epoch before the process is this old, and write what is there; 0: never."""
     save_minutes: Amount = 10.0
     """Save the state at least so often, after an epoch."""
 
@@ -126,7 +128,10 @@ def _run(config: Config) -> pd.DataFrame:
     names = list(table.arrays)
     inputs = [config.embeddings / f"{name}{end}" for name in [*names, embeddings.PROMPTS] for end in embeddings.ENDS]
     stamp = Stamp(
-        config.out / ".ensemble.done", "ensemble", config.settings("out", "embeddings", "save_minutes"), inputs
+        config.out / ".ensemble.done",
+        "ensemble",
+        config.settings("out", "embeddings", "max_hours", "save_minutes"),
+        inputs,
     )
     if stamp.is_current():
         log.info("%s is up to date", config.out)
@@ -145,7 +150,7 @@ def _run(config: Config) -> pd.DataFrame:
     near = dataset.thinned(rows.train, frozen_features.KNN_ROWS)
     k = metrics.best_k(joined[rows.valid], truth, joined[near], rows.targets[near])
     how = {one.name: getattr(config, one.name) for one in fields(Steps)}
-    network, history = loop.fit(
+    network, history, finished = loop.fit(
         lambda: networks.Fusion(widths).start(scale, ridge), arrays, rows, **how, state=work / "state.pt"
     )
     about = {"arrays": names, "encoders": table.about, "widths": widths, "knn_k": k}
@@ -166,7 +171,10 @@ def _run(config: Config) -> pd.DataFrame:
     scores = members.set_index("member")["validation"]
     pictures.learning_curve(history, scores[["constant", "ridge", "knn"]].to_dict(), config.out / "history.png")
     save(config.out, ensemble)
-    stamp.write([config.out / name for name in OUTPUTS])
+    if finished:
+        stamp.write([config.out / name for name in OUTPUTS])
+    else:
+        log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
     log.info("ensemble:\n%s", members.round(4).to_string(index=False))
     return members
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..models import metrics
 from ..models.ensemble import half_precision, predict
 from ..run.devices import mixed_precision, process_state
-from ..run.progress import progress_to
+from ..run.progress import Deadline, progress_to
 from ..training import state as state_file
 from ..training.dataset import Rows
 from ..training.loop import batches, has_stalled, learning_rate_factor
@@ -94,20 +94,22 @@ def fit(
     learning_rate: float,
     patience: int = 0,
     seed: int = 0,
+    max_hours: float = 0.0,
     save_minutes: float = 10.0,
     state: Path | None = None,
-) -> tuple[nn.Module, pd.DataFrame]:
+) -> tuple[nn.Module, pd.DataFrame, bool]:
     """Trains a network, and keeps what it was after the epoch that validated best.
 
     Args:
         make: Builds the network.
         arrays: float32 (n, d), one an embedding, NaN in rows where one is missing.
         rows: Targets and split.
-        epochs, batch_size, learning_rate, patience, seed, save_minutes: See `ensemble.Config`.
+        epochs, batch_size, learning_rate, patience, seed, max_hours, save_minutes: See `ensemble.Config`.
         state: File to save to and go on from.
 
     Returns:
-        The network in eval mode; epoch, loss, cosine (validation), one row an epoch and one for before (epoch 0).
+        The network in eval mode; epoch, loss, cosine (validation), one row an epoch and one for before (epoch 0);
+        whether it was trained to the end, not stopped by `max_hours`.
     """
     device = process_state().device
     torch.manual_seed(seed)
@@ -134,9 +136,9 @@ def fit(
         history, best = stored["history"], stored["best"]
     else:
         finish_epoch(math.nan)  # before the first step
-    saved = time.monotonic()
+    saved, deadline, over = time.monotonic(), Deadline(max_hours), False
     with progress_to(epochs, "epochs", len(history) - 1) as advance:
-        while len(history) <= epochs and not has_stalled(history, patience):
+        while len(history) <= epochs and not over and not has_stalled(history, patience):
             torch.manual_seed(1000 * seed + len(history))
             order = batches(rows.train, seed, len(history), batch_size)
             begun = (len(history) - 1) * len(order)
@@ -146,10 +148,11 @@ def fit(
                 for step in range(len(order))
             ]
             finish_epoch(trainer.epoch(tensors, targets, order, [learning_rate * f for f in factors]))
-            if state and time.monotonic() - saved > save_minutes * 60:
+            over = deadline.passed()
+            if state and (over or time.monotonic() - saved > save_minutes * 60):
                 saved = time.monotonic()
                 content = {"network": network.state_dict(), "optimizer": trainer.optimizer.state_dict()}
                 state_file.save(state, {**content, "history": history, "best": best})
             advance(1)
     network.load_state_dict(best)
-    return network.eval(), pd.DataFrame(history)
+    return network.eval(), pd.DataFrame(history), not over or len(history) > epochs

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..data import metadata
 from ..data.images import contents, tell_broken
 from ..data.rows import ImageRows
 from ..models import backbones, checkpoints, doubt, text_encoder
@@ -37,7 +36,18 @@ if TYPE_CHECKING:
     from . import dry_run
 
 log = logging.getLogger(__name__)
-LOOSE = ("out", "metadata", "images", "loader_workers", "dry_run", "micro_batch", "max_hours", "save_minutes")
+LOOSE = (
+    "out",
+    "metadata",
+    "images",
+    "image_column",
+    "prompt_column",
+    "loader_workers",
+    "dry_run",
+    "micro_batch",
+    "max_hours",
+    "save_minutes",
+)
 COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
 OUTPUTS = (
@@ -55,7 +65,12 @@ class Main:
     images: tuple[Path, ...] = ()
     """Folders of images or tar shards; with --metadata one a CSV, or one for all."""
     metadata: tuple[Path, ...] = ()
-    """Metadata CSVs; left out: each folder's manifest.csv. Rows of fold --fold validate."""
+    """Metadata CSVs; left out: each folder's manifest.csv, else a .txt beside each image. Rows of fold --fold
+    validate."""
+    image_column: str = "image_name"
+    """What the CSVs call the column of the images' names."""
+    prompt_column: str = "prompt"
+    """What the CSVs call the column of the prompts."""
     out: Path = Path("checkpoints/convnext")
     """Checkpoint folder to write."""
     backbone: str = "timm:tf_efficientnet_lite2"
@@ -109,10 +124,15 @@ def plan(config: Config) -> dry_run.Plan:
     """
     from . import dry_run
 
-    frames = map(metadata.read, dataset.tables(config.metadata, config.images))
+    tables = dataset.tables(config.metadata, config.images)
+    frames = [dataset.load_metadata(table, (), _called(config)) for table in tables]
     # A table without folds gets eight from `dataset.split`.
     rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
     return dry_run.make(backbones.describe(config.backbone, config.image_size), rows, config)
+
+
+def _called(config: Config) -> dict[str, str]:
+    return {"image_name": config.image_column, "prompt": config.prompt_column}
 
 
 def run(config: Config) -> pd.DataFrame:
@@ -137,7 +157,7 @@ def run(config: Config) -> pd.DataFrame:
 def _train(config: Config) -> pd.DataFrame:
     """Trains, and writes everything."""
     tables = dataset.tables(config.metadata, config.images)
-    loaded = dataset.load_metadata(tables, config.images)
+    loaded = dataset.load_metadata(tables, config.images, _called(config))
     stamp = _stamp(config, tables, loaded)
     history, state = config.out / "history.csv", config.out / f"unfinished-{stamp.fingerprint[:12]}.pt"
     if stamp.is_current():
@@ -151,15 +171,16 @@ def _train(config: Config) -> pd.DataFrame:
     rows = dataset.split(loaded, targets, config.fold, config.leave_out, dataset.parse_weights(config.source_weights))
     log.info("%d rows train, %d validate, %d left out", len(rows.train), len(rows.valid), rows.left_out)
     keeper = _prepared(config, rows, stamp.work_folder(), state)
-    keeper.description["data"] = {str(csv): sha256(csv) for csv in tables}
-    if not _epochs(config, keeper):
-        log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
-        return pd.DataFrame(keeper.history, columns=COLUMNS)
+    keeper.description["data"] = {str(csv): sha256(csv) for csv in tables if csv.is_file()}
+    finished = _epochs(config, keeper)
     frame = pd.DataFrame(keeper.history)
     if keeper.trainer.accelerator.is_main_process:
-        keeper.report(frame, history)
-        stamp.write(_written(config.out))
-        state_file.forget(state)
+        keeper.report(frame, history)  # of a training that was stopped, too: a notebook shows it
+        if finished:
+            stamp.write(_written(config.out))
+            state_file.forget(state)
+        else:
+            log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
     return frame
 
 
@@ -189,6 +210,8 @@ def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> St
     """The stamp: settings, names and contents of the images, tables and what the training starts from."""
     settings = config.settings(*LOOSE)
     settings |= {"images": loaded["image_name"].tolist(), "contents": contents(loaded["path"].tolist())}
+    if any(table.is_dir() for table in tables):
+        settings["prompts"] = loaded["prompt"].tolist()
     manifests = [folder / MANIFEST for folder in config.images]
     first = [config.init / name for name in checkpoints.FILES] if config.init else []
     inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])

@@ -21,16 +21,18 @@ import pandas as pd
 from .. import pipeline
 from ..data import metadata
 from ..profiles import StageConfig
-from ..run.bounds import NotNegative, Positive
+from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
-from ..run.progress import Estimate, progress_to
+from ..run.progress import Deadline, Estimate, progress_to
 from ..run.resume import Stamp, alone, append_line, read_journal
 
 log = logging.getLogger(__name__)
 # A source runs dry when fewer than LEAST_NEW of a window of candidates are new.
 WINDOW, LEAST_NEW = 1000, 10
-Sources = Literal["diffusiondb", "diffusiondb-parts", "images", "captions-tsv", "laion-coco", "captions-json", "table"]
+Sources = Literal[
+    "diffusiondb", "diffusiondb-parts", "images", "captions-tsv", "laion-coco", "captions-json", "pairs", "table"
+]
 
 
 @dataclass
@@ -39,13 +41,16 @@ class Main:
 
     source: Literal["grammar", "magicprompt", Sources] = "grammar"
     """Who writes the prompts, or the format of --input: DiffusionDB's metadata or image parts, Conceptual Captions,
-    LAION-COCO, COCO and VizWiz, or any table (CSV, TSV, JSONL, JSON, Parquet, text)."""
+    LAION-COCO, COCO and VizWiz, folders of images with a table of their prompts (pairs), or any table (CSV, TSV, JSONL,
+    JSON, Parquet, text)."""
     count: Positive = 3800
     """How many different prompts to write; a source gives all that it has."""
     seed: int = 0
     """Seed of the whole set; prompt i depends on (seed, i)."""
     out: Path = Path("prompts/generated.csv")
     """CSV to write: image_name, prompt, seed, source."""
+    max_hours: Amount = 0.0
+    """Stop writing new prompts before this process has run for so many hours; 0: no limit."""
 
 
 @dataclass
@@ -74,6 +79,8 @@ class Collecting:
     """Files of a source, folders of DiffusionDB's parts, or hf://datasets/<owner>/<name>/<path>."""
     prompt_column: str = "prompt"
     """Column of the prompts in a table."""
+    image_column: str = ""
+    """Column of the images' names in a table, where each row is an image."""
     name: str = ""
     """What the column source says of collected prompts; left out: the name of the source."""
     rules: tuple[str, ...] = ()
@@ -159,7 +166,10 @@ class Distinct:
 
 
 def _fill(config: Config, stamp: Stamp) -> Distinct:
-    """Adds candidates to those of an earlier run until there are enough; says after a block how long that will take."""
+    """Adds candidates to those of an earlier run until there are enough, or no time is left.
+
+    After the first block the log says how long the rest will take.
+    """
     journal = stamp.work_folder() / "prompts.jsonl"
     found = Distinct(config.count)
     done = 0
@@ -169,7 +179,7 @@ def _fill(config: Config, stamp: Stamp) -> Distinct:
         done += len(prompts)
     if found.finished:
         return found
-    begun = time.monotonic()
+    begun, deadline = time.monotonic(), Deadline(config.max_hours)
     with progress_to(config.count, "generate prompts", len(found.prompts)) as advance:
         for number, block in enumerate(candidates(config, done)):
             if rank_and_processes()[0] == 0:
@@ -179,7 +189,7 @@ def _fill(config: Config, stamp: Stamp) -> Distinct:
             done += len(block)
             new = len(found.prompts) - before
             advance(new)
-            if found.finished:
+            if found.finished or any(gather([deadline.passed()], rank_and_processes()[1])):
                 break
             if not number and new:
                 size = sum(len(prompt.encode()) + 1 for prompt in found.prompts) / len(found.prompts)
@@ -195,7 +205,7 @@ def _stamp(config: Config) -> Stamp:
         known = ", ".join(get_args(Sources))
         raise UserError(f"--input, --rules, --limit, --name: {config.source} writes new prompts; give --source {known}")
     inputs = [path for path in (config.starts,) if path]
-    settings = config.settings("out", "batch_size", "starts")
+    settings = config.settings("out", "batch_size", "starts", "max_hours")
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), "generate", settings, inputs)
 
 
@@ -211,7 +221,8 @@ def _collect(config: Config) -> pd.DataFrame:
     with alone(config.out):
         return collect.collect(
             *(config.source, config.input, config.out, config.name),
-            *(config.prompt_column, config.rules, config.limit),
+            {config.prompt_column: "prompt", **({config.image_column: "image_name"} if config.image_column else {})},
+            *(config.rules, config.limit),
         )
 
 
@@ -245,7 +256,10 @@ def _write(config: Config, stamp: Stamp) -> pd.DataFrame:
     frame = metadata.with_keys(pd.DataFrame({"prompt": prompts, "source": config.source}), config.out)
     if rank_and_processes()[0] == 0:
         metadata.write_table(config.out, frame)
-        stamp.write([config.out])
+        if found.finished:
+            stamp.write([config.out])
+        else:
+            log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
     if found.dry:
         log.warning(
             "%s: %d prompts, not %d: fewer than %d of the last %d candidates were new; "

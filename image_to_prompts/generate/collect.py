@@ -10,8 +10,9 @@ the last whole block. Of equal prompts the first stays, but where each row is an
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def collect(
     inputs: tuple[str, ...],
     out: Path,
     name: str = "",
-    column: str = "prompt",
+    columns: Mapping[str, str] = MappingProxyType({"prompt": "prompt"}),
     rule_names: tuple[str, ...] = (),
     limit: int = 0,
 ) -> pd.DataFrame:
@@ -53,7 +54,7 @@ def collect(
         inputs: Files, folders of DiffusionDB's parts, or `hf://datasets/<owner>/<name>/<path>`.
         out: CSV to write; `report_path` says what the rules did.
         name: What the column `source` says; "" for `source`.
-        column: Column of the prompts, for the source `table`.
+        columns: Of a table its column of prompts, as `prompt`, and perhaps its column of images, as `image_name`.
         rule_names: Rules in their order, names or `file.py:function`; none: the source's usual ones. `blank` always
             comes last, since no later stage takes a blank prompt.
         limit: Stop after so many rows; 0: never.
@@ -70,7 +71,7 @@ def collect(
     names = (*(one for one in names if one != "blank"), "blank")
     chosen = {one: rules.load(one) for one in names}
     own = [Path(one.rpartition(":")[0]) for one in names if one not in rules.RULES]
-    settings = {"source": source, "name": name, "column": column, "rules": names, "limit": limit}
+    settings = {"source": source, "name": name, "columns": dict(columns), "rules": names, "limit": limit}
     files = [(path, file) for path in paths for file in kind.files(path)]
     settings["files"] = [(path.name, str(file.relative_to(path)), *_facts(file)) for path, file in files]
     stamp = Stamp(out.with_name(f".{out.stem}.done"), "generate", settings, own)
@@ -79,8 +80,9 @@ def collect(
         return _frame(json.loads(report_path(out).read_text(encoding="utf-8")))
     stamp.claim([out, report_path(out)], reads=paths)
     work, reports, total = stamp.work_folder(), [], 0
-    seen = Seen(("image_name",) if kind.pairs else ("prompt", "image_name"))
-    readings = [Reading(path, column) for path in paths]
+    pairs = kind.pairs or "image_name" in columns.values()
+    seen = Seen(("image_name",) if pairs else ("prompt", "image_name"))
+    readings = [Reading(path, dict(columns)) for path in paths]
     what = f"blocks of {name or source}"
     for number, block in enumerate(progress(read_blocks(kind, readings), what, _blocks(kind, paths))):
         part = work / f"part-{number:06d}.csv"

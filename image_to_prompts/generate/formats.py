@@ -8,18 +8,21 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
+import pyarrow
 from pyarrow import parquet
 
 from ..run.errors import UserError
 
 log = logging.getLogger(__name__)
 BLOCK = 65_536  # rows
+Record = dict[str, Any]
+ADVICE = "give --prompt-column, --image-column"
 LONGEST = 100_000  # characters of a field; longer ones are a broken quote, not a prompt
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python stands in for such bytes
 HALF = re.compile("[\ud800-\udfff]")  # of a character of two
@@ -32,13 +35,13 @@ class Reading:
 
     Attributes:
         path: The file, or a folder (DiffusionDB's parts).
-        column: Column of the prompts, for `table`.
+        columns: Of a table: its columns that are read, and what they are called here, `prompt` first.
         broken: Number of rows that could not be read.
     """
 
     path: Path
-    column: str = "prompt"
-    broken: int = field(default=0)
+    columns: dict[str, str] = field(default_factory=lambda: {"prompt": "prompt"})
+    broken: int = 0
 
     def skip(self, row: int, why: str) -> None:
         """Reports a row, from 1, that cannot be read."""
@@ -57,7 +60,7 @@ def parquet_blocks(
             for column in required:
                 if column not in there:
                     found = ", ".join(there)
-                    raise UserError(f"{reading.path}: no column {column!r}, found {found}; correct --prompt-column")
+                    raise UserError(f"{reading.path}: no column {column!r}, found {found}; {ADVICE}")
             chosen, start = [column for column in columns if column in there], 0
             groups = range(file.num_row_groups)  # one by one, for a reader of all keeps all that it has read
             for batch in (one for group in groups for one in file.iter_batches(BLOCK, [group], chosen)):
@@ -96,6 +99,7 @@ def blocks(rows: Iterator[dict[str, Any]], columns: tuple[str, ...], size: int =
 
 def _plain(value: Any, column: str) -> Any:
     if column == "seed":
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
         return value if type(value) is int and 0 <= value < 2**63 else None
     return HALF.sub("", value) if isinstance(value, str) and not value.isascii() else value
 
@@ -135,8 +139,8 @@ def lines(reading: Reading, universal: bool = False) -> Iterator[tuple[int, str]
         raise UserError(f"{reading.path}: cannot be read: {error}; download it again") from error
 
 
-def delimited(reading: Reading) -> Iterator[tuple[int, str]]:
-    """Row number and prompt of each row of a CSV or TSV with a header."""
+def delimited(reading: Reading) -> Iterator[tuple[int, Record]]:
+    """Number and columns of each row of a CSV or TSV with a header."""
     comma = "\t" if ".tsv" in reading.path.name.lower() else ","
     rows = csv.reader((line for _, line in lines(reading)), delimiter=comma, strict=True)
     csv.field_size_limit(LONGEST)
@@ -155,48 +159,89 @@ def delimited(reading: Reading) -> Iterator[tuple[int, str]]:
             continue
         if header is None:
             header = row
-            if reading.column not in header:
-                there = ", ".join(header)[:200]
-                raise UserError(f"{reading.path}: no column {reading.column!r}, found {there}; give --prompt-column")
-            position = header.index(reading.column)
+            for column in reading.columns:
+                if column not in header:
+                    there = ", ".join(header)[:200]
+                    raise UserError(f"{reading.path}: no column {column!r}, found {there}; {ADVICE}")
+            positions = {name: header.index(column) for column, name in reading.columns.items()}
             continue
         number += 1
         if len(row) != len(header):
             reading.skip(number, f"{len(row)} fields for {len(header)} columns")
         else:
-            yield number, row[position]
+            yield number, {name: row[position] for name, position in positions.items()}
 
 
-def json_lines(reading: Reading) -> Iterator[tuple[int, str]]:
+def json_lines(reading: Reading) -> Iterator[tuple[int, Record]]:
     for number, line in lines(reading):
         if line.strip():
             try:
-                yield number, _field(json.loads(line), reading.column)
+                yield number, _fields(json.loads(line), reading.columns)
             except (ValueError, RecursionError) as error:
                 reading.skip(number, str(error))
 
 
-def json_list(reading: Reading) -> Iterator[tuple[int, str]]:
+def json_list(reading: Reading) -> Iterator[tuple[int, Record]]:
     found = whole_json(reading.path)
     if not isinstance(found, list):
         raise UserError(f"{reading.path}: not a list of objects; give JSON lines, or a list")
     for number, record in enumerate(found, start=1):
         try:
-            yield number, record if isinstance(record, str) else _field(record, reading.column)
+            text = isinstance(record, str)
+            yield number, {"prompt": record} if text else _fields(record, reading.columns)
         except ValueError as error:
             reading.skip(number, str(error))
 
 
-def _field(record: Any, column: str) -> str:
-    if not isinstance(record, dict) or not isinstance(record.get(column), str):
-        raise ValueError(f"no text called {column!r}; give --prompt-column")
-    return record[column]
+def _fields(record: Any, columns: dict[str, str]) -> Record:
+    for column, name in columns.items():
+        if name in ("prompt", "image_name") and not (isinstance(record, dict) and isinstance(record.get(column), str)):
+            raise ValueError(f"no text called {column!r}; {ADVICE}")
+    found = {name: record.get(column) for column, name in columns.items()}
+    return {name: value if name == "seed" or value is None else str(value) for name, value in found.items()}
 
 
-def text_lines(reading: Reading) -> Iterator[tuple[int, str]]:
+def text_lines(reading: Reading) -> Iterator[tuple[int, Record]]:
     for number, line in lines(reading, universal=True):
         if line.strip():
-            yield number, line.rstrip("\n")
+            yield number, {"prompt": line.rstrip("\n")}
+
+
+def table(reading: Reading) -> Iterator[pl.DataFrame]:
+    """The columns of any CSV, TSV, JSON lines, JSON list, Parquet or text file (a prompt a line), also .gz."""
+    if _suffix(reading.path) == ".parquet":
+        yield from parquet_blocks(reading, reading.columns, reading.columns, numbered=True)
+        return
+    if _suffix(reading.path) not in TABLES:
+        raise UserError(f"{reading.path}: ends with none of {', '.join([*TABLES, '.parquet'])}; rename or convert it")
+    rows = ({**record, "source_id": str(number)} for number, record in TABLES[_suffix(reading.path)](reading))
+    yield from blocks(rows, (*reading.columns.values(), "source_id"))
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def header(path: Path) -> list[str]:
+    """The names of a table's columns: of JSON lines those of the first."""
+    if _suffix(path) == ".parquet":
+        try:
+            return parquet.read_schema(path).names
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"{path}: not a whole Parquet file: {error}; download it again") from error
+    _, line = next(lines(Reading(path)), (0, ""))
+    if _suffix(path) == ".jsonl":
+        try:
+            return list(json.loads(line))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: not JSON lines: {error}; download it again") from error
+    return next(csv.reader([line], delimiter="\t" if ".tsv" in path.name.lower() else ","), [])
+
+
+TABLES: dict[str, Callable[[Reading], Iterator[tuple[int, Record]]]] = {
+    **{".csv": delimited, ".tsv": delimited, ".txt": text_lines},
+    **{".jsonl": json_lines, ".json": json_list},
+}
 
 
 def whole_json(path: Path) -> Any:

@@ -16,10 +16,9 @@ import polars as pl
 from pyarrow import parquet
 
 from ..data import file_prompt, images, metadata
-from ..data.file_prompt import FilePrompt
 from ..run import archives
 from ..run.errors import UserError
-from . import formats
+from . import formats, pairs
 from .formats import Reading
 
 log = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def carried(reading: Reading) -> Iterator[pl.DataFrame]:
 
     def rows() -> Iterator[dict[str, Any]]:
         for number, file in enumerate(images.find(reading.path), start=1):
-            name, found = file.relative_to(reading.path).as_posix(), file_prompt.read(file) or _beside(file)
+            name, found = file.relative_to(reading.path).as_posix(), file_prompt.read(file) or file_prompt.beside(file)
             if not name.isprintable() or not metadata.is_name(name):
                 reading.skip(number, f"{name!r} cannot be an image_name")
             elif found is None:
@@ -155,32 +154,9 @@ def carried(reading: Reading) -> Iterator[pl.DataFrame]:
     yield from formats.blocks(rows(), columns, SOURCES["images"].block)
 
 
-def _beside(file: Path) -> FilePrompt | None:
-    """The text that lies beside an image."""
-    try:
-        text = file.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return FilePrompt(text) if text else None
-
-
 def _images(path: Path) -> list[Path]:
     found = [file.parent if archives.is_member(file) else file for file in images.find(path)]
     return [*dict.fromkeys(found), *sorted(path.rglob("*.txt"))]
-
-
-def table(reading: Reading) -> Iterator[pl.DataFrame]:
-    """Any CSV, TSV, JSON lines, JSON list, Parquet or text file (a prompt a line), also .gz, by its prompt column."""
-    suffix = Path(reading.path.name.removesuffix(".gz")).suffix.lower()
-    if suffix == ".parquet":
-        yield from formats.parquet_blocks(reading, {reading.column: "prompt"}, (reading.column,), numbered=True)
-        return
-    readers = {".csv": formats.delimited, ".tsv": formats.delimited, ".txt": formats.text_lines}
-    readers |= {".jsonl": formats.json_lines, ".json": formats.json_list}
-    if suffix not in readers:
-        raise UserError(f"{reading.path}: ends with none of {', '.join([*readers, '.parquet'])}; rename or convert it")
-    rows = ({"prompt": text, "source_id": str(number)} for number, text in readers[suffix](reading))
-    yield from formats.blocks(rows, ("prompt", "source_id"))
 
 
 MENDED = ("mojibake", "html", "unicode", "interface", "urls")
@@ -198,7 +174,12 @@ SOURCES = {
     "captions-tsv": Source(captions_tsv, USUAL),
     "laion-coco": Source(laion_coco, USUAL),
     "captions-json": Source(captions_json, USUAL),
-    "table": Source(table, USUAL),
+    "pairs": Source(
+        *(pairs.read, (*MENDED, "blank"), True, pairs.tables),
+        count=lambda path: sum(filter(None, map(count_lines, pairs.tables(path)))),
+        more=("model", "sampler"),
+    ),
+    "table": Source(formats.table, USUAL),
 }
 
 

@@ -152,10 +152,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
     if stamp.is_current():
         log.info("%s is up to date", config.out)
-        found = json.loads(scores_path.read_text(encoding="utf-8"))
-        found["broken"] = [Path(name) for name in found["broken"]]
-        nearest = metadata.read_table(nearest_path, ()).astype({"cosine": float}) if bank else None
-        return Prediction(files, submission.read(config.out, stems), **found, prompts=nearest)
+        return read(config)
     outputs = [config.out, scores_path, *([nearest_path] if bank else [])]
     stamp.claim(outputs)
     rung, seen, used, reached = climb(
@@ -180,7 +177,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         metadata.write_table(nearest_path, result.prompts)
     if truth:
         _score(result, found, mean, text_encoder.encode(truth), folders if rung is rungs[0] else [])
-    kept = {name: getattr(result, name) for name in ("score", "constant", "alone", "how", "strange")}
+    kept = {name: getattr(result, name) for name in ("score", "constant", "alone", "how", "strange", "unreached")}
     write_json(scores_path, {**kept, "broken": list(map(str, broken))})
     if rung is rungs[0] and min(reached) == len(files):
         stamp.write(outputs)
@@ -190,6 +187,16 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         log.warning("%d of %d images are unlike those that the checkpoint knows: %s", result.strange, len(files), known)
     log.info("%s: %d images, predicted by %s", config.out, len(files), result.how)
     return result
+
+
+def read(config: Config) -> Prediction:
+    """What an earlier `run`, with these settings and in whatever process, has written."""
+    files = images.find(config.images)
+    found = json.loads(config.out.with_suffix(".json").read_text(encoding="utf-8"))
+    found["broken"] = [Path(name) for name in found["broken"]]
+    nearest = config.out.with_name(f"{config.out.stem}.prompts.csv")
+    prompts = metadata.read_table(nearest, ()).astype({"cosine": float}) if config.bank else None
+    return Prediction(files, submission.read(config.out, submission.check_stems(files)), **found, prompts=prompts)
 
 
 def _rungs(config: Config, folders: list[Path], weights: list[float]) -> list[Rung]:

@@ -4,5 +4,7 @@ kernels.py     the kernels that `make kernels` built, and the chain as a table
 remote.py      the `kaggle` package underneath: push, status, submit, datasets
 folders.py     folders that become datasets: wheels, weights, metadata, embeddings
 mounts.py      what is attached to a kernel
-commands.py    `image-to-prompts kaggle ...`
+push.py        `image-to-prompts kaggle push`: which sources a kernel gets, and how sessions go on
+sessions.py    within a kernel: publishes what a session has rendered
+commands.py    the other commands of `image-to-prompts kaggle`
 """

@@ -1,5 +1,7 @@
 """Kernel folders as `make kernels` builds them, and the chain that they are."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..pipeline import STAGES, Stage
 from ..run.errors import UserError
 from ..run.files import write_json
 
@@ -39,9 +42,22 @@ class Kernel:
         return bool(self.metadata["competition_sources"])
 
     @property
+    def stage(self) -> Stage | None:
+        """The stage that it runs; None of the benchmark."""
+        return next((one for one in STAGES if one.notebook.replace("_", "-") == self.folder.name), None)
+
+    @property
     def optional(self) -> list[str]:
-        """Sources that it does without where they are not there: a kernel that submits needs only its first dataset."""
-        return [*self.metadata["dataset_sources"][1:], *self.metadata["kernel_sources"]] if self.submits else []
+        """Sources that it does without where they are not there: all but the wheels and what its stage comes after."""
+        first = len(self.stage.kernel.after) if self.stage else 0
+        return [*self.metadata["dataset_sources"][1:], *self.metadata["kernel_sources"][first:]]
+
+    def changed(self, folder: Path, **fields: Any) -> Kernel:
+        """A copy of it, written to `folder`, with other metadata."""
+        shutil.copytree(self.folder, folder)
+        metadata = {**self.metadata, **fields}
+        write_json(folder / FILE, metadata)
+        return Kernel(folder, metadata)
 
 
 def read(folder: Path) -> Kernel:
@@ -62,6 +78,9 @@ def read(folder: Path) -> Kernel:
         raise UserError(f"{path}: {PLACEHOLDER!r} is a placeholder; put your Kaggle name into owner.json, make kernels")
     if not owned:
         raise UserError(f"{path}: id {metadata['id']!r}: must be owner/slug; correct owner.json and run make kernels")
+    if metadata.get("enable_gpu") and not metadata.get("machine_shape"):
+        why = "without machine_shape Kaggle gives a P100, on which nothing runs"
+        raise UserError(f"{path}: {why}; run make kernels")
     if not code.is_file():
         raise UserError(f"{code}: no such file; run make kernels")
     return Kernel(folder, metadata)
@@ -84,14 +103,6 @@ def find(folder: Path) -> list[Kernel]:
             if source.partition("/")[0] == owner and source not in ids:
                 raise UserError(f"{kernel.folder / FILE}: kernel_sources {source}: no such kernel in {folder}")
     return found
-
-
-def without(kernel: Kernel, sources: list[str], folder: Path) -> Kernel:
-    """A copy of a kernel, written to `folder`, that does not ask for some of its sources."""
-    kept = {name: [source for source in kernel.metadata[name] if source not in sources] for name in LISTS}
-    shutil.copytree(kernel.folder, folder)
-    write_json(folder / FILE, {**kernel.metadata, **kept})
-    return Kernel(folder, {**kernel.metadata, **kept})
 
 
 def table(kernels: list[Kernel], every_field: bool = False) -> str:

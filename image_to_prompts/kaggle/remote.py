@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,6 +184,26 @@ def _session(api: Any, kernel: str) -> Any:
         return client.kernels.kernels_api_client.get_kernel_session_status(request)
 
 
+def quota(api: Any, kernels: int, hours: int, timeout: float = TIMEOUT) -> list[str]:
+    """What is left of the weekly GPU hours and what some kernels may take of them, as lines; none without a GPU."""
+    if not kernels:
+        return []
+    try:
+        found = call("asking for the quota", api.quota_view, timeout=timeout)
+        used, every = (
+            one.total_seconds() / 3600 for one in (found.gpu_quota.time_used, found.gpu_quota.total_time_allowed)
+        )
+    except (UserError, AttributeError) as error:
+        return [
+            f"{error}; the GPU hours left are not known"
+            if isinstance(error, UserError)
+            else "GPU hours left: not known"
+        ]
+    until = f", until {found.quota_refresh_time:%Y-%m-%d}" if found.quota_refresh_time else ""
+    most = f"{kernels} kernel{'s' if kernels > 1 else ''} with a GPU take at most {kernels * hours} h"
+    return [f"{every - used:.1f} of {every:.0f} GPU hours are left this week{until}; {most}"]
+
+
 def submit(api: Any, kernel: str, version: int, competition: str, message: str, timeout: float = TIMEOUT) -> str:
     """Submits the `submission.csv` of a version of a kernel to a code competition; returns Kaggle's message."""
     what = f"submitting {kernel} version {version}"
@@ -228,8 +248,8 @@ def is_there(api: Any, source: str, kind: str, timeout: float = TIMEOUT) -> bool
     return call(f"looking for the {kind} {source}", asked, timeout=timeout)
 
 
-def missing(api: Any, kernel: Kernel, timeout: float = TIMEOUT) -> list[str]:
-    """The datasets and kernels among a kernel's sources that are not on Kaggle."""
+def missing(api: Any, kernel: Kernel, coming: Set[str], timeout: float = TIMEOUT) -> list[str]:
+    """The datasets and kernels among a kernel's sources that are neither on Kaggle nor coming."""
     kinds = [(name.partition("_")[0], name) for name in ("dataset_sources", "kernel_sources")]
     sources = [(kind, source) for kind, name in kinds for source in kernel.metadata[name]]
-    return [source for kind, source in sources if not is_there(api, source, kind, timeout)]
+    return [one for kind, one in sources if one not in coming and not is_there(api, one, kind, timeout)]

@@ -190,6 +190,14 @@ def verify(out: Path) -> pd.DataFrame:
     return bad[["image_name", "file"]]
 
 
+def left(config: Config) -> int:
+    """How many images are not rendered yet, neither here nor in what is adopted; by the manifests alone."""
+    frame, _ = expand(metadata.read(config.metadata), config.seeds, config.format, config.metadata)
+    folders = [config.out, *(attached_images(config.out.name) if config.adopt is None else config.adopt)]
+    there = {record["image_name"] for folder in folders for record in stores.read_manifest(folder)}
+    return int((~frame["image_name"].isin(there)).sum())
+
+
 def _backend(config: Config) -> Any:
     if config.backend == "scenes":
         return pipeline.embedded("scenes")(config.family, config.format, config.workers)
@@ -253,7 +261,7 @@ def _render(
     """Renders this process's part of the rows."""
     mine = [row for unit in units for row in unit]
     folders = attached_images(config.out.name) if config.adopt is None else config.adopt
-    adopted = {name for folder in folders for name in store.adopt(folder, mine)}
+    adopted = store.adopt(tuple(folders), mine)
     store.scan(mine)
     there = adopted | store.records.keys()
     inside = config.run if config.out.resolve().is_relative_to(config.run.resolve()) else config.out

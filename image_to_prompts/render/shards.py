@@ -7,13 +7,14 @@ import logging
 import os
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..run.errors import UserError
 from ..run.files import atomic_path
 from ..run.progress import progress
-from .store import FAILED, KEYS, FolderStore, Record, Row, foreign
+from .store import KEYS, FolderStore, Record, Row, foreign
 
 log = logging.getLogger(__name__)
 
@@ -58,21 +59,23 @@ class TarStore(FolderStore):
         units = [rows[start : start + self.unit] for start in range(0, len(rows), self.unit)]
         return [(unit[0].number // self.unit, unit) for unit in units]
 
-    def adopt(self, folder: Path, rows: list[Row]) -> set[str]:
-        """See `FolderStore.adopt`; a shard that was not finished there is copied, before `scan`, and goes on here."""
-        done = set()
+    def adopt(self, folders: Sequence[Path], rows: list[Row]) -> set[str]:
+        """See `FolderStore.adopt`; a shard that nobody has finished is copied, before `scan`, and goes on here."""
+        done: set[str] = set()
         for number, unit in self.shards(rows):
-            for name in (self.path(number).name, self.part(number).name):
-                if not (folder / name).is_file():
-                    continue
-                records, _ = read_shard(folder / name, check=False)
-                other = TarStore(folder, self.settings, "none", self.unit, self.total)
-                other._take(folder / name, unit, records)
-                if name == self.path(number).name and len(records) >= len(unit):
-                    done |= set(other.records)
-                elif not self.part(number).is_file() and not self.path(number).is_file():
-                    with atomic_path(self.part(number)) as part:
-                        shutil.copyfile(folder / name, part)
+            here = (self.path(number), self.part(number))
+            found: dict[Path, set[str]] = {}
+            for file in (folder / path.name for folder in folders for path in here):
+                if file.is_file():
+                    other = TarStore(file.parent, self.settings, "none", self.unit, self.total)
+                    other._take(file, unit, read_shard(file, check=False)[0])
+                    found[file] = set(other.records)
+            longest = max(found, key=lambda file: (len(found[file]), file.suffix == ".tar"), default=None)
+            if longest and longest.suffix == ".tar" and len(found[longest]) >= len(unit):
+                done |= found[longest]
+            elif longest and not any(path.is_file() for path in here):
+                with atomic_path(self.part(number)) as part:
+                    shutil.copyfile(longest, part)
         return done
 
     def scan(self, rows: list[Row]) -> None:
@@ -150,9 +153,13 @@ class TarStore(FolderStore):
         self._tar, self._number = None, -1
 
     def listed(self) -> dict[str, Record]:
-        """Records for the manifest: rows of finished shards."""
-        finished = {self.path(number).name for number in self._finished}
-        return {k: r for k, r in self.records.items() if r["flag"] == FAILED or r["file"].partition("/")[0] in finished}
+        """Records for the manifest, with the file that a row lies in now: its shard may not be finished."""
+        found = {}
+        for name, record in self.records.items():
+            shard, _, file = record["file"].partition("/")
+            unfinished = file and int(shard.removesuffix(".tar")) not in self._finished
+            found[name] = {**record, "file": f"{shard}.part/{file}"} if unfinished else record
+        return found
 
 
 def read_shard(path: Path, check: bool = True) -> tuple[list[Record], list[int]]:

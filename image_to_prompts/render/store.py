@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,20 +75,20 @@ class FolderStore:
             if record and self.is_intact(record) and self.fits(record, row):
                 self.records[row.name] = record
 
-    def adopt(self, folder: Path, rows: list[Row]) -> set[str]:
-        """Names of `rows` that are done in another, read-only folder of an earlier run, and count as done there.
+    def adopt(self, folders: Sequence[Path], rows: list[Row]) -> set[str]:
+        """Names of `rows` that are done in other, read-only folders of earlier runs, and count as done there.
 
         Raises:
             UserError: If images made with other settings are there.
         """
-        other = FolderStore(folder, self.settings, "none")
-        known = {record["image_name"]: record for record in read_manifest(folder)}
-        wanted = {row.name: row for row in rows}
-        return {
-            name
-            for name, record in known.items()
-            if name in wanted and (folder / record["file"]).is_file() and other.fits(record, wanted[name])
-        }
+        wanted, done = {row.name: row for row in rows}, set()
+        for folder in folders:
+            other = FolderStore(folder, self.settings, "none")
+            known = {record["image_name"]: record for record in read_manifest(folder) if record["image_name"] in wanted}
+            for name, record in known.items():
+                if (folder / record["file"]).is_file() and other.fits(record, wanted[name]):
+                    done.add(name)
+        return done
 
     def fits(self, record: Record, row: Row) -> bool:
         """Whether an intact record is that of `row`, and undamaged.

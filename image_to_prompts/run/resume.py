@@ -160,6 +160,11 @@ def _read_stamp(path: Path) -> dict[str, Any]:
         return {"fingerprint": "", "outputs": {}}
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a stage has written its stamp, with whatever settings."""
+    return bool(_read_stamp(path)["fingerprint"])
+
+
 def fingerprint(settings: dict[str, Any], inputs: Iterable[Path]) -> str:
     """Tells work from that with other settings (JSON-like values) or other contents of input files: 64 hex digits."""
     text = json.dumps([settings, [sha256(file) for file in inputs if file.is_file()]], sort_keys=True, default=str)

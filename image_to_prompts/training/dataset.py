@@ -4,11 +4,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
-from ..data import images, metadata
+from ..data import file_prompt, images, metadata
 from ..data.metadata import BLANK, FAILED, NSFW
 from ..models import metrics
 from ..run.errors import UserError
@@ -50,17 +51,32 @@ class Rows:
 
 
 def tables(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> tuple[Path, ...]:
-    """`csvs`, or where there are none the manifest of each folder of rendered images.
+    """`csvs`; where there are none the manifest of each folder of rendered images, or a folder of images with texts.
 
     Raises:
         UserError: If there is neither.
     """
     if csvs or not folders:
         return csvs
+    found = []
     for folder in folders:
-        if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder}: no {MANIFEST}; run render first, or give --metadata beside --images")
-    return tuple(folder / MANIFEST for folder in folders)
+        if not (folder / MANIFEST).is_file() and next(folder.rglob("*.txt"), None) is None:
+            said = f"no {MANIFEST} and no .txt beside the images; run render first, or give --metadata beside --images"
+            raise UserError(f"{folder}: {said}")
+        found.append(folder / MANIFEST if (folder / MANIFEST).is_file() else folder)
+    return tuple(found)
+
+
+def _texts_beside(folder: Path) -> pd.DataFrame:
+    """The rows of a folder of images with a .txt of the same stem beside each."""
+    files = images.find(folder)
+    texts = [file_prompt.beside(file) for file in files]
+    rows = [(file.relative_to(folder).as_posix(), text.prompt) for file, text in zip(files, texts, strict=True) if text]
+    if not rows:
+        raise UserError(f"{folder}: no image has a .txt of its name beside it; give --metadata")
+    if len(rows) < len(files):
+        log.warning("%s: %d images have no .txt beside them and were left out", folder, len(files) - len(rows))
+    return metadata.with_keys(pd.DataFrame(rows, columns=["image_name", "prompt"]), folder)
 
 
 def split(
@@ -116,16 +132,21 @@ def _paths(given: Path | str | Sequence[Path | str]) -> tuple[Path, ...]:
 
 
 def load_metadata(
-    csvs: Path | str | Sequence[Path | str], folders: Path | str | Sequence[Path | str] = ()
+    csvs: Path | str | Sequence[Path | str],
+    folders: Path | str | Sequence[Path | str] = (),
+    called: Mapping[str, str] = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Loads any mix of metadata CSVs, the reference's own files included, as one table.
 
     A row whose image_name stood before, in its file or in an earlier one, is left out and counted in the log, and so
-    are rows without an image. Equal prompts stay, for an image each; `dedupe` knows which prompts are alike.
+    are rows without an image. Equal prompts stay, for an image each; `dedupe` knows which prompts are alike. Another
+    image with another prompt that has the name of one in an earlier folder is called `<file>/<name>`.
 
     Args:
-        csvs: Metadata CSV or CSVs; a file's name is the `source` of rows that have none.
+        csvs: Metadata CSV or CSVs, or folders of images with a .txt beside each; a file's name is the `source` of rows
+            that have none.
         folders: Folders of images or archives, one a CSV or one for all; none: no images are looked for.
+        called: What the CSVs call `image_name` and `prompt`, where that is something else.
 
     Returns:
         The rows, with `source`, and with `path` where images were looked for.
@@ -138,7 +159,7 @@ def load_metadata(
         raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
     frames = []
     for number, csv in enumerate(csvs):
-        frame = metadata.read(csv, unique=False)
+        frame = _texts_beside(csv) if csv.is_dir() else metadata.read(csv, unique=False, called=called)
         own = frame["source"] if "source" in frame else pd.Series("", frame.index)
         frame = frame.assign(source=own.replace("", csv.stem), _row=range(1, len(frame) + 1))
         twice = frame["image_name"].duplicated()
@@ -149,13 +170,23 @@ def load_metadata(
         if folders:
             frame = _with_images(frame, csv, folders[number if len(folders) > 1 else 0])
         frames.append(frame.assign(_file=csv.name))
-    frame = pd.concat(frames, ignore_index=True)
+    frame = _told_apart(pd.concat(frames, ignore_index=True))
     again = frame["image_name"].duplicated()
     for name, count in frame.loc[again, "_file"].value_counts().items():
         log.warning("%s: %d rows stand in an earlier file and were left out", name, count)
     frame = frame[~again].reset_index(drop=True).drop(columns=["_file", "_row"])
     log.info("%d rows of %d prompts, %s", len(frame), frame["prompt"].nunique(), _shares(frame["source"]))
     return frame
+
+
+def _told_apart(frame: pd.DataFrame) -> pd.DataFrame:
+    """Gives images that have the name of one in another folder, but another prompt, a name of their own."""
+    if "path" not in frame:
+        return frame
+    first = frame.drop_duplicates("image_name").set_index("image_name").loc[frame["image_name"]]
+    other = (first["path"].to_numpy() != frame["path"].to_numpy()) & (first["prompt"].to_numpy() != frame["prompt"])
+    longer = [f"{Path(file).stem}/{name}" for file, name in zip(frame["_file"], frame["image_name"], strict=True)]
+    return frame.assign(image_name=frame["image_name"].where(~other, longer))
 
 
 def _shares(names: pd.Series) -> str:

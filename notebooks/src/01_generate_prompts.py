@@ -115,4 +115,7 @@ shares = {b: {a: near(vectors[a], vectors[b], 0.8).mean() for a in vectors} for 
 pd.DataFrame(shares).style.format("{:.1%}").background_gradient(vmin=0, vmax=1, axis=None)
 
 # %% [markdown]
-# Next: `02_dedupe_prompts` drops the ones that say the same.
+# `02_dedupe_prompts` drops the ones that say the same.
+
+# %%
+print(notebook.outlook(config))

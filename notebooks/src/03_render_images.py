@@ -17,6 +17,10 @@ profile = None
 fast = False  # with Stable Diffusion 2: DPM-Solver++ in 20 steps instead of DDIM in 50
 seeds = 1  # images a prompt
 steps = 0  # denoising steps; 0: 50, with fast 20
+max_hours = None  # stop before the session is this old; None: 11 on Kaggle, which allows 12
+max_gb = None  # stop before the run has so many GB; None: 19 on Kaggle, which allows 20
+processes = None  # None: one a GPU
+publish = True  # on Kaggle: make a private dataset of this session's images
 
 # %%
 import pandas as pd
@@ -24,13 +28,16 @@ from IPython.display import Image
 
 from image_to_prompts import notebook, profiles, render
 from image_to_prompts.data import metadata, pictures
+from image_to_prompts.kaggle import sessions
 
 run, profile = notebook.start(run_folder, profile)
+limits = {name: value for name, value in (("max_hours", max_hours), ("max_gb", max_gb)) if value}
+how = {"fast": fast, "steps": steps, **limits}
 configs = [
-    profiles.default_config("render", run, profile, metadata=csv, out=folder, fast=fast, seeds=seeds, steps=steps)
+    profiles.default_config("render", run, profile, metadata=csv, out=folder, seeds=seeds, **how)
     for csv, folder in (
-        (run.have(run.train_metadata), run.train_images),
         (run.have(run.test_metadata), run.test_images),
+        (run.have(run.train_metadata), run.train_images),
     )
     if csv.is_file()
 ]
@@ -39,15 +46,20 @@ configs = [
 # ## Render
 #
 # After the first blocks a line says how long the rest will take and how much room it needs; `docs/scale.md` has the
-# sums for other GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB a folder.
-# Attach this kernel's output to the next one, run it again, and it goes on.
+# sums for other GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB, and the last
+# cell says how the next session goes on.
 #
 # Encoding and writing go on while the next batch is rendered. A finished image is checked by its SHA-256 before it
-# counts as done. Stop the kernel whenever you like; run the cell again and it goes on. With two GPUs, run
-# `!accelerate launch -m image_to_prompts render` instead.
+# counts as done. Stop the kernel whenever you like; run the cell again and it goes on. With several GPUs each gets a
+# process.
 
 # %%
-manifests = {config.out.name: render.run(config) for config in configs}
+for config in configs:
+    notebook.run(config, processes)
+folders = {config.out.name: run.rendered(config.out)[-1] for config in configs}  # the last session's, of several
+folders = {name: folder for name, folder in folders.items() if (folder / "manifest.csv").is_file()}
+manifests = {name: metadata.read_table(folder / "manifest.csv", ("flag",)) for name, folder in folders.items()}
+shown = list(manifests)[-1]
 flags = {name: manifest["flag"].replace("", "fine").value_counts() for name, manifest in manifests.items()}
 pd.DataFrame(flags).fillna(0).astype(int)
 
@@ -55,7 +67,7 @@ pd.DataFrame(flags).fillna(0).astype(int)
 # What a picture depends on stands in its manifest row.
 
 # %%
-manifests["train"].head(1).T
+manifests[shown].head(1).T
 
 # %% [markdown]
 # ## Look at them
@@ -68,7 +80,7 @@ def show(picture, name):
     return Image(filename=str(path))
 
 
-show(pictures.gallery(manifests["train"], run.train_images, count=18), "gallery_train.png")
+show(pictures.gallery(manifests[shown], folders[shown], count=18), "gallery_train.png")
 
 # %% [markdown]
 # ## One prompt, four seeds
@@ -81,9 +93,16 @@ prompt = "a robot riding a horse in the desert, watercolor painting"
 csv = run.folder / "data_meta" / "seeds.csv"
 metadata.write_table(csv, pd.DataFrame({"image_name": ["robot.png"], "prompt": prompt}))
 out = run.images.with_name("seeds")
-config = profiles.default_config("render", run, profile, metadata=csv, out=out, fast=fast, seeds=4, steps=steps)
-four = render.run(config)
-show(pictures.gallery(four, out, columns=4), "gallery_seeds.png")
+four = render.run(profiles.default_config("render", run, profile, metadata=csv, out=out, seeds=4, **how))
+show(pictures.gallery(four, out, columns=4), "gallery_seeds.png") if len(four) else "no time or room is left for it"
 
 # %% [markdown]
-# Next: `04_finetune_convnext` learns to read the prompts back.
+# ## What comes next
+#
+# On Kaggle the images of each session become a dataset of their own, which the next session and the training attach.
+
+# %%
+if publish:
+    print(sessions.publish_images(run.images.parent))
+for config in configs:
+    print(f"{config.out.name}: {notebook.outlook(config)}")

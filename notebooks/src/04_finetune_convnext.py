@@ -5,7 +5,10 @@
 # all-MiniLM-L6-v2. The reference takes OpenCLIP's ConvNeXt-XXLarge at 512 px. The `embedded` profile takes
 # EfficientNet-Lite2 with its ImageNet weights at 224 px, and treats it the same way.
 #
-# Reads: `data_meta/train.csv`, `images/train`. Writes: `checkpoints/convnext/`.
+# It trains on the images of notebook 03 and, on Kaggle, on the public sets of Stable Diffusion 2 images with prompts
+# that are attached: more than 300,000 pairs that nobody has to render.
+#
+# Reads: `images/train`, attached sets. Writes: `checkpoints/convnext/`.
 
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
@@ -13,6 +16,8 @@ profile = None
 backbone = None  # None: the profile's; open_clip:<model> or timm:<model>
 image_size = None
 epochs = None
+max_hours = None  # stop before the session is this old; None: 11 on Kaggle, which allows 12
+processes = None  # None: one a GPU
 
 # %%
 import pandas as pd
@@ -47,9 +52,9 @@ print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} o
 # keeps what the frozen three quarters put out on the disk, so that an epoch runs the trained quarter alone.
 
 # %%
-overrides = {"backbone": backbone, "image_size": image_size, "epochs": epochs}
+overrides = {"backbone": backbone, "image_size": image_size, "epochs": epochs, "max_hours": max_hours}
 overrides = {name: value for name, value in overrides.items() if value}
-config = profiles.default_config("finetune", run, profile, images=run.rendered(run.train_images), **overrides)
+config = profiles.default_config("finetune", run, profile, **notebook.training_rows(run, profile), **overrides)
 print(finetune.plan(config))
 
 # %% [markdown]
@@ -60,7 +65,8 @@ print(finetune.plan(config))
 # run again: it goes on at the step where its state was last saved, and ends with the same weights.
 
 # %%
-history = finetune.run(config)
+notebook.run(config, processes)
+history = pd.read_csv(config.out / "history.csv")
 history
 
 # %%
@@ -120,4 +126,8 @@ if target:
 likeness.sort_values("likeness", ascending=False).head(5).round(3) if target else "attach the competition to see"
 
 # %% [markdown]
-# Next: `07_infer_submission` predicts pictures that nobody has trained on.
+# `07_infer_submission` predicts pictures that nobody has trained on; `05_embed_images` and `06_train_ensemble` make a
+# second system, which it blends with this one.
+
+# %%
+print(notebook.outlook(config))

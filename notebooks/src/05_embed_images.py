@@ -8,33 +8,33 @@
 #
 # Every picture is read once for all encoders. Stop and run again: finished blocks of 512 pictures are kept.
 #
-# Reads: `images/train`. Writes: `embeddings/*.npy`, their rows named in `*.names.csv`.
+# Reads: `images/train`, on Kaggle attached sets of pairs, too. Writes: `embeddings/*.npy`, named in `*.names.csv`.
 
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
 encoders = None  # None: the profile's; else names as in image_to_prompts.encode.encoders, with spaces between them
 image_size = None
+processes = None  # None: one a GPU
 
 # %%
 import pandas as pd
 
-from image_to_prompts import embed, ensemble, notebook, profiles
+from image_to_prompts import ensemble, notebook, profiles
 from image_to_prompts.data import images, pictures
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import metrics
 
 run, profile = notebook.start(run_folder, profile)
 overrides = {"encoders": tuple((encoders or "").split()), "image_size": image_size}
-config = profiles.default_config(
-    "embed", run, profile, images=run.rendered(run.train_images), **{k: v for k, v in overrides.items() if v}
-)
+overrides = {name: value for name, value in overrides.items() if value}
+config = profiles.default_config("embed", run, profile, **notebook.training_rows(run, profile), **overrides)
 
 # %% [markdown]
 # ## Embed
 
 # %%
-embed.run(config)
+notebook.run(config, processes)
 
 # %% [markdown]
 # ## What the interrogator said
@@ -66,4 +66,7 @@ for name, vectors in table.arrays.items():
 pd.Series(scores).round(4)
 
 # %% [markdown]
-# Next: `06_train_ensemble` fuses them.
+# `06_train_ensemble` fuses them.
+
+# %%
+print(notebook.outlook(config))

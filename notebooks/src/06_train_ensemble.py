@@ -86,4 +86,7 @@ shown.style.set_caption(f"mean cosine {cosines.mean():.3f}").format(precision=3)
 # | attention across images, as published | .4827 ± .0061 |
 # | attention across embeddings, ours | .6153 ± .0048 |
 #
-# Next: `07_infer_submission` blends this with the fine-tuned backbone.
+# `07_infer_submission` blends this with the fine-tuned backbone.
+
+# %%
+print(notebook.outlook(config))

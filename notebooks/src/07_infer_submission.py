@@ -17,6 +17,7 @@
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
 checkpoint_folder = None  # None: the newest in the run or among the attached inputs
+processes = None  # None: one a GPU
 
 # %%
 from pathlib import Path
@@ -39,7 +40,7 @@ config = profiles.default_config(
     images=folder,
     checkpoint=(Path(checkpoint_folder),) if checkpoint_folder else (),
     out=run.submission if known else run.folder / "submission.csv",
-    key=run.test_metadata if known else None,
+    key=run.test_metadata if known else folders.competition_key(folder),
     bank=run.train_metadata if known else None,
 )
 
@@ -47,7 +48,8 @@ config = profiles.default_config(
 # ## Predict
 
 # %%
-result = infer.run(config)
+notebook.run(config, processes)
+result = infer.read(config)
 print(f"{len(result.files)} images, {len(result.broken)} of them unreadable, {result.unreached} not reached in time")
 print(f"predicted by {result.how}")
 print(f"{submission.check(config.out, config.images)} images in a valid submission")
@@ -57,12 +59,13 @@ pd.read_csv(config.out, nrows=5)
 # ## Score
 #
 # The competition's measure is the mean cosine. Beside it, what each checkpoint alone and the mean prediction would
-# have scored.
+# have scored. On Kaggle these are the competition's seven public images, the only ones whose prompts are known: a score
+# below the constant's says that something is wrong, a difference of .05 says nothing.
 
 # %%
 alone = {f"{Path(folder).name} alone": score for folder, score in result.alone.items()}
 scores = {"score": result.score, **alone, "constant": result.constant}
-pd.Series({name: round(value, 4) for name, value in scores.items()}) if known else "the leaderboard tells"
+pd.Series({name: round(value, 4) for name, value in scores.items()}) if config.key else "the leaderboard tells"
 
 # %% [markdown]
 # ## In words

@@ -150,7 +150,9 @@ class Visit:
         found = []
         for line in self.page.locator("#table .line").all():
             image, about = line.get_attribute("data-image"), line.locator(".text").inner_text()
-            source, _, familiar = about.strip().removeprefix(image).strip().partition(" · familiar: ")
+            said, _, strange = about.strip().removeprefix(image).strip().partition(" · ")
+            source = {words: name for name, words in session.SOURCES.items()}.get(said, said)
+            familiar = "no" if strange else "yes" if source == "checkpoint" else ""
             prompt = line.locator("textarea")
             found.append([image, prompt.input_value() if prompt.count() else "", source, familiar])
         return found
@@ -180,6 +182,7 @@ def test_a_person_uses_the_page(server, pictures, alone, browser):
     page.fill("#prompt textarea", "a bowl of soup, on the moon, by nobody")
     visit.wait(f"Math.abs({SIMILARITY} - {alone[0].cosine}) > 0.1")
     visit.said("on the moon")
+    visit.wait("document.querySelector('#source').innerText == 'Your own text'")
     assert len(page.locator("#worth tr").all()) == 3
     page.fill("#seed input", "7")
     page.click("#render")
@@ -336,6 +339,7 @@ def test_what_is_downloaded_of_a_folder_is_what_is_shown(server, pictures, alone
 
 def test_a_large_folder(server, small_run, alone, pictures, tmp_path, browser):
     files = sorted(small_run.images.glob("*.png"))
+    (tmp_path / ".DS_Store").write_bytes(b"Finder's")
     for number in range(UPLOADS):
         shutil.copy(files[number % len(files)], tmp_path / f"{number:03}.png")
     visit = Visit(browser, server.url)

@@ -13,25 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from kaggle_stub import Stub, assert_redirected, environment, serving
+from kaggle_stub import ME, sign_in
 
 from image_to_prompts.encode import embeddings
 from image_to_prompts.kaggle import folders, kernels, remote
-from image_to_prompts.pipeline import COMPETITION, STAGES
+from image_to_prompts.pipeline import COMPETITION, IMAGES, PAIRS, STAGES
 from image_to_prompts.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-ME = "ada"
-
-
-@pytest.fixture
-def chain(tmp_path):
-    """The committed kernels, with an owner."""
-    folder = tmp_path / "kernels"
-    shutil.copytree(ROOT / "kernels", folder)
-    for path in [*folder.glob(f"*/{kernels.FILE}"), folder / "owner.json"]:
-        path.write_text(path.read_text().replace(kernels.PLACEHOLDER, ME))
-    return folder
 
 
 def change(folder, name, **fields):
@@ -45,8 +34,8 @@ def test_every_stage_has_a_kernel_that_reads_its_predecessor(chain):
     assert [kernel.folder.name for kernel in found] == [stage.notebook.replace("_", "-") for stage in STAGES]
     reads = [kernel.metadata["kernel_sources"] for kernel in found]
     ids = {stage.name: kernel.id for stage, kernel in zip(STAGES, found, strict=True)}
-    assert reads == [[ids[name] for name in stage.kernel.after] for stage in STAGES]
-    assert all(STAGES[0] is stage or stage.kernel.after for stage in STAGES)
+    assert reads == [[ids[name] for name in (*stage.kernel.after, *stage.kernel.also)] for stage in STAGES]
+    assert all(STAGES[0] is stage or reads[stage.number - 1] for stage in STAGES)
     assert [kernel.folder.name for kernel in found if kernel.submits] == ["07-infer-submission"]
     assert all(kernel.submits == (not kernel.metadata["enable_internet"]) for kernel in found)
     for kernel in found:
@@ -88,6 +77,7 @@ def test_the_built_kernels_are_what_kaggle_takes(chain):
         ({"id": f"{kernels.PLACEHOLDER}/07-infer-submission"}, "placeholder"),
         ({"code_file": "missing.ipynb"}, "no such file"),
         ({"kernel_sources": ["ada/05-nothing"]}, "no such kernel"),
+        ({"machine_shape": ""}, "P100"),
     ],
 )
 def test_a_kernel_that_was_changed_is_refused(chain, fields, said):
@@ -116,22 +106,6 @@ def test_the_committed_kernels_are_placeholders_that_push_refuses(command):
     assert code == 2 and "put your Kaggle name into owner.json" in err
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    for name in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".kaggle").mkdir()
-    return tmp_path
-
-
-def sign_in(home, text='{"username": "ada", "key": "0123456789abcdef"}'):
-    path = home / ".kaggle" / "kaggle.json"
-    path.write_text(text)
-    path.chmod(0o600)
-    return path
-
-
 def test_credentials_are_checked_and_never_shown(home, caplog):
     with pytest.raises(UserError, match="no Kaggle credentials"):
         remote.credentials()
@@ -147,29 +121,6 @@ def test_credentials_are_checked_and_never_shown(home, caplog):
     assert f"chmod 600 {path}" in caplog.text and "0123456789abcdef" not in caplog.text
 
 
-@pytest.fixture
-def kaggle(home, chain):
-    """Runs `image-to-prompts kaggle ...` in a process of its own against a stub."""
-    sign_in(home)
-    stub = Stub()
-    owner = json.loads((ROOT / "kernels" / "owner.json").read_text())
-    stub.datasets = {f"{ME}/{owner[name]}" for name in ("wheels", "weights", "metadata", "embeddings")}
-    with serving(stub) as port:
-        env = environment(port, home, IMAGE_TO_PROMPTS_ASK_EVERY="0")
-        assert_redirected(env)
-
-        def run(*words):
-            argv = [sys.executable, "-m", "image_to_prompts", "kaggle", *map(str, words)]
-            argv += ["--kernels", str(chain)]
-            result = subprocess.run(argv, env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
-            assert "0123456789abcdef" not in result.stdout + result.stderr
-            assert "Traceback" not in result.stderr, result.stderr
-            return result.returncode, result.stdout, result.stderr
-
-        run.stub, run.chain, run.home = stub, chain, home
-        yield run
-
-
 def test_push_all_sends_what_the_folders_say(kaggle):
     code, out, err = kaggle("push", "--all", "--wait")
     assert code == 0, err
@@ -183,7 +134,7 @@ def test_push_all_sends_what_the_folders_say(kaggle):
         assert request.get("enableInternet", False) == said["enable_internet"]
         assert request.get("enableGpu", False) == said["enable_gpu"]
         assert request.get("kernelDataSources", []) == said["kernel_sources"]
-        assert request.get("datasetDataSources", []) == said["dataset_sources"]
+        assert request.get("datasetDataSources", []) == [one for one in said["dataset_sources"] if one not in PAIRS]
         assert request.get("competitionDataSources", []) == said["competition_sources"]
         assert request.get("modelDataSources", []) == said["model_sources"]
         code_file = json.loads((kernel.folder / said["code_file"]).read_text())
@@ -203,13 +154,63 @@ def test_sources_that_are_not_there_are_left_out_or_refused(kaggle, answer):
     assert sent.get("kernelDataSources", []) == []
     for left_out in ("image-to-prompts-weights", "image-to-prompts-embeddings", *sorted(stub.absent)):
         assert f"goes without {ME}/{left_out}" in err
-    stub.absent = {"03-render-images"}
-    code, _, err = kaggle("push", "finetune")
-    assert code == 2 and "its source ada/03-render-images is not on Kaggle; push that kernel first" in err
+    stub.absent = {"02-dedupe-prompts"}
+    code, _, err = kaggle("push", "render")
+    assert code == 2 and "ada/02-dedupe-prompts (push that kernel first)" in err
     stub.datasets = set()
-    code, _, err = kaggle("push", "infer")
-    assert code == 2 and "image-to-prompts-wheels is not on Kaggle; publish it" in err
+    code, _, err = kaggle("push", "--all")
+    assert code == 2 and err.count("ada/") == 1, err
+    assert "ada/image-to-prompts-wheels (image-to-prompts kaggle wheels --publish)" in err
     assert len(stub.asked("SaveKernel")) == 1
+
+
+def test_training_needs_neither_rendering_nor_any_set_that_has_vanished(kaggle):
+    kaggle.stub.absent = {"03-render-images"}
+    kaggle.stub.datasets |= set(PAIRS[1:])
+    code, _, err = kaggle("push", "finetune")
+    assert code == 0 and f"goes without {PAIRS[0]}" in err, err
+    (sent,) = kaggle.stub.asked("SaveKernel")
+    assert sent["datasetDataSources"] == [f"{ME}/image-to-prompts-wheels", *PAIRS[1:]]
+    assert sent.get("kernelDataSources", []) == []
+
+
+def test_the_quota_is_told_before_anything_runs(kaggle):
+    code, _, err = kaggle("push", "infer")
+    assert code == 0 and "21.5 of 30 GPU hours are left this week, until 2026-11-28; 1 kernel with a GPU" in err, err
+    del kaggle.stub.replies["GetAcceleratorQuotaStatistics"]
+    code, _, err = kaggle("push", "infer")
+    assert code == 0 and "not known" in err
+
+
+def test_sessions_of_training_alternate(kaggle):
+    """Each session sees the last one's output, which is the other kernel's, and the newest is what infer reads."""
+    code, _, err = kaggle("push", "infer", "--continue")
+    assert code == 2 and "only render and finetune" in err
+    first, other = f"{ME}/04-finetune-convnext", f"{ME}/04-finetune-convnext-b"
+    for words in ([], ["--continue"], ["--continue"], ["--continue"]):
+        code, _, err = kaggle("push", "finetune", *words)
+        assert code == 0, err
+    sent = kaggle.stub.asked("SaveKernel")
+    assert [one["slug"] for one in sent] == [first, other, first, other]
+    assert [one["newTitle"] for one in sent[:2]] == ["04 finetune convnext", "04 finetune convnext b"]
+    render = f"{ME}/03-render-images"
+    assert [one["kernelDataSources"] for one in sent] == [[render], [render, first], [render, other], [render, first]]
+    assert kaggle("push", "infer")[0] == 0
+    assert kaggle.stub.asked("SaveKernel")[-1]["kernelDataSources"] == [other, f"{ME}/06-train-ensemble"]
+    kaggle.stub.replies["GetKernelSessionStatus"] = {"status": "RUNNING"}
+    code, _, err = kaggle("push", "finetune", "--continue")
+    assert code == 2 and f"{other} is running" in err
+
+
+def test_sessions_of_rendering_get_what_was_published(kaggle):
+    code, _, err = kaggle("push", "render", "--continue")
+    assert code == 2 and "no session has published images" in err
+    kaggle.stub.datasets |= {f"{ME}/{IMAGES}-1", f"{ME}/{IMAGES}-2"}
+    for words in (["render"], ["render", "--continue"], ["finetune"]):
+        assert kaggle("push", *words)[0] == 0
+    wheels, both = f"{ME}/image-to-prompts-wheels", [f"{ME}/{IMAGES}-1", f"{ME}/{IMAGES}-2"]
+    sent = [one["datasetDataSources"] for one in kaggle.stub.asked("SaveKernel")]
+    assert sent == [[wheels], [wheels, *both], [wheels, *both]]
 
 
 def test_a_push_that_waits_asks_until_the_kernel_is_complete(kaggle):
