@@ -20,6 +20,8 @@ from .run.folders import MANIFEST, Run, default_run, on_kaggle, open_run, profil
 from .run.resume import is_finished
 
 log = logging.getLogger(__name__)
+PREFIX = "image-to-prompts: "  # of what a command says at its end
+LAUNCH = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
 FOLDS = 50  # of a set of pairs: 2 % of tens of thousands validate
 CONTINUED = ("render", "finetune")  # stages that go on from session to session
 
@@ -86,7 +88,7 @@ def run(config: StageConfig, processes: int | None = None) -> None:
         processes: How many processes; None: one a GPU.
 
     Raises:
-        UserError: As the stage, or if one of several processes fails; its own message stands above then.
+        UserError: As the stage.
     """
     import torch
 
@@ -99,10 +101,17 @@ def run(config: StageConfig, processes: int | None = None) -> None:
         config = replace(config, max_hours=max(1e-6, hours - (time.monotonic() - progress.BEGUN) / 3600))  # type: ignore[call-arg]
     words = [stage, *arguments(stage, config)]
     log.info("%d processes: image-to-prompts %s", processes, " ".join(words))
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    argv = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, "--num_processes", str(processes)]
     env = {"OMP_NUM_THREADS": str(max(1, cores() // processes)), **os.environ}
-    if subprocess.run([*argv, "-m", "image_to_prompts", *words], env=env, check=False).returncode:
-        raise UserError(f"{stage}: a process of {processes} failed; see above")
+    said = ""
+    with subprocess.Popen(
+        [*argv, "-m", "image_to_prompts", *words], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as started:
+        for line in started.stdout or ():
+            sys.stderr.write(line)
+            said = line.removeprefix(PREFIX).strip() if line.startswith(PREFIX) else said
+    if started.returncode:
+        raise UserError(said or f"{stage}: one of {processes} processes failed; see above")
 
 
 def arguments(stage: str, config: StageConfig) -> Iterator[str]:

@@ -24,6 +24,7 @@ from .encode import Finished, finish
 from .store import Row
 
 log = logging.getLogger(__name__)
+MODEL = "stable-diffusion-2"
 RENDER_SIZE = 768
 STEPS, FAST_STEPS, GUIDANCE = 50, 20, 9.0  # the competition's steps, --fast's, the reference's guidance
 LARGEST_BATCH = 16
@@ -115,13 +116,13 @@ class StableDiffusionBackend:
             UserError: If the weights are nowhere.
         """
         half = devices.local_device().type == "cuda"
-        self.path = weights.locate("stable-diffusion-2", path, half)
+        self.path = weights.locate(MODEL, path, half)
         self.fast, self.suffix, self.any_model, self.asked = fast, suffix, any_model, batch_size
         self.steps = steps or (FAST_STEPS if fast else STEPS)
         self.block = batch_size or LARGEST_BATCH  # where Ray's actors draw, each finds out what fits
         self.settings = {
             "backend": "sd2",
-            "model": self.path.name,
+            "model": self.path.name if any_model else MODEL,  # wherever its weights lie
             "model_sha256": layouts.digest(self.path, half),
             "scheduler": "DPM-Solver++" if fast else "DDIM",
             "steps": self.steps,

@@ -1,0 +1,100 @@
+"""What notebooks call: a stage by several processes, its settings as words, and kernels from their own images."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from kernel_session import Session
+
+from image_to_prompts import cli, embed, finetune, infer, notebook, profiles, render
+from image_to_prompts.data import metadata
+from image_to_prompts.run import folders
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def kernel(name):
+    (path,) = (ROOT / "kernels" / name).glob("*.ipynb")
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed"),
+    [
+        ("render", {"fast": True, "metadata": Path("a b.csv"), "max_gb": 0.5, "adopt": (Path("x"), Path("y"))}),
+        ("finetune", {"images": (Path("x"), Path("y")), "cache_features": False, "epochs": 7, "max_hours": 1.5}),
+        ("embed", {"encoders": ("timm:a", "classes"), "artists": False, "mode": "best"}),
+        ("infer", {"checkpoint": (Path("x"),), "fallback": False, "key": Path("k.csv"), "blend": (0.25, 0.75)}),
+    ],
+)
+@pytest.mark.parametrize("profile", folders.PROFILES)
+def test_the_words_of_settings_are_these_settings(stage, changed, profile, tmp_path):
+    config = profiles.default_config(stage, folders.Run(tmp_path / "run"), profile, **changed)
+    assert cli.parse([stage, *notebook.arguments(stage, config)]) == config
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(small_run, small_checkpoint, tiny_open_clip, tmp_path):
+    """The kernels 03, 04, 05 and 07 with two processes, each on what the one before has left, and the stages themselves
+    in this process."""
+    prompts = tmp_path / "deduplicated" / "data_meta" / "train.csv"
+    metadata.write_table(prompts, metadata.read(small_run.metadata).head(48))
+    once = folders.open_run(tmp_path / "once", "embedded")
+
+    def two(name, attached, **parameters):
+        session = Session(tmp_path / name, {f"notebooks/ada/{path.name}": path for path in attached})
+        session.run(kernel(name), processes=2, **{"profile": "embedded", **parameters})
+        assert set(session.who.read_text().split()) == {"0/2", "1/2"}
+        return session.working
+
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+
+    rendered = two("03-render-images", [prompts.parents[1]])
+    render.run(profiles.default_config("render", once, "embedded", metadata=prompts, out=once.train_images))
+    assert files(rendered / "images" / "train") == files(once.train_images)
+
+    tower = f"open_clip:{tiny_open_clip}"  # without batch norms, whose statistics are those of a process's own share
+    how = {"image_size": 64, "epochs": 2, "backbone": tower}
+    trained = two("04-finetune-convnext", [rendered], profile="full", **how) / "checkpoints" / "convnext"
+    options = {"images": (once.train_images,), **how}
+    history = finetune.run(profiles.default_config("finetune", once, "full", **options))
+    apart = (pd.read_csv(trained / "history.csv") - history).abs().max()
+    assert apart["loss"] < 1e-5 and apart["cosine"] < 1e-4
+
+    embedded = two("05-embed-images", [rendered], image_size=64) / "embeddings"
+    options = {"images": (once.train_images,), "image_size": 64}
+    embed.run(profiles.default_config("embed", once, "embedded", **options))
+    assert files(embedded) == files(once.embeddings)
+
+    competition = tmp_path / "competition"
+    (competition / "images").mkdir(parents=True)
+    (competition / "sample_submission.csv").write_text("imgId_eId,val\n")
+    manifest = pd.read_csv(once.train_images / "manifest.csv").head(7)
+    for name in manifest["file"]:
+        (competition / "images" / name).write_bytes((once.train_images / name).read_bytes())
+    stems = manifest["file"].map(metadata.stem)
+    metadata.write_table(competition / "prompts.csv", pd.DataFrame({"imgId": stems, "prompt": manifest["prompt"]}))
+    checkpoint = tmp_path / "checkpointed" / "checkpoints"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "convnext").symlink_to(small_checkpoint)
+    session = Session(tmp_path / "07", {"competitions/c": competition, "notebooks/ada/04": checkpoint.parent})
+    said = session.run(kernel("07-infer-submission"), profile="embedded", processes=2)
+    assert set(session.who.read_text().split()) == {"0/2", "1/2"} and "score" in said
+    options = {"images": competition / "images", "checkpoint": (small_checkpoint,), "key": competition / "prompts.csv"}
+    result = infer.run(profiles.default_config("infer", once, "embedded", fallback=True, **options))
+    assert (session.working / "submission.csv").read_bytes() == once.submission.read_bytes()
+    assert f"{result.score:.4f}" in said, "the seven public images are the only canary"
+
+
+@pytest.mark.slow
+def test_a_training_that_ends_at_its_limit_shows_what_there_is(small_run, tmp_path):
+    attached = {"notebooks/ada/03-render-images/images/train": small_run.images}
+    session = Session(tmp_path / "session", attached)
+    how = {"profile": "embedded", "image_size": 64, "epochs": 100_000}
+    said = session.run(kernel("04-finetune-convnext"), max_hours=30 / 3600, **how)
+    assert session.pictures == 2 and "kaggle push finetune --continue" in said
+    out = session.working / "checkpoints" / "convnext"
+    assert {"history.csv", "sources.csv", "model.safetensors"} <= {path.name for path in out.iterdir()}
+    assert json.loads((out / "config.json").read_text())["metrics"]["epoch"] < 100_000
