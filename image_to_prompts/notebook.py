@@ -21,7 +21,10 @@ from .run.resume import is_finished
 
 log = logging.getLogger(__name__)
 PREFIX = "image-to-prompts: "  # of what a command says at its end
-LAUNCH = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
+LAUNCH = (
+    *("--multi_gpu", "--num_machines", "1", "--main_process_port", "0"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),  # a stage sets its own; without these two it would warn
+)
 FOLDS = 50  # of a set of pairs: 2 % of tens of thousands validate
 CONTINUED = ("render", "finetune")  # stages that go on from session to session
 
@@ -40,6 +43,13 @@ def start(folder: str | Path | None = None, profile: str | None = None) -> tuple
     return open_run(folder, profile), profile
 
 
+def attached_pairs() -> list[Path]:
+    """Where the public sets of pairs are attached, in the order of `pipeline.PAIRS`."""
+    attached = {mount.name: mount for mount in mounts.find()}
+    names = [one.rpartition("/")[2] for one in pipeline.PAIRS]
+    return [attached[name] for name in names if name in attached]
+
+
 def training_rows(run: Run, profile: str) -> dict[str, tuple[Path, ...]]:
     """What to train on: the rendered images, and the public sets of pairs (`pipeline.PAIRS`) that are attached.
 
@@ -51,9 +61,7 @@ def training_rows(run: Run, profile: str) -> dict[str, tuple[Path, ...]]:
     sides = [run.rendered(side) for side in (run.train_images, run.test_images)]
     train, test = ([folder for folder in side if (folder / MANIFEST).is_file()] for side in sides)
     rows = {folder: folder / MANIFEST for folder in train}
-    for mount in mounts.find():
-        if mount.name not in {one.rpartition("/")[2] for one in pipeline.PAIRS}:
-            continue
+    for mount in attached_pairs():
         collected, kept = (folder / f"{mount.name}.csv" for folder in (run.prompts.parent, run.metadata.parent))
         against = (*rows.values(), *(folder / MANIFEST for folder in test))
         said = {"name": mount.name, "input": (str(mount),), "out": collected}

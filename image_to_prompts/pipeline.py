@@ -34,7 +34,7 @@ class Kernel:
         images: Whether it reads the images that sessions of render have published.
         pairs: Whether it reads `PAIRS`.
         models: Kaggle models, `owner/model/framework/variation/version`.
-        competition: Whether it reads the competition's files and submits.
+        competition: Whether it reads the competition's files; without internet it submits.
     """
 
     gpu: bool
@@ -124,7 +124,7 @@ STAGES = (
         "transformer encoder that fuses the embeddings of an image",
         "embeddings/",
         "checkpoints/ensemble/",
-        Kernel(gpu=True, after=("embed",), also=("render",), images=True),
+        Kernel(gpu=True, after=("embed",), also=("render",), images=True, pairs=True),
     ),
     Stage(
         7,
@@ -154,6 +154,7 @@ STAGES = (
             datasets=("weights", "metadata"),
             images=True,
             models=DIFFUSION,
+            competition=True,
         ),
     ),
 )

@@ -1,8 +1,10 @@
 """What notebooks call: a stage by several processes, its settings as words, and kernels from their own images."""
 
 import json
+import shutil
 from pathlib import Path
 
+import pair_sets
 import pandas as pd
 import pytest
 from kernel_session import Session
@@ -98,3 +100,30 @@ def test_a_training_that_ends_at_its_limit_shows_what_there_is(small_run, tmp_pa
     out = session.working / "checkpoints" / "convnext"
     assert {"history.csv", "sources.csv", "model.safetensors"} <= {path.name for path in out.iterdir()}
     assert json.loads((out / "config.json").read_text())["metrics"]["epoch"] < 100_000
+
+
+@pytest.mark.slow
+def test_the_training_kernel_learns_from_pairs_that_exist_already(small_run, tiny_open_clip, tmp_path):
+    """All public sets in one session, no render kernel in sight; one that cannot be read is left out with a line."""
+    manifest = pd.read_csv(small_run.images / "manifest.csv")
+    rows = [(small_run.images / file, prompt) for file, prompt in manifest[["file", "prompt"]].to_numpy()]
+    attached, each = {}, len(rows) // len(pair_sets.SETS)
+    for number, (name, write) in enumerate(pair_sets.SETS.items()):
+        folder = tmp_path / "sets" / name
+        mine = rows[number * each : (number + 1) * each] + ([rows[0]] if number else [])  # which is there already
+        write(folder, mine)
+        attached[f"datasets/{name}"] = folder
+    broken = attached.popitem()[1]
+    shutil.rmtree(broken / "pictures")
+    attached |= {f"datasets/{'/'.join(broken.parts[-2:])}": broken, "datasets/ada/tiny/tiny-convnext": tiny_open_clip}
+    (broken / "readme.csv").write_text("nothing\n1\n")
+    session = Session(tmp_path / "session", attached)
+    tower = f"open_clip:{session.inputs}/datasets/ada/tiny/tiny-convnext"
+    said = session.run(kernel("04-finetune-convnext"), profile="full", backbone=tower, image_size=64, epochs=1)
+    for name in list(pair_sets.SETS)[:-1]:
+        assert f"{name.partition('/')[2]}: {each} pairs to train on" in said
+    assert f"{broken.name}: left out: " in said
+    config = json.loads((session.working / "checkpoints" / "convnext" / "config.json").read_text())
+    assert sum(config["rows"].values()) == each * (len(pair_sets.SETS) - 1)
+    sources = pd.read_csv(session.working / "checkpoints" / "convnext" / "sources.csv")
+    assert set(sources["source"]) <= {name.partition("/")[2] for name in pair_sets.SETS} | {"all"}

@@ -119,7 +119,7 @@ def candidates(config: Config, start: int = 0) -> Iterator[list[str]]:
     write = _writer(config)
     rank, processes = rank_and_processes()
     while True:
-        block = range(start, start + config.batch_size * processes)
+        block = range(start, start + min(config.batch_size, -(-config.count // processes)) * processes)
         yield gather(write(list(block[rank::processes])), len(block))
         start = block.stop
 

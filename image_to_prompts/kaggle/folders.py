@@ -18,10 +18,11 @@ from packaging.utils import canonicalize_name
 
 from ..models import layouts
 from ..models import weights as located
+from ..models.layouts import LAYOUTS
 from ..run.errors import UserError
 from ..run.files import atomic_path, sha256, write_json, write_text
+from ..run.folders import is_checkpoint
 from ..run.resume import writing
-from .kernels import PLACEHOLDER
 
 NAME = "image-to-prompts"
 # What Kaggle's image has of ours (August 2026); what these need is there too.
@@ -149,7 +150,7 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
     for name, target in targets.items():
         path = Path(name) if Path(name).exists() else located.locate(name)
         base = path if path.is_dir() else path.parent
-        files = list(path.rglob("*")) if Path(name).is_dir() else layouts.files(path)
+        files = _one_format(path)
         more = [*(base / "terms").glob("*.npy"), *base.glob("open_clip_config.json")]  # the interrogator's terms
         inside = {file.relative_to(base): file for file in sorted({*files, *more}) if file.is_file()}
         names = {f"{target.name}/{at}": f for at, f in inside.items() if not any(p.startswith(".") for p in at.parts)}
@@ -162,6 +163,13 @@ def weights(out: Path, what: Iterable[str], owner: dict[str, str]) -> Path:
         said = {"SHA256SUMS": "SHA-256 of every file, for sha256sum -c SHA256SUMS"}
         subtitle = "Checkpoints and encoder weights of image-to-prompts"
         return describe(out, owner, "weights", "Image to prompts weights", subtitle, said)
+
+
+def _one_format(path: Path) -> list[Path]:
+    """What is copied of a model: the files that it is loaded from; of a checkpoint of ours, or what is unknown, all."""
+    found = [path] if path.is_file() else [layouts.inside(path, form) for form in LAYOUTS.values()]
+    whole = path.is_dir() and (is_checkpoint(path) or not any(found))
+    return list(path.rglob("*")) if whole else layouts.files(next(filter(None, found)))
 
 
 def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
@@ -245,8 +253,6 @@ def describe(folder: Path, names: dict[str, str], which: str, title: str, subtit
         UserError: If one of them is not what Kaggle accepts.
     """
     owner, slug = names["owner"], names.get(which, "")
-    if owner == PLACEHOLDER:
-        raise UserError(f"{PLACEHOLDER!r} is a placeholder; put your Kaggle name into kernels/owner.json")
     for name, text, least, most in (("slug", slug, 6, 50), ("title", title, 6, 50), ("subtitle", subtitle, 20, 80)):
         if not least <= len(text) <= most:
             raise UserError(f"{folder}: {name} {text!r} has {len(text)} characters; {least} to {most} are allowed")

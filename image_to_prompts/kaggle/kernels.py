@@ -39,7 +39,7 @@ class Kernel:
     @property
     def submits(self) -> bool:
         """Whether its output is a submission to the competition."""
-        return bool(self.metadata["competition_sources"])
+        return bool(self.metadata["competition_sources"]) and not self.metadata["enable_internet"]
 
     @property
     def stage(self) -> Stage | None:

@@ -52,7 +52,9 @@ def credentials() -> str:
     if file is None and (home / "credentials.json").is_file():
         return str(home / "credentials.json")  # of `kaggle auth login`
     if file is None:
-        raise UserError(f"no Kaggle credentials; save kaggle.json from kaggle.com/settings as {home / 'kaggle.json'}")
+        token = f"put a token of kaggle.com/settings into {home / 'access_token'} or KAGGLE_API_TOKEN"
+        older = f"the older way: save kaggle.json from there as {home / 'kaggle.json'}"
+        raise UserError(f"no Kaggle credentials; {token}, or run `kaggle auth login`; {older}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         names = {name: found[name] for name in ("username", "key")}
@@ -222,6 +224,8 @@ def publish(api: Any, folder: Path, notes: str, timeout: float = TIMEOUT) -> str
         UserError: If it was refused, or if a file could not be uploaded.
     """
     reference = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["id"]
+    if reference.startswith(PLACEHOLDER):
+        raise UserError(f"{PLACEHOLDER!r} is a placeholder; put your Kaggle name into kernels/owner.json")
     what = f"publishing {reference}"
     if is_there(api, reference, "dataset", timeout):
         found = call(what, api.dataset_create_version, str(folder), notes, True, False, False, "zip", timeout=timeout)

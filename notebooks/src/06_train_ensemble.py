@@ -52,11 +52,11 @@ if demo_folder:
     prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files, Path(demo_folder) / "images")
 else:
     validated = by_source.read(config.out)[0].head(8)
-    found = [
-        images.join(validated["image_name"], images.find(folder), folder) for folder in run.rendered(run.train_images)
-    ]
-    files = [next(filter(None, some)) for some in zip(*found, strict=True)]
-    prompts = validated["prompt"].tolist()
+    folders = [*filter(Path.is_dir, run.rendered(run.train_images)), *notebook.attached_pairs()]
+    found = [images.join(validated["image_name"], images.find(folder), folder) for folder in folders]
+    first = [next(filter(None, some), None) for some in zip(*found, strict=True)]
+    files = [file for file in first if file]
+    prompts = [prompt for prompt, file in zip(validated["prompt"], first, strict=True) if file]
 model = ensemble.load(config.out)
 about = model.config["ensemble"]["encoders"]
 seen = [one.vectors for one in encoders.encode([encoders.rebuild(one) for one in about.values()], files)]

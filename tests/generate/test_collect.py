@@ -29,7 +29,7 @@ from image_to_prompts.training import dataset
 
 
 def read(source, path, column="prompt"):
-    reading = readers.Reading(path, column)
+    reading = readers.Reading(path, {column: "prompt"})
     blocks = list(readers.SOURCES[source].read(reading))
     return (pl.concat(blocks) if blocks else None), reading.broken
 

@@ -140,6 +140,23 @@ def test_count_is_reached_whatever_the_batch_size(tiny_gpt2, tmp_path):
     assert (tmp_path / "5.csv").read_bytes() == (tmp_path / "64.csv").read_bytes()
 
 
+def test_no_more_are_drawn_than_are_asked_for(tiny_gpt2, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(magicprompt, "sample", lambda *some: drawn.extend(some[3]) or [f"a {i}" for i in some[3]])
+    generate.run(generate.Config(source="magicprompt", weights=tiny_gpt2, count=8, out=tmp_path / "a.csv"))
+    assert len(drawn) == 8
+
+
+def test_a_session_that_ends_keeps_its_prompts_and_the_next_goes_on(tmp_path, caplog):
+    whole = generate.run(generate.Config(count=900, batch_size=100, out=tmp_path / "once.csv"))
+    how = {"count": 900, "batch_size": 100, "out": tmp_path / "a.csv"}
+    some = generate.run(generate.Config(**how, max_hours=1e-6))
+    assert 0 < len(some) < 900 and "the same command goes on" in caplog.text
+    assert metadata.read(tmp_path / "a.csv")["prompt"].tolist() == whole["prompt"].tolist()[: len(some)]
+    more = generate.run(generate.Config(**how))
+    assert more["prompt"].tolist() == whole["prompt"].tolist()
+
+
 def test_a_source_that_repeats_itself_is_said_to(tiny_gpt2, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(generate, "WINDOW", 100)
     (tmp_path / "starts.txt").write_text("a cat\n", encoding="utf-8")

@@ -315,6 +315,16 @@ def test_terms_that_are_kept_beside_a_file_of_weights_go_with_it(tmp_path):
     assert found == {f"{target}/{target}", f"{target}/terms/0123.npy", "SHA256SUMS", "dataset-metadata.json"}
 
 
+def test_of_a_model_one_format_is_copied_and_a_folder_needs_no_owner(tmp_path, command):
+    model = tmp_path / "blip"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin", "flax_model.msgpack"):
+        (model / name).write_text(name)
+    code, out, err = command("kaggle", "weights", model, "--out", tmp_path / "out", "--kernels", ROOT / "kernels")
+    assert code == 0 and "--publish" in out, err
+    assert sorted(path.name for path in (tmp_path / "out" / "blip").iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_what_goes_wrong_with_a_dataset_is_said(kaggle, data, tmp_path):
     stub, words = kaggle.stub, ("metadata", "--data", data / "data_meta", "--out", tmp_path / "out", "--publish")
     stub.datasets, stub.upload_status = set(), 400

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -325,6 +326,45 @@ def test_two_processes_render_what_one_renders(tmp_path):
             assert result.returncode == 0, result.stderr
         assert finished(tmp_path / name / "one") == finished(tmp_path / name / "two")
         assert result.stderr.count("images, 0 by an earlier run") == 2  # torchrun really started two
+
+
+@pytest.mark.slow
+def test_a_session_that_is_killed_within_a_shard_is_gone_on_with_by_the_next(tmp_path):
+    """On a fresh machine, with the killed one's output attached: no image twice, none missing, the same bytes."""
+    csv = write_rows(tmp_path / "m.csv", 60)
+    words = ["render", "--metadata", str(csv), "--workers", "1", "--per-tar", "50", "--out", "killed"]
+    killed = subprocess.Popen([sys.executable, "-m", "image_to_prompts", *words], cwd=tmp_path)
+    part = tmp_path / "killed" / "00000.tar.part"
+    while not (part.is_file() and part.stat().st_size > 500_000):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    whole = images.find(tmp_path / "killed")
+    assert 0 < len(whole) < 50 and [images.read(path).size for path in whole] == [(512, 512)] * len(whole)
+    manifest = render.run(config(csv, tmp_path / "next", per_tar=50, adopt=(tmp_path / "killed",)))
+    once = render.run(config(csv, tmp_path / "once", per_tar=50))
+    assert manifest["image_name"].tolist() == once["image_name"].tolist() and manifest["image_name"].is_unique
+    for name in ("00000.tar", "00001.tar"):
+        assert (tmp_path / "next" / name).read_bytes() == (tmp_path / "once" / name).read_bytes()
+
+
+def test_rows_of_an_unfinished_shard_are_in_the_manifest_and_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes.SceneBackend, "block", 2)
+    monkeypatch.setattr(limits, "FIRST_GUESS", 20_000)
+    csv = write_rows(tmp_path / "m.csv", 30)
+    once = render.run(config(csv, tmp_path / "once", per_tar=30))
+    room = (tmp_path / "once" / "00000.tar").stat().st_size / 2e9
+    manifest = render.run(config(csv, tmp_path / "half", per_tar=30, max_gb=room))
+    assert 0 < len(manifest) < 30 and manifest["file"].str.startswith("00000.tar.part/").all()
+    loaded = dataset.load_metadata((tmp_path / "half" / "manifest.csv",), (tmp_path / "half",))
+    assert loaded["image_name"].tolist() == once["image_name"].tolist()[: len(manifest)]
+    assert images.read(loaded["path"].iloc[-1]).size == (512, 512)
+    assert render.verify(tmp_path / "half").empty
+    assert render.left(config(csv, tmp_path / "half", per_tar=30)) == 30 - len(manifest)
+    whole = render.run(config(csv, tmp_path / "half", per_tar=30))
+    assert whole["file"].str.startswith("00000.tar/").all()
+    assert (tmp_path / "half" / "00000.tar").read_bytes() == (tmp_path / "once" / "00000.tar").read_bytes()
 
 
 def test_two_names_for_one_file_are_refused(tmp_path):
