@@ -48,6 +48,7 @@ LOOSE = (
     "max_hours",
     "save_minutes",
 )
+SOURCES = 5  # the largest, named in a checkpoint
 COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
 OUTPUTS = (
@@ -125,7 +126,7 @@ def plan(config: Config) -> dry_run.Plan:
     from . import dry_run
 
     tables = dataset.tables(config.metadata, config.images)
-    frames = [dataset.load_metadata(table, (), _called(config)) for table in tables]
+    frames = [dataset.read(table, _called(config)) for table in tables]
     # A table without folds gets eight from `dataset.split`.
     rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
     return dry_run.make(backbones.describe(config.backbone, config.image_size), rows, config)
@@ -250,6 +251,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     description = {
         "backbone": spec.to_dict(),
         "trained_tensors": len(trained_names) + 2,
+        "sources": rows.sources.value_counts().index[:SOURCES].tolist(),
         "rows": {"train": len(rows.train), "validate": len(rows.valid), "left_out": rows.left_out},
         "settings": {name: getattr(config, name) for name in SETTINGS},
         "profile": config.profile,

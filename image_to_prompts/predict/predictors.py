@@ -104,9 +104,10 @@ def knows(folders: Iterable[Path]) -> str:
     if folder is None:
         return ""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("profile") == "embedded":
+    sources = config.get("sources")
+    if config.get("profile") == "embedded" and sources in (None, ["grammar"]):
         return "it has only seen emoji scenes"
-    return f"it has seen {config.get('rows', {}).get('train', 'other')} images of its training set"
+    return f"it has seen {config.get('rows', {}).get('train', 'other')} images of {', '.join(sources or ['its set'])}"
 
 
 def trained_on(folders: list[Path], targets: np.ndarray) -> int:

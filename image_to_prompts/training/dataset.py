@@ -67,6 +67,11 @@ def tables(csvs: tuple[Path, ...], folders: tuple[Path, ...]) -> tuple[Path, ...
     return tuple(found)
 
 
+def read(table: Path, called: Mapping[str, str] = MappingProxyType({})) -> pd.DataFrame:
+    """The rows of a metadata CSV, or of a folder of images with a .txt beside each; see `metadata.read`."""
+    return _texts_beside(table) if table.is_dir() else metadata.read(table, unique=False, called=called)
+
+
 def _texts_beside(folder: Path) -> pd.DataFrame:
     """The rows of a folder of images with a .txt of the same stem beside each."""
     files = images.find(folder)
@@ -159,7 +164,7 @@ def load_metadata(
         raise UserError(f"--metadata has {len(csvs)} files, --images {len(folders)} folders; give one folder a file")
     frames = []
     for number, csv in enumerate(csvs):
-        frame = _texts_beside(csv) if csv.is_dir() else metadata.read(csv, unique=False, called=called)
+        frame = read(csv, called)
         own = frame["source"] if "source" in frame else pd.Series("", frame.index)
         frame = frame.assign(source=own.replace("", csv.stem), _row=range(1, len(frame) + 1))
         twice = frame["image_name"].duplicated()

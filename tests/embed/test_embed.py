@@ -153,3 +153,21 @@ def test_fewer_images_at_once_go_on_from_the_blocks_that_are_done(small_run, tmp
     embed.run(tiny(small_run, tmp_path / "e", batch_size=3))
     assert sum(seen) == len(metadata.read(small_run.images / "manifest.csv"))
     assert not list((tmp_path / "e").glob(".embed-*"))
+
+
+def test_a_session_that_ends_writes_the_first_images_and_the_next_goes_on(small_run, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    whole = embed.run(tiny(small_run, tmp_path / "whole"))
+    deadline = iter([False, True])
+    monkeypatch.setattr(embed.Deadline, "passed", lambda _: next(deadline))
+    some = embed.run(tiny(small_run, tmp_path / "some", max_hours=1.0))
+    assert {rows for rows, _ in some.values()} == {16} and "with 16 of " in caplog.text
+    assert len(embeddings.load(tmp_path / "some").frame) == 16
+    monkeypatch.setattr(embed.Deadline, "passed", lambda _: True)
+    with pytest.raises(UserError, match="no block of 16 images fits"):
+        embed.run(tiny(small_run, tmp_path / "none", max_hours=1.0))
+    monkeypatch.undo()
+    monkeypatch.setattr(embed, "BLOCK", 16)
+    assert embed.run(tiny(small_run, tmp_path / "some")) == whole
+    for path in (tmp_path / "whole").glob("*.npy"):
+        assert (tmp_path / "some" / path.name).read_bytes() == path.read_bytes()

@@ -171,3 +171,12 @@ def test_of_two_processes_one_trains(made, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("rows train") == 1 and result.stderr.count("is up to date") == 1
     assert ensemble.load(tmp_path / "out").config["rows"]["train"]
+
+
+def test_a_session_that_ends_writes_what_there_is_and_the_next_goes_on(trained, made, tmp_path, caplog):
+    some = ensemble.run(config(made, tmp_path / "some", max_hours=1e-6))
+    assert "stopped by --max-hours" in caplog.text and set(some["member"]) >= {"attention", "blend"}
+    assert len(pd.read_csv(tmp_path / "some" / "history.csv")) == 2, "before the first epoch, and that"
+    ensemble.run(config(made, tmp_path / "some"))
+    for name in ("history.csv", "members.csv", "model.safetensors"):
+        assert (tmp_path / "some" / name).read_bytes() == (trained[0] / name).read_bytes()

@@ -14,9 +14,11 @@ from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.data.rows import ImageRows
 from image_to_prompts.finetune.validation import validate
+from image_to_prompts.infer import submission
 from image_to_prompts.models import backbones, checkpoints, doubt, freezing, metrics
 from image_to_prompts.predict import predictors
 from image_to_prompts.run.errors import UserError
+from image_to_prompts.run.resume import is_finished
 from image_to_prompts.training import frozen_features, loop
 
 
@@ -242,3 +244,45 @@ def test_an_older_checkpoint_gets_its_doubt_without_training(small_run, small_ch
     finetune.run(config)
     assert (out / doubt.FILE).stat().st_mtime_ns == done
     assert not [path for path in out.iterdir() if path.name.startswith(".finetune-")]
+
+
+def test_an_own_folder_is_trained_on_in_one_command(small_run, tmp_path, command):
+    """Sixty images with `filename,caption`, or a .txt beside each; then one command predicts."""
+    manifest = metadata.read(small_run.images / "manifest.csv")
+    folder = tmp_path / "my-pictures"
+    (folder / "sub").mkdir(parents=True)
+    names = [f"sub/IMG_{number}.png" if number % 2 else f"IMG_{number}.png" for number in range(len(manifest))]
+    for name, file, prompt in zip(names, manifest["file"], manifest["prompt"], strict=True):
+        shutil.copy(small_run.images / file, folder / name)
+        (folder / name).with_suffix(".txt").write_text(prompt)
+    table = pd.DataFrame({"filename": names, "caption": manifest["prompt"]})
+    table.to_csv(tmp_path / "my.csv", index=False)
+    how = ["--images", folder, "--image-size", "64", "--epochs", "1", "--run", tmp_path / "run"]
+    columns = ["--metadata", tmp_path / "my.csv", "--image-column", "filename", "--prompt-column", "caption"]
+    for out, more in (("by-csv", columns), ("by-txt", [])):
+        code, _, err = command("finetune", *how, *more, "--out", tmp_path / out)
+        assert code == 0, err
+        config = checkpoints.load(tmp_path / out).config
+        assert sum(config["rows"].values()) == len(manifest) and config["sources"] == [
+            folder.name if not more else "my"
+        ]
+    code, _, err = command(
+        "infer", "--images", folder, "--checkpoint", tmp_path / "by-csv", "--out", tmp_path / "s.csv"
+    )
+    assert code == 0 and submission.check(tmp_path / "s.csv", folder) == len(manifest), err
+    assert predictors.knows([tmp_path / "by-csv"]) == f"it has seen {config['rows']['train']} images of my"
+    (folder / "sub" / "IMG_1.txt").write_text("another prompt")
+    code, _, err = command("finetune", *how, "--out", tmp_path / "by-txt")
+    assert code == 0 and "is up to date" not in err, "a changed text is another training"
+
+
+def test_a_training_that_is_stopped_writes_what_there_is(small_run, tmp_path):
+    whole = finetune.run(config(small_run, tmp_path / "whole", epochs=2))
+    some = finetune.run(config(small_run, tmp_path / "some", epochs=2, max_hours=1e-6))
+    assert some["epoch"].tolist() == [0] and whole["epoch"].tolist() == [0, 1, 2]
+    for name in ("history.csv", "history.png", "sources.csv", "best_and_worst.png"):
+        assert (tmp_path / "some" / name).is_file()
+    assert not is_finished(tmp_path / "some" / ".finetune.done") and is_finished(tmp_path / "whole" / ".finetune.done")
+    finetune.run(config(small_run, tmp_path / "some", epochs=2))
+    for name in ("history.csv", "model.safetensors", "last/model.safetensors"):
+        assert (tmp_path / "some" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -236,6 +236,7 @@ def data(tmp_path):
     (folder / "convnext" / "last").mkdir(parents=True)
     for name in ("config.json", "model.safetensors", "last/model.safetensors", ".finetune.done"):
         (folder / "convnext" / name).write_bytes(name.encode() * 1000)
+    (folder / "convnext" / "config.json").write_text('{"backbone": {}}')
     metadata = folder / "data_meta"
     metadata.mkdir()
     (metadata / "prompts.csv").write_text("image_name,prompt,seed\na.png,a cat,1\nb.png,a dog,2\n")

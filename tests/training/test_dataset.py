@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from rows import loaded_rows
 
 from image_to_prompts.data import metadata
@@ -135,7 +136,7 @@ def test_the_manifests_are_the_metadata_where_none_is_given(tmp_path):
         write(folder / "manifest.csv", ["a"])
     assert dataset.tables((), (one, two)) == (one / "manifest.csv", two / "manifest.csv")
     assert dataset.tables((tmp_path / "x.csv",), (one,)) == (tmp_path / "x.csv",) and dataset.tables((), ()) == ()
-    with pytest.raises(UserError, match=r"no manifest\.csv; run render first"):
+    with pytest.raises(UserError, match=r"no manifest\.csv and no \.txt beside the images; run render first"):
         dataset.tables((), (one, tmp_path))
 
 
@@ -150,3 +151,38 @@ def test_loading_rows_joins_embeds_and_splits(small_run):
     assert (frame["fold"].to_numpy()[rows.valid] == 1).all() and not (frame["fold"].to_numpy()[rows.train] == 1).any()
     grammar = loaded_rows(small_run.metadata, small_run.images, source_weights={"grammar": 3.0})
     assert set(grammar.weights) == {3.0}
+
+
+def test_texts_beside_images_are_their_prompts(tmp_path, caplog):
+    for number in range(4):
+        path = tmp_path / "set" / ("sub" if number % 2 else ".") / f"IMG_{number}.jpg"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (8, 8)).save(path)
+        path.with_suffix(".txt").write_text(f"prompt {number}\n") if number else None
+    (table,) = dataset.tables((), (tmp_path / "set",))
+    frame = dataset.load_metadata(table, tmp_path / "set")
+    assert frame[["image_name", "prompt", "source"]].to_numpy().tolist() == [
+        ["IMG_2.jpg", "prompt 2", "set"],
+        ["sub/IMG_1.jpg", "prompt 1", "set"],
+        ["sub/IMG_3.jpg", "prompt 3", "set"],
+    ]
+    assert "1 images have no .txt beside them" in caplog.text
+
+
+def test_other_images_of_the_same_name_are_told_apart(tmp_path):
+    """As `train_images/00000000.jpg` in two public sets; a row that another session has, too, is no other image."""
+    csvs, folders = [], []
+    for which, prompts in (("a", ["a fox", "an owl"]), ("b", ["a cat", "an owl"])):
+        folder = tmp_path / which
+        folder.mkdir()
+        for name in ("0.png", "1.png"):
+            Image.new("RGB", (8, 8)).save(folder / name)
+        metadata.write_table(
+            folder / f"{which}.csv", pd.DataFrame({"image_name": ["0.png", "1.png"], "prompt": prompts})
+        )
+        csvs.append(folder / f"{which}.csv")
+        folders.append(folder)
+    frame = dataset.load_metadata(csvs, folders)
+    assert frame["image_name"].tolist() == ["0.png", "1.png", "b/0.png"]
+    assert frame["path"].tolist() == [tmp_path / "a" / "0.png", tmp_path / "a" / "1.png", tmp_path / "b" / "0.png"]
+    assert dataset.load_metadata(csvs, folders[0])["image_name"].tolist() == ["0.png", "1.png"], "one folder for all"
