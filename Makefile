@@ -42,6 +42,15 @@ mutants: install ## one-line faults where they cost most, and which of them no t
 		$(MODULES:%='image_to_prompts.%.*') $(FUNCTIONS:%='image_to_prompts.%__mutmut_*')
 	$(VENV)/bin/python tests/mutants_report.py && tail -n 16 docs/reliability.md
 
+ROOM ?= /tmp/rehearsal
+KAGGLE_PYTHON ?= python3.12
+rehearse: install ## every reference model and stage at full size, and the kernels with Kaggle's versions (an hour, 25 GB in ROOM)
+	mkdir -p $(ROOM)/kaggle
+	$(VENV)/bin/python tools/rehearsal.py $(ROOM)/models --out docs/rehearsal.md
+	$(VENV)/bin/python tools/rehearse_stages.py $(ROOM)/stages --out docs/rehearsal.md
+	REHEARSAL_PYTHON=$(KAGGLE_PYTHON) REHEARSAL_TORCH='torch==2.10.* torchvision==0.25.*' REHEARSAL_FOLDER=$(ROOM)/kaggle \
+		$(VENV)/bin/python -m pytest tests/kaggle/test_rehearsal.py -m slow
+
 bench: install ## speed on this machine, beside plain versions of the same (an hour)
 	for part in render finetune infer encode "ensemble epoch" embed; do \
 		set -- $$part; $(VENV)/bin/python benchmarks/$$1.py $$2 || exit 1; done
@@ -61,4 +70,4 @@ fix: install ## format
 check: install ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-.PHONY: help install check run quick test test-kaggle chaos mutants bench bench-table notebooks kernels fix
+.PHONY: help install check run quick test test-kaggle chaos mutants rehearse bench bench-table notebooks kernels fix

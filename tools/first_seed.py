@@ -134,7 +134,9 @@ def train(
     rows, _ = load_rows(table, 0, 1)
     found = list(table.arrays.values())
     how = PRESETS[preset]._asdict()
-    network, history, _ = loop.fit(lambda: SeedFusion([one.shape[1] for one in found]), found, rows, epochs=epochs, **how)
+    network, history, _ = loop.fit(
+        lambda: SeedFusion([one.shape[1] for one in found]), found, rows, epochs=epochs, **how
+    )
     _save(out, network, PRESETS[preset].batch_size, table.arrays, [embeddings / f"{name}.npy" for name in table.arrays])
     return f"{out}: validation cosine {history['cosine'].max():.4f} after {epochs} epochs"
 

@@ -52,9 +52,9 @@ def credentials() -> str:
     if file is None and (home / "credentials.json").is_file():
         return str(home / "credentials.json")  # of `kaggle auth login`
     if file is None:
-        token = f"put a token of kaggle.com/settings into {home / 'access_token'} or KAGGLE_API_TOKEN"
+        advice = f"put a token of kaggle.com/settings into {home / 'access_token'} or KAGGLE_API_TOKEN"
         older = f"the older way: save kaggle.json from there as {home / 'kaggle.json'}"
-        raise UserError(f"no Kaggle credentials; {token}, or run `kaggle auth login`; {older}")
+        raise UserError(f"no Kaggle credentials; {advice}, or run `kaggle auth login`; {older}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         names = {name: found[name] for name in ("username", "key")}

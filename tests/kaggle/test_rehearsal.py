@@ -49,8 +49,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 def image(tmp_path_factory):
     """The virtual environment's Python, and the folder of wheels.
 
-    REHEARSAL_PYTHON is the Python to build it with (Kaggle's is 3.12; this one if left out), REHEARSAL_FOLDER a folder
-    that keeps it for the next run.
+    REHEARSAL_PYTHON is the Python to build it with (Kaggle's is 3.12; this one if left out), REHEARSAL_TORCH the version
+    of torch (Kaggle's is 2.10; this one's), REHEARSAL_FOLDER a folder that keeps it for the next run.
     """
     kept = os.environ.get("REHEARSAL_FOLDER")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("image")
@@ -62,6 +62,7 @@ def image(tmp_path_factory):
     else:
         subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
         same = [f"{name}=={installed.version(name)}" for name in ("torch", "torchvision")]
+        same = os.environ.get("REHEARSAL_TORCH", "").split() or same
         subprocess.run([*pip, "install", "--quiet", "--no-compile", *same, *IMAGE, *JUPYTER], check=True)
     names = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
     assert "faiss" not in names and "open_clip" not in names
