@@ -51,12 +51,21 @@ def rehearse(root: Path, stage: str, words: str) -> tuple[str, ...]:
     begun = time.perf_counter()
     log = (root / f"{stage}.log").open("w+")
     process = subprocess.Popen([sys.executable, "-m", "image_to_prompts", *given], env=env, stdout=log, stderr=log)
-    _, status, used = os.wait4(process.pid, 0)
+    peak = 0
+    while process.poll() is None:  # ru_maxrss would begin with what this process held
+        peak = max(peak, held(process.pid))
+        time.sleep(0.05)
     seconds = time.perf_counter() - begun
     log.seek(0)
     said = (log.read().strip().splitlines() or ["nothing"])[-1].replace(str(root), "...")
-    result = said if os.waitstatus_to_exitcode(status) == 0 else f"FAILED: {said}"
-    return stage, words.replace("{root}", "..."), result[:160], f"{used.ru_maxrss / 1e6:.1f}", f"{seconds:.0f}"
+    result = f"FAILED: {said}" if process.returncode else said
+    return stage, words.replace("{root}", "..."), result[:160], f"{peak / 1e6:.1f}", f"{seconds:.0f}"
+
+
+def held(pid: int) -> int:
+    """The most memory that a process has held so far, in KB."""
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) if "VmHWM:" in status else 0
 
 
 def main() -> None:
