@@ -49,22 +49,30 @@ os.execv(sys.argv[1], sys.argv[1:])
 def image(tmp_path_factory):
     """The virtual environment's Python, and the folder of wheels.
 
-    REHEARSAL_PYTHON is the Python to build it with (Kaggle's is 3.12; this one if left out), REHEARSAL_TORCH the version
-    of torch (Kaggle's is 2.10; this one's), REHEARSAL_FOLDER a folder that keeps it for the next run.
+    REHEARSAL_PYTHON is the Python to build it with (Kaggle's is 3.12; or this one), REHEARSAL_TORCH the versions
+    of torch and torchvision (those installed here), REHEARSAL_FOLDER a folder that keeps it for the next run.
     """
     kept = os.environ.get("REHEARSAL_FOLDER")
     folder = Path(kept) if kept else tmp_path_factory.mktemp("image")
     base, python = os.environ.get("REHEARSAL_PYTHON", sys.executable), folder / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip"]
-    if python.exists():
-        names = [path.name.partition("-")[0] for path in (folder / "wheels").glob("*.whl")]
-        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *names], check=True)
+    pip, own = [python, "-m", "pip"], folder / "image.txt"
+
+    def installed_there():
+        return subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
+
+    if own.exists():  # what the kernels have installed goes
+        image = own.read_text().splitlines()
+        names = [
+            line.partition("=")[0].partition(" ")[0] for line in installed_there().splitlines() if line not in image
+        ]
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *names], check=True) if names else None
     else:
         subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
         same = [f"{name}=={installed.version(name)}" for name in ("torch", "torchvision")]
         same = os.environ.get("REHEARSAL_TORCH", "").split() or same
         subprocess.run([*pip, "install", "--quiet", "--no-compile", *same, *IMAGE, *JUPYTER], check=True)
-    names = subprocess.run([*pip, "freeze"], capture_output=True, text=True, check=True).stdout
+        own.write_text(installed_there())
+    names = installed_there()
     assert "faiss" not in names and "open_clip" not in names
     version = subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.split()[1]
     owner = {"owner": "ada", "wheels": "image-to-prompts-wheels"}
@@ -201,7 +209,7 @@ def test_the_chain_runs_kernel_by_kernel(machine, tiny_gpt2, tiny_sd2, tiny_open
         shutil.copytree(image[1], here.inputs / "datasets" / "ada" / "image-to-prompts-wheels")
         for place, source in attached.items():
             shutil.copytree(source, here.inputs / place)
-        for earlier in stage.kernel.after:
+        for earlier in (*stage.kernel.after, *stage.kernel.also):
             attached_output = here.inputs / "notebooks" / "ada" / done[earlier].inputs.parent.name
             shutil.copytree(done[earlier].working, attached_output)
         tiny = f"open_clip:{here.inputs}/datasets/ada/tiny/tiny-convnext"
