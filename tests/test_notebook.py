@@ -95,7 +95,7 @@ def test_a_training_that_ends_at_its_limit_shows_what_there_is(small_run, tmp_pa
     attached = {"notebooks/ada/03-render-images/images/train": small_run.images}
     session = Session(tmp_path / "session", attached)
     how = {"profile": "embedded", "image_size": 64, "epochs": 100_000}
-    said = session.run(kernel("04-finetune-convnext"), max_hours=30 / 3600, **how)
+    said = session.run(kernel("04-finetune-convnext"), max_hours=10 / 3600, **how)
     assert session.pictures == 2 and "kaggle push finetune --continue" in said
     out = session.working / "checkpoints" / "convnext"
     assert {"history.csv", "sources.csv", "model.safetensors"} <= {path.name for path in out.iterdir()}

@@ -54,10 +54,12 @@ def read(reading: Reading) -> Iterator[pl.DataFrame]:
     inside = [path.relative_to(root).as_posix() for path in images.find(root)]
     by_name = {name.rpartition(".")[0]: name for name in inside} | {name: name for name in inside}
     known = {"model": MODELS.get(root.name, UNKNOWN), "sampler": UNKNOWN}
-    for table in tables(root):
+    every = tables(root)
+    for table in every:
         header = formats.header(table)
-        columns = _columns(header)
-        find = _finder(table, root, columns, by_name)
+        held = list(archives.index(table)) if table.suffix == ".parquet" else []
+        columns = _columns(header, but="image_name" if held else "")
+        find = _finder(table, root, held, "image_name" in columns.values(), by_name)
         if "prompt" not in columns.values() or find is None:
             refused.append(f"{table.relative_to(root)} ({', '.join(header)[:200]})")
             continue
@@ -72,7 +74,7 @@ def read(reading: Reading) -> Iterator[pl.DataFrame]:
             more = [pl.lit(value).alias(name) for name, value in known.items() if name not in block.columns]
             yield block.with_columns(found, found.alias("source_id"), *more).filter(good)
         reading.broken += one.broken
-    if len(refused) == len(tables(root)):
+    if len(refused) == len(every):
         said = "; ".join(refused) or "no CSV, TSV, JSON lines or Parquet file"
         raise UserError(
             f"{root}: no table of prompts with their images: {said}; name its columns prompt and image_path"
@@ -81,23 +83,29 @@ def read(reading: Reading) -> Iterator[pl.DataFrame]:
         log.warning("%s: left out, for no prompts or images are named in it: %s", root, "; ".join(refused))
 
 
-def _columns(header: list[str]) -> dict[str, str]:
-    """The columns that are read of a table, and what they are called here."""
+def _columns(header: list[str], but: str) -> dict[str, str]:
+    """The columns that are read of a table, and what they are called here; all but one."""
     small = {name.lower(): name for name in reversed(header)}
     first = ((ours, next((small[name] for name in known if name in small), "")) for ours, known in COLUMNS.items())
-    return {name: ours for ours, name in first if name}
+    return {name: ours for ours, name in first if name and ours != but}
 
 
 def _finder(
-    table: Path, root: Path, columns: dict[str, str], by_name: dict[str, str]
+    table: Path, root: Path, held: list[str], named: bool, by_name: dict[str, str]
 ) -> Callable[[int, Any], str] | None:
-    """What finds a row's image by the row's number, from 0, and what the table calls it; None if nothing can."""
+    """What finds a row's image by the row's number, from 0, and what the table calls it; None if nothing can.
+
+    Args:
+        table: The table.
+        root: The folder of all.
+        held: The images that the table itself holds, row by row.
+        named: Whether it names images.
+        by_name: The images below `root`, with and without suffix.
+    """
     above = table.parent.relative_to(root)
-    if table.suffix == ".parquet" and (held := list(archives.index(table))):
-        for name in [name for name, ours in columns.items() if ours == "image_name"]:
-            del columns[name]
+    if held:
         return lambda row, _: (above / table.name / held[row]).as_posix()
-    if "image_name" in columns.values():
+    if named:
         return lambda _, said: _resolved(said, above, by_name)
     numbered = _numbered(table, by_name.values())
     return (lambda row, _: numbered.get(row, "")) if numbered else None
