@@ -27,7 +27,7 @@ STAGES = (
     ("render", "--fast --steps 2 --batch-size 1"),
     ("finetune", "--epochs 1 --cycles 1 --batch-size 4 --micro-batch 1"),
     ("embed", "--terms {root}/terms"),
-    ("ensemble", "--epochs 1"),
+    ("ensemble", "--epochs 1 --test-fold 9"),
     ("infer", "--key {root}/run/images/prompts/manifest.csv"),
     ("describe", "{root}/run/images/prompts --prompts {root}/run/data_meta/prompts.csv --weights-dir {root}/none"),
 )
@@ -57,7 +57,8 @@ def rehearse(root: Path, stage: str, words: str) -> tuple[str, ...]:
         time.sleep(0.05)
     seconds = time.perf_counter() - begun
     log.seek(0)
-    said = (log.read().strip().splitlines() or ["nothing"])[-1].replace(str(root), "...")
+    lines = [line for line in log.read().splitlines() if ": " in line] or ["nothing"]
+    said = lines[-1].replace(str(root), "...")
     result = f"FAILED: {said}" if process.returncode else said
     return stage, words.replace("{root}", "..."), result[:160], f"{peak / 1e6:.1f}", f"{seconds:.0f}"
 
