@@ -5,13 +5,13 @@ It is reached as a proxy, so that the real `kaggle` package can be sent there by
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -75,7 +75,8 @@ def handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # of one who has given up waiting
+                self.wfile.write(body)
 
         def body(self) -> bytes:
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -100,7 +101,7 @@ def handler(stub: Stub) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(stub: Stub):
     """Runs the server; gives its port."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(stub))
