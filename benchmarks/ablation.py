@@ -94,7 +94,7 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
         found["seconds"] = time.perf_counter() - start
         checkpoint = checkpoints.load(folder / "c")
     model, device = checkpoint.model, torch.device("cpu")
-    freezing.unfreeze_last_quarter(model.backbone)
+    freezing.unfreeze(model.backbone)
     size = checkpoint.spec.image_size
     for name in ("test", "test-openmoji"):
         manifest = metadata.read_table(run.test_images.with_name(name) / "manifest.csv", ("file", "prompt"))

@@ -71,7 +71,7 @@ def build(backbone: str, size: int, seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     model = checkpoints.build(backbones.describe(backbone, size))
-    freezing.unfreeze_last_quarter(model.backbone)
+    freezing.unfreeze(model.backbone)
     return model
 
 

@@ -235,7 +235,8 @@ def _form(name: str, words: list[str]) -> Any:
         from . import profiles
 
         folder, profile = _place(words)
-        default = profiles.default_config(name, folders.Run(folder), profile)
+        recipe = {"recipe": _value_of("--recipe", words) or ""} if name == "finetune" else {}
+        default = profiles.default_config(name, folders.Run(folder), profile, **recipe)
         return Annotated[_grouped(name, default), tyro.conf.OmitArgPrefixes, tyro.conf.subcommand(name)]
     if name == "demo":
         return Annotated[form, tyro.conf.subcommand(name, default=form(*_place(words)))]

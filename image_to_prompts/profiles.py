@@ -55,15 +55,6 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
         "generate": {"source": "magicprompt", "count": 100_000},
         "render": {"backend": "sd2", "per_tar": 1000},
-        "finetune": {
-            "backbone": "open_clip:convnext_xxlarge",
-            "image_size": 512,
-            "epochs": 25,
-            "cycles": 2,
-            "micro_batch": 4,
-            "learning_rate": 5e-5,
-            "cache_features": False,
-        },
         "embed": {
             "encoders": ("open_clip:ViT-B-32-quickgelu", "transformers:facebook/convnext-tiny-224", "interrogator")
         },
@@ -120,5 +111,7 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
     """
     profile = profile_called(profile)
     values: dict[str, Any] = {"run": run.folder, "profile": profile}
+    if stage == "finetune":
+        values |= pipeline.load("finetune.recipes:flags")(overrides.get("recipe", ""), profile)
     values |= PROFILE_DEFAULTS[profile].get(stage, {}) | place_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

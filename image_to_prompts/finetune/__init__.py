@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LOOSE = (
     "out",
+    "recipe",
     "metadata",
     "images",
     "image_column",
@@ -74,6 +75,8 @@ class Main:
     """What the CSVs call the column of the prompts."""
     out: Path = Path("checkpoints/convnext")
     """Checkpoint folder to write."""
+    recipe: str = ""
+    """How it is tuned: a row of `--recipe list`, which sets the flags below; left out: the profile's own."""
     backbone: str = "timm:tf_efficientnet_lite2"
     """open_clip:<model>, open_clip:<folder> or timm:<model>."""
     image_size: Positive = 224
@@ -108,6 +111,10 @@ class Config(Main, loop.Schedule, Rows, StageConfig):
 
 
 def _check(config: Config) -> None:
+    if not (0 <= config.ema < 1 and 0 < config.layer_decay <= 1):
+        raise UserError(
+            f"--ema {config.ema} must be from 0 to below 1, --layer-decay {config.layer_decay} above 0, at most 1"
+        )
     if not config.learning_rate > 0:
         raise UserError(f"--learning-rate {config.learning_rate}: must be above 0")
     if config.augment and config.cache_features:
@@ -226,7 +233,9 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"
     accelerator = models.accelerator_for(mixed)
     model, trained_names = models.build(
-        spec, accelerator, config.seed, config.init, config.weights, grad_checkpointing=config.grad_checkpointing
+        *(spec, accelerator, config.seed, config.init, config.weights),
+        grad_checkpointing=config.grad_checkpointing,
+        train_from=config.train_from,
     )
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else dataset.thinned(rows.train, frozen_features.KNN_ROWS)

@@ -111,6 +111,13 @@ class Keeper:
 
     def finish_epoch(self, epoch: int, loss: float) -> None:
         """Validates, saves the checkpoint if it is the best so far, and the state to go on from."""
+        trainer = self.trainer
+        with trainer.averaged():
+            entry = self._validated(epoch, loss)
+        trainer.finish_epoch(entry)
+
+    def _validated(self, epoch: int, loss: float) -> dict[str, float]:
+        """The entry of an epoch; of the best so far the checkpoint is saved."""
         trainer, rows, accelerator = self.trainer, self.trainer.rows, self.trainer.accelerator
         mixed = accelerator.mixed_precision != "no"
         predicted = validate(trainer.trained, self.source, rows, accelerator.device, mixed)
@@ -123,12 +130,13 @@ class Keeper:
             if cosine >= max((one["cosine"] for one in self.history), default=-1):
                 by_source.write(self.out, rows, predicted)
                 self.save(self.out, entry)
-        trainer.finish_epoch(entry)
+        return entry
 
     def report(self, frame: pd.DataFrame, history: Path) -> None:
         """Writes the last epoch's weights, tables and pictures."""
         rows, base = self.trainer.rows, self.base
-        self.save(self.out / LAST, self.history[-1])
+        with self.trainer.averaged():
+            self.save(self.out / LAST, self.history[-1])
         frozen_features.save(self.out / "baselines.safetensors", base)
         save_doubt(self.out, rows, self.statistics)
         metadata.write_table(history, frame)

@@ -46,6 +46,15 @@ def _frozen_groups(backbone: nn.Module) -> list[list[str]]:
     return groups[: len(groups) - max(1, len(groups) // 4)]
 
 
+def rates(backbone: nn.Module, decay: float) -> dict[str, float]:
+    """How much of the learning rate each parameter gets: the last group of layers all, each before it `decay` times.
+
+    The head, and what belongs to no group, get all of it. Layer-wise decay, as in Dong et al. 2022 (arXiv 2212.06138).
+    """
+    groups = layer_groups(backbone)
+    return {name: decay ** (len(groups) - 1 - place) for place, group in enumerate(groups) for name in group}
+
+
 def stages(backbone: nn.Module) -> list[nn.Module]:
     """The last modules of the stages that stay frozen whole, by whose outputs images are told apart (see `doubt`).
 
@@ -65,15 +74,26 @@ def _common(paths: list[list[str]]) -> str:
     return ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
 
 
-def unfreeze_last_quarter(backbone: nn.Module) -> list[str]:
-    """Freezes a backbone but for the last floor(n / 4) of its n layer groups and an open_clip projection.
+def unfreeze(backbone: nn.Module, first: int = -1) -> list[str]:
+    """Freezes a backbone but for its layer groups from `first` on, and an open_clip projection.
 
-    For ConvNeXt-XXLarge these are the reference's 88 of 379 tensors.
+    Args:
+        backbone: The backbone.
+        first: Number of the first group that trains, from 0; -1: the last floor(n / 4) of n groups train. For
+            ConvNeXt-XXLarge these are the reference's 88 of 379 tensors.
 
     Returns:
         Names of the parameters that train.
+
+    Raises:
+        UserError: If there are not so many groups.
     """
-    frozen = {name for group in _frozen_groups(backbone) for name in group}
+    groups = layer_groups(backbone)
+    if first >= len(groups):
+        raise UserError(
+            f"--train-from {first}: this backbone has {len(groups)} groups of layers; give 0 to {len(groups) - 1}"
+        )
+    frozen = {name for group in (_frozen_groups(backbone) if first < 0 else groups[:first]) for name in group}
     trained = []
     for name, parameter in backbone.named_parameters():
         parameter.requires_grad_(name not in frozen)

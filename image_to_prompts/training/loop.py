@@ -10,9 +10,11 @@ import contextlib
 import logging
 import math
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -109,17 +111,43 @@ class Trainer:
         self.targets, self.weights = torch.from_numpy(rows.targets), torch.from_numpy(rows.weights)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.parameters,
+            self._groups(),
             schedule.learning_rate,
             weight_decay=WEIGHT_DECAY,
             fused=accelerator.device.type in ("cpu", "cuda"),  # a quarter of the time (docs/log.md)
         )
         self.wrapped, self.optimizer = accelerator.prepare(trained, optimizer)
+        self.averages = [p.detach().clone() for p in self.parameters] if schedule.ema else []
         self.standing = Standing()
+        self.steps = -(-len(rows.train) // schedule.batch_size)  # of an epoch
         self.micro = schedule.micro_batch or schedule.batch_size
         self.deadline = Deadline(schedule.max_hours)
         self._load()
         self.saved = time.monotonic()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters in groups of one learning rate each: its share of the peak is `share`."""
+        schedule = self.schedule
+        if schedule.layer_decay == 1:
+            return [{"params": self.parameters, "share": 1.0}]
+        shares = freezing.rates(self.model.backbone, schedule.layer_decay)
+        least, by_share = schedule.lowest_rate / schedule.learning_rate, defaultdict(list)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                by_share[max(least, shares.get(name.removeprefix("backbone."), 1.0))].append(parameter)
+        return [{"params": some, "share": share} for share, some in sorted(by_share.items())]
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the moving average of its weights, if one is kept."""
+        own = [p.data for p in self.parameters] if self.averages else []
+        try:
+            for parameter, average in zip(self.parameters, self.averages, strict=False):
+                parameter.data = average
+            yield
+        finally:
+            for parameter, data in zip(self.parameters, own, strict=False):
+                parameter.data = data
 
     def epoch(self) -> float | None:
         """Goes on with the epoch under way to its end.
@@ -171,6 +199,7 @@ class Trainer:
             "model": {name: tensor for name, tensor in self.model.state_dict().items() if name in kept},
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
+            "averages": self.averages,
             "standing": asdict(self.standing),
             "micro": self.micro,
         }
@@ -182,6 +211,8 @@ class Trainer:
             return
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
+        for average, kept in zip(self.averages, state.get("averages", ()), strict=True):
+            average.copy_(kept)
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.standing, self.micro = Standing(**state["standing"]), self.schedule.micro_batch or state["micro"]
@@ -200,11 +231,15 @@ class Trainer:
             The sum of 1 - cosine over the share.
         """
         import torch
+        from torch.optim.swa_utils import get_ema_multi_avg_fn
 
         standing, schedule = self.standing, self.schedule
         factor = learning_rate_factor((standing.epoch - 1 + done) / schedule.epochs, schedule.cycles)
+        if schedule.warm_up:
+            before = (standing.epoch - 1) * self.steps + standing.step
+            factor *= min(1.0, (before + 1) / schedule.warm_up)
         for group in self.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * factor
+            group["lr"] = schedule.learning_rate * factor * group.get("share", 1.0)
         seed = np.random.SeedSequence((schedule.seed, standing.epoch, standing.step, self.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
         loss = self._within_memory(images, rows, planned) if len(rows) else self.no_gradients()
@@ -213,6 +248,8 @@ class Trainer:
             self._stop(rows, f"the gradients' norm is {norm.item()}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.averages:
+            get_ema_multi_avg_fn(schedule.ema)(self.averages, [p.detach() for p in self.parameters], 1)
         return loss
 
     def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> float:

@@ -32,8 +32,9 @@ def build(
     weights: Path | None = None,
     pretrained: bool = True,
     grad_checkpointing: bool = False,
+    train_from: int = -1,
 ) -> tuple[nn.Module, list[str]]:
-    """The model on the device, its last quarter unfrozen, frozen matrices in the type of mixed precision.
+    """The model on the device, its last groups of layers unfrozen, frozen matrices in the type of mixed precision.
 
     Args:
         spec: Its backbone.
@@ -43,6 +44,7 @@ def build(
         weights: File or folder of backbone weights; None: wherever they are found.
         pretrained: Whether to load weights at all.
         grad_checkpointing: Compute activations twice to keep fewer of them.
+        train_from: See `freezing.unfreeze`.
 
     Returns:
         The model, and the names of the backbone's parameters that train.
@@ -56,7 +58,7 @@ def build(
     model = checkpoints.pretrained(spec, weights) if pretrained and init is None else checkpoints.build(spec)
     if init is not None:
         checkpoints.initialise(model, spec, init)
-    names = freezing.unfreeze_last_quarter(model.backbone)
+    names = freezing.unfreeze(model.backbone, train_from)
     freezing.half_frozen(model, type_of(accelerator.mixed_precision))
     if grad_checkpointing:
         model.backbone.set_grad_checkpointing(True)

@@ -18,6 +18,16 @@ class Steps:
     """Peak learning rate of AdamW."""
     cycles: Positive = 1
     """Cosine cycles of the learning rate over all epochs (warm restarts)."""
+    warm_up: NotNegative = 0
+    """Steps in which the learning rate rises to its peak."""
+    layer_decay: float = 1.0
+    """Learning rate of a group of layers, as a share of that of the group behind it; 1: all the same."""
+    lowest_rate: Amount = 0.0
+    """No group's peak learning rate is lower."""
+    ema: float = 0.0
+    """Share of the past in the moving average of the weights, which is what validates and is kept; 0: no average."""
+    train_from: int = -1
+    """First group of layers that trains, from 0; -1: the last quarter."""
     seed: int = 0
     """Seed of the shuffling."""
 

@@ -41,7 +41,7 @@ run, profile = notebook.start(run_folder, profile)
 # %%
 with torch.device("meta"):
     tower = backbones.build(backbones.describe("open_clip:convnext_xxlarge", 512))
-trained = freezing.unfreeze_last_quarter(tower)
+trained = freezing.unfreeze(tower)
 share = sum(p.numel() for p in tower.parameters() if p.requires_grad) / sum(p.numel() for p in tower.parameters())
 print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} of the numbers; first: {trained[0]}")
 

@@ -20,7 +20,7 @@ def planned(run, **values):
 def test_counts_are_those_of_the_model(small_run, cache):
     found = planned(small_run, cache_features=cache)
     net = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
-    trained = freezing.unfreeze_last_quarter(net.backbone)
+    trained = freezing.unfreeze(net.backbone)
     own = [p for p in net.parameters() if p.requires_grad]
     assert found.counts["tensors"] == (len(own), len(list(net.parameters()))) and len(own) == len(trained) + 2
     numbers = sum(p.numel() for p in own)

@@ -17,7 +17,7 @@ def test_convnext_xxlarge_unfreezes_exactly_the_references_tensors():
     reference = names[next(i for i, name in enumerate(names) if "24" in name) :]
     groups = freezing.layer_groups(tower)
     assert len(groups) == 42
-    trained = freezing.unfreeze_last_quarter(tower)
+    trained = freezing.unfreeze(tower)
     assert set(trained) == set(reference)
     assert (len(trained), len(names)) == (88, 379)
     assert {name for name, p in tower.named_parameters() if p.requires_grad} == set(reference)
@@ -38,7 +38,7 @@ def test_convnext_xxlarge_unfreezes_exactly_the_references_tensors():
 def test_any_backbone_has_ordered_groups_and_a_trained_end(name):
     tower = on_meta(name)
     groups = freezing.layer_groups(tower)
-    trained = freezing.unfreeze_last_quarter(tower)
+    trained = freezing.unfreeze(tower)
     total = sum(p.numel() for p in tower.parameters())
     share = sum(p.numel() for p in tower.parameters() if p.requires_grad) / total
     assert len(groups) > 10 and 0.05 < share < 0.9, (len(groups), share)
@@ -47,7 +47,7 @@ def test_any_backbone_has_ordered_groups_and_a_trained_end(name):
 
 def test_frozen_modules_stay_in_eval_mode():
     tower = backbones.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
-    freezing.unfreeze_last_quarter(tower)
+    freezing.unfreeze(tower)
     freezing.set_training(tower, True)
     assert not tower.bn1.training and tower.bn2.training
     freezing.set_training(tower, False)
@@ -58,7 +58,7 @@ def test_frozen_modules_stay_in_eval_mode():
 def test_trained_tail_over_cached_activations_equals_the_whole(name, tiny_open_clip):
     name = f"open_clip:{tiny_open_clip}" if name == "open_clip:tiny" else name
     whole = checkpoints.build(backbones.describe(name, 64)).eval()
-    freezing.unfreeze_last_quarter(whole.backbone)
+    freezing.unfreeze(whole.backbone)
     tail, first = freezing.trained_tail(whole.backbone)
     taken = []
     first.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
@@ -71,7 +71,7 @@ def test_trained_tail_over_cached_activations_equals_the_whole(name, tiny_open_c
 
 def test_frozen_matrices_in_half_precision_change_nothing_under_autocast(tiny_open_clip):
     net = checkpoints.build(backbones.describe(f"open_clip:{tiny_open_clip}", 64)).eval()
-    freezing.unfreeze_last_quarter(net.backbone)
+    freezing.unfreeze(net.backbone)
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
 
     def predicted():

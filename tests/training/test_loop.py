@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from image_to_prompts import finetune, profiles
 from image_to_prompts.data import metadata
 from image_to_prompts.data.rows import ImageRows
-from image_to_prompts.models import backbones, checkpoints
+from image_to_prompts.models import backbones, checkpoints, freezing
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import loop
@@ -572,3 +572,87 @@ def test_a_share_without_images_gives_a_gradient_of_zero(trainer):
     assert trainer.step(torch.empty(0), torch.empty(0, dtype=torch.int64), 4, 0.0) == 0.0
     trainer.no_gradients()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.parameters)
+
+
+@pytest.fixture
+def trainer_of(small_run, tiny_open_clip, tmp_path):
+    """Makes a trainer of a small tower with some settings."""
+
+    def make(**values):
+        settings = config(small_run, tmp_path / "c", tiny_open_clip, **values)
+        rows = loaded_rows(small_run.images / "manifest.csv", small_run.images)
+        accelerator = models.accelerator_for(False)
+        spec = backbones.describe(settings.backbone, 64)
+        model, _ = models.build(spec, accelerator, train_from=settings.train_from)
+        return loop.Trainer(accelerator, model, model, ImageRows(rows.paths, 64), rows, settings, tmp_path / "state.pt")
+
+    return make
+
+
+def test_the_moving_average_is_one_kept_by_hand(trainer_of):
+    trainer = trainer_of(ema=0.9, epochs=100)
+    by_hand = [p.detach().clone() for p in trainer.parameters]
+    step = trainer.step
+
+    def followed(*arguments):
+        loss = step(*arguments)
+        for kept, now in zip(by_hand, trainer.parameters, strict=True):
+            kept.mul_(0.9).add_(now.detach(), alpha=0.1)
+        return loss
+
+    trainer.step = followed
+    steps = 0
+    while steps < 50:
+        trainer.standing.step = 0
+        trainer.epoch()
+        steps += trainer.steps
+        trainer.standing.epoch += 1
+    own = [p.detach().clone() for p in trainer.parameters]
+    assert max(float((a - b).abs().max()) for a, b in zip(trainer.averages, by_hand, strict=True)) < 1e-6
+    with trainer.averaged():
+        inside = [p.detach().clone() for p in trainer.parameters]
+    assert all(torch.equal(a, b) for a, b in zip(inside, trainer.averages, strict=True))
+    assert all(torch.equal(p, o) for p, o in zip(trainer.parameters, own, strict=True)), "outside they are its own"
+    assert any(not torch.equal(a, o) for a, o in zip(inside, own, strict=True))
+
+
+def test_each_group_of_layers_gets_its_share_of_the_rate(trainer_of):
+    trainer = trainer_of(layer_decay=0.5, lowest_rate=1e-4, learning_rate=1e-3, train_from=0)
+    shares = {id(p): group["share"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    groups = freezing.layer_groups(trainer.model.backbone)
+    named = dict(trainer.model.backbone.named_parameters())
+    for place, group in enumerate(groups):
+        expected = max(0.1, 0.5 ** (len(groups) - 1 - place))
+        assert {shares[id(named[name])] for name in group} == {expected}
+    assert {shares[id(p)] for p in trainer.model.head.parameters()} == {1.0}
+    trainer.step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), 2, 0.5)
+    half = loop.learning_rate_factor(0.5, 1)
+    assert all(g["lr"] == pytest.approx(1e-3 * half * g["share"]) for g in trainer.optimizer.param_groups)
+
+
+def test_the_rate_rises_to_its_peak(trainer_of):
+    trainer = trainer_of(warm_up=10, learning_rate=1e-3, epochs=100)
+    rates = []
+    for step in range(12):
+        trainer.standing.epoch, trainer.standing.step = 1 + step // trainer.steps, step % trainer.steps
+        trainer.step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), 2, 0.0)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    flat = [1e-3 * loop.learning_rate_factor((step // trainer.steps) / 100, 1) for step in range(12)]
+    assert rates == pytest.approx([rate * min(1, (step + 1) / 10) for step, rate in enumerate(flat)])
+
+
+@pytest.mark.slow
+def test_a_recipe_is_resumed_to_the_byte(small_run, tiny_open_clip, tmp_path):
+    """With average, decay, warm-up, pieces and augmentation, stopped after each of its first steps."""
+    recipe = {"ema": 0.9, "layer_decay": 0.6, "lowest_rate": 1e-6, "warm_up": 5, "train_from": 0, "augment": True}
+    how = {**recipe, "micro_batch": 5, "epochs": 2}
+    whole = finetune.run(config(small_run, tmp_path / "whole", tiny_open_clip, **how))
+    for _ in range(3):
+        finetune.run(config(small_run, tmp_path / "torn", tiny_open_clip, **how, max_hours=1e-6))
+    torn = finetune.run(config(small_run, tmp_path / "torn", tiny_open_clip, **how))
+    pd.testing.assert_frame_equal(whole, torn)
+    for name in ("model.safetensors", "last/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "torn" / name).read_bytes()
+    plain = finetune.run(config(small_run, tmp_path / "plain", tiny_open_clip, **{**how, "ema": 0.0}))
+    assert np.allclose(plain["loss"], whole["loss"], equal_nan=True), "an average changes no step"
+    assert not np.allclose(plain["cosine"][1:], whole["cosine"][1:]), "but what validates"
