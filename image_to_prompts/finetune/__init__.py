@@ -30,6 +30,7 @@ from ..run.resume import Stamp, alone
 from ..training import dataset, frozen_features, loop
 from ..training import model as models
 from ..training import state as state_file
+from . import recipes
 from .validation import Keeper, save_doubt
 
 if TYPE_CHECKING:
@@ -153,6 +154,9 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad input, settings or weights, or if the loss becomes infinite.
     """
+    if config.recipe == recipes.LIST:
+        log.info("%s", recipes.table())
+        return pd.DataFrame(columns=COLUMNS)
     _check(config)
     if config.dry_run:
         planned = plan(config)

@@ -92,7 +92,8 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     micro = schedule.micro_batch or -(-schedule.batch_size // processes)
     accelerator = models.accelerator_for(schedule.precision == "auto")
     free, again = free_memory(accelerator.device), schedule.grad_checkpointing
-    model, trained_names = models.build(spec, accelerator, pretrained=False, grad_checkpointing=again)
+    how = {"grad_checkpointing": again, "train_from": schedule.train_from}
+    model, trained_names = models.build(spec, accelerator, pretrained=False, **how)
     images = torch.randint(0, 256, (2 * PROBE, 3, spec.image_size, spec.image_size), dtype=torch.uint8)
     trained = faster(model)
     if schedule.cache_features:
@@ -107,7 +108,7 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
         trainer.step(images[:count], torch.arange(count), count, 0.0)
 
     few, more = (kept_by(model, partial(step, count)) for count in (PROBE, 2 * PROBE))
-    memory = needed(model, round(few + (micro - PROBE) * (more - few) / PROBE))
+    memory = needed(model, round(few + (micro - PROBE) * (more - few) / PROBE), average=schedule.ema > 0)
     steps = schedule.epochs * math.ceil(rows / schedule.batch_size)
     plan = Plan(_counts(model, trained_names), memory, micro, free, steps, None)
     if not plan.fits:
@@ -122,12 +123,19 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     return replace(plan, seconds=min(times) * schedule.batch_size / (micro * processes))
 
 
-def needed(model: nn.Module, activations: int) -> dict[str, int]:
-    """Bytes at the peak of a step, by what they are for; `activations` are those kept for the way back."""
+def needed(model: nn.Module, activations: int, average: bool = False) -> dict[str, int]:
+    """Bytes at the peak of a step, by what they are for.
+
+    Args:
+        model: The model.
+        activations: Bytes of those that are kept for the way back.
+        average: Whether a moving average of the weights is kept.
+    """
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.nbytes for p in model.parameters())
     optimizer = OPTIMIZER_COPIES * BYTES * numbers
-    return {"weights": weights, "gradients": BYTES * numbers, "optimizer": optimizer, "activations": activations}
+    parts = {"weights": weights, "gradients": BYTES * numbers, "optimizer": optimizer, "activations": activations}
+    return {**parts, "average": BYTES * numbers} if average else parts
 
 
 def _counts(model: nn.Module, trained_names: list[str]) -> dict[str, tuple[int, int]]:
@@ -143,7 +151,7 @@ def _counts(model: nn.Module, trained_names: list[str]) -> dict[str, tuple[int, 
 
 def _random_rows(count: int) -> dataset.Rows:
     targets = metrics.unit(np.random.default_rng(0).normal(size=(count, DIMENSION)))
-    names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
+    names = pd.DataFrame({"image_name": [str(i) for i in range(count)], "prompt": ""})
     nobody = np.empty(0, int)
     return dataset.Rows(names, [], targets, nobody, nobody, 0, np.ones(count, np.float32))
 

@@ -7,8 +7,11 @@ loss (33rd alone), batch norm in the head (1st, +.006 with a head of 16,000 numb
 
 from dataclasses import asdict, dataclass, replace
 
+from ..models import backbones, freezing
 from ..run.errors import UserError
 
+T4 = 65e12  # float16 operations a second at its peak (NVIDIA's data sheet)
+REACHED = 0.3  # share of the peak; an assumption
 EMA = 0.9998  # 3rd [410686]
 CLIP_BATCH = 160  # 4th [410798]
 
@@ -121,3 +124,49 @@ def flags(name: str, profile: str) -> dict[str, object]:
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: choose one of {', '.join(RECIPES)}, or {LIST}")
     return RECIPES[name].flags()
+
+
+def table() -> str:
+    """The recipes as text, with what follows from their towers: arithmetic, of which nothing was measured on a GPU.
+
+    `GB` are the weights, their gradients, the optimizer's two moments and the moving average, without the activations
+    that a batch needs (`--dry-run` measures those). Images an hour: floating-point operations of a training step on one
+    image, counted on the model, at an assumed share of a T4's peak.
+    """
+    head = ("recipe", "tower", "px", "trains", "GFLOP", "GB", "images/h, 2 T4", "what it is")
+    rows = [head]
+    for name, one in RECIPES.items():
+        trained, every, operations = _cost(one)
+        copies = 4 + (one.ema > 0)  # weights, gradients, two moments
+        size = (4 * copies * trained + 2 * (every - trained)) / 1e9
+        rate = 2 * T4 * REACHED * 3600 / operations
+        said = (
+            f"{trained / 1e6:.0f} of {every / 1e6:.0f} M",
+            f"{operations / 1e9:,.0f}",
+            f"{size:.1f}",
+            f"{rate:,.0f}",
+        )
+        rows.append((name, one.backbone, str(one.image_size), *said, one.about))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    return "\n".join("  ".join(map(str.ljust, row, [*widths, 0])) for row in rows)
+
+
+def _cost(recipe: Recipe) -> tuple[int, int, float]:
+    """Parameters that train, all of them, and the floating-point operations of a training step on one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        tower = backbones.build(backbones.describe(recipe.backbone, recipe.image_size))
+        pixels = torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+    freezing.unfreeze(tower, recipe.train_from)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower.eval()(pixels)
+    found = {name.partition(".")[2]: sum(some.values()) for name, some in counter.get_flop_counts().items()}
+    inner = {name for name in found if name and not any(other.startswith(f"{name}.") for other in found)}
+    modules = dict(tower.named_modules())
+    back = sum(found[one] for one in inner if any(p.requires_grad for p in modules[one].parameters()))
+    sizes = [(p.numel(), p.requires_grad) for p in tower.parameters()]
+    # A step back takes two products where the way forward takes one; its own counter forgets groups of convolutions.
+    operations = counter.get_total_flops() + 2 * back
+    return sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes), operations

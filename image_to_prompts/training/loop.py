@@ -67,7 +67,16 @@ def learning_rate_factor(done: float, cycles: int) -> float:
 def batches(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[np.ndarray]:
     """The rows of an epoch, ordered by (seed, epoch) alone, in batches whose sizes differ by one at most."""
     order = np.random.default_rng((seed, epoch)).permutation(rows)
-    return np.array_split(order, -(-len(order) // batch_size))
+    return np.array_split(order, -(-len(order) // batch_size) or 1)
+
+
+def one_of_each(rows: np.ndarray, prompts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """Of the rows of each prompt one, drawn by (seed, epoch) alone; in the order of the prompts' first rows."""
+    order = np.random.default_rng((seed, epoch, 1)).permutation(len(rows))
+    _, first, of = np.unique(prompts, return_index=True, return_inverse=True)
+    drawn = np.empty(len(first), int)
+    drawn[of[order]] = order  # of several the last that is written
+    return rows[drawn[np.argsort(first)]]
 
 
 def has_stalled(history: list[dict[str, float]], patience: int) -> bool:
@@ -119,11 +128,18 @@ class Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(trained, optimizer)
         self.averages = [p.detach().clone() for p in self.parameters] if schedule.ema else []
         self.standing = Standing()
-        self.steps = -(-len(rows.train) // schedule.batch_size)  # of an epoch
+        self.steps = len(self._planned(1))  # of an epoch
         self.micro = schedule.micro_batch or schedule.batch_size
         self.deadline = Deadline(schedule.max_hours)
         self._load()
         self.saved = time.monotonic()
+
+    def _planned(self, epoch: int) -> list[np.ndarray]:
+        """The rows of an epoch's steps."""
+        rows, schedule = self.rows.train, self.schedule
+        if schedule.one_seed:
+            rows = one_of_each(rows, self.rows.frame["prompt"].to_numpy()[rows], schedule.seed, epoch)
+        return batches(rows, schedule.seed, epoch, schedule.batch_size)
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameters in groups of one learning rate each: its share of the peak is `share`."""
@@ -159,7 +175,7 @@ class Trainer:
             UserError: If the loss or the gradients are not finite, no image can be read, or memory does not suffice.
         """
         standing = self.standing
-        planned = batches(self.rows.train, self.schedule.seed, standing.epoch, self.schedule.batch_size)
+        planned = self._planned(standing.epoch)
         freezing.set_training(self.trained, True)
         if hasattr(self.source, "epoch"):
             self.source.epoch = standing.epoch

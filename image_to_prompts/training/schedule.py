@@ -26,6 +26,8 @@ class Steps:
     """No group's peak learning rate is lower."""
     ema: float = 0.0
     """Share of the past in the moving average of the weights, which is what validates and is kept; 0: no average."""
+    one_seed: bool = False
+    """Of several images of a prompt each epoch takes one, drawn anew."""
     train_from: int = -1
     """First group of layers that trains, from 0; -1: the last quarter."""
     seed: int = 0

@@ -1,0 +1,67 @@
+"""Recipes: rows that can be used, and the reference's as it was."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from image_to_prompts import cli, finetune, profiles
+from image_to_prompts.finetune import recipes
+from image_to_prompts.models import backbones, freezing
+from image_to_prompts.run import folders
+from image_to_prompts.run.errors import UserError
+from image_to_prompts.training import loop
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_sets_the_flags_of_a_tower_that_there_is(name, tmp_path):
+    config = cli.parse(["finetune", "--run", str(tmp_path), "--recipe", name, "--epochs", "7"])
+    row = recipes.RECIPES[name]
+    assert {key: getattr(config, key) for key in row.flags()} == {**row.flags(), "epochs": 7}
+    assert {one.name for one in fields(recipes.Recipe)} - {"about"} <= {one.name for one in fields(finetune.Config)}
+    with torch.device("meta"):
+        tower = backbones.build(backbones.describe(row.backbone, row.image_size))
+    assert freezing.unfreeze(tower, row.train_from)
+
+
+def test_the_profiles_have_the_recipes_that_they_had(tmp_path):
+    full = profiles.default_config("finetune", folders.Run(tmp_path), "full")
+    assert (full.backbone, full.image_size, full.epochs, full.cycles) == ("open_clip:convnext_xxlarge", 512, 25, 2)
+    assert (full.learning_rate, full.batch_size, full.micro_batch, full.cache_features) == (5e-5, 32, 4, False)
+    own = profiles.default_config("finetune", folders.Run(tmp_path), "embedded")
+    assert own == finetune.Config(run=own.run, images=own.images, out=own.out)
+    for config in (full, own):
+        assert (config.ema, config.layer_decay, config.warm_up, config.train_from) == (0.0, 1.0, 0, -1)
+
+
+def test_an_unknown_recipe_and_values_out_of_bounds_are_refused(refused, small_run, tmp_path):
+    refused(["finetune", "--run", tmp_path, "--recipe", "vit-x"], "choose one of reference, vit-b")
+    for words in (["--ema", "1"], ["--layer-decay", "0"], ["--train-from", "99"]):
+        with pytest.raises(UserError, match=words[0]):
+            finetune.run(cli.parse(["finetune", "--run", str(small_run.folder), "--dry-run", *words]))
+
+
+def test_the_table_lists_every_recipe_with_its_cost(command, tmp_path):
+    code, _, said = command("finetune", "--run", tmp_path, "--recipe", "list")
+    rows = {line.split()[0]: line for line in said.splitlines()[2:]}
+    assert code == 0 and rows.keys() == recipes.RECIPES.keys()
+    assert rows["vit-b"].split()[2:9] == ["224", "86", "of", "86", "M", "105", "1.7"]
+    trained, every, operations = recipes._cost(recipes.RECIPES["vit-b"])
+    assert trained == every and operations == pytest.approx(3 * 35.1e9, rel=0.02)  # 17.56 G products an image
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1), st.integers(0, 3), st.integers(1, 4))
+def test_of_the_images_of_a_prompt_an_epoch_takes_one(prompts, seed, epoch):
+    rows = np.arange(len(prompts)) + 10
+    drawn = loop.one_of_each(rows, np.array(prompts), seed, epoch)
+    assert [prompts[row - 10] for row in drawn] == list(dict.fromkeys(prompts))
+    assert (drawn == loop.one_of_each(rows, np.array(prompts), seed, epoch)).all()
+
+
+def test_every_image_of_a_prompt_is_taken_in_some_epoch():
+    rows, prompts = np.arange(6), np.array(["a", "a", "a", "b", "b", "c"])
+    seen = {int(row) for epoch in range(1, 40) for row in loop.one_of_each(rows, prompts, 0, epoch)}
+    assert seen == set(range(6))
