@@ -13,7 +13,8 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-backbone = None  # None: the profile's; open_clip:<model> or timm:<model>
+recipe = None  # None: the reference's (or the stand-in's); vit-b, vit-l-336, vit-h, ... of docs/recipes.md
+backbone = None  # None: the recipe's; open_clip:<model> or timm:<model>
 image_size = None
 epochs = None
 max_hours = None  # stop before the session is this old; None: 11 on Kaggle, which allows 12
@@ -52,7 +53,7 @@ print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} o
 # keeps what the frozen three quarters put out on the disk, so that an epoch runs the trained quarter alone.
 
 # %%
-overrides = {"backbone": backbone, "image_size": image_size, "epochs": epochs, "max_hours": max_hours}
+overrides = {"recipe": recipe, "backbone": backbone, "image_size": image_size, "epochs": epochs, "max_hours": max_hours}
 overrides = {name: value for name, value in overrides.items() if value}
 config = profiles.default_config("finetune", run, profile, **notebook.training_rows(run, profile), **overrides)
 print(finetune.plan(config))
