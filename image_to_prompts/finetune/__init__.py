@@ -50,6 +50,7 @@ LOOSE = (
     "max_hours",
     "save_minutes",
 )
+OF_RECIPES = ("warm_up", "layer_decay", "lowest_rate", "ema", "one_seed", "train_from")
 SOURCES = 5  # the largest, named in a checkpoint
 COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
@@ -220,7 +221,8 @@ def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
 
 def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> Stamp:
     """The stamp: settings, names and contents of the images, tables and what the training starts from."""
-    settings = config.settings(*LOOSE)
+    unused = [name for name in OF_RECIPES if getattr(config, name) == getattr(loop.Schedule, name)]
+    settings = config.settings(*LOOSE, *unused)  # what was trained before there were recipes is not trained again
     settings |= {"images": loaded["image_name"].tolist(), "contents": contents(loaded["path"].tolist())}
     if any(table.is_dir() for table in tables):
         settings["prompts"] = loaded["prompt"].tolist()

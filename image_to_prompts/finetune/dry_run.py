@@ -92,8 +92,9 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     micro = schedule.micro_batch or -(-schedule.batch_size // processes)
     accelerator = models.accelerator_for(schedule.precision == "auto")
     free, again = free_memory(accelerator.device), schedule.grad_checkpointing
-    how = {"grad_checkpointing": again, "train_from": schedule.train_from}
-    model, trained_names = models.build(spec, accelerator, pretrained=False, **how)
+    model, trained_names = models.build(
+        spec, accelerator, pretrained=False, grad_checkpointing=again, train_from=schedule.train_from
+    )
     images = torch.randint(0, 256, (2 * PROBE, 3, spec.image_size, spec.image_size), dtype=torch.uint8)
     trained = faster(model)
     if schedule.cache_features:

@@ -205,7 +205,7 @@ def _stamp(config: Config) -> Stamp:
         known = ", ".join(get_args(Sources))
         raise UserError(f"--input, --rules, --limit, --name: {config.source} writes new prompts; give --source {known}")
     inputs = [path for path in (config.starts,) if path]
-    settings = config.settings("out", "batch_size", "starts", "max_hours")
+    settings = config.settings("out", "batch_size", "starts", "max_hours", "image_column")
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), "generate", settings, inputs)
 
 
