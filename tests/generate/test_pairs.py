@@ -86,6 +86,16 @@ def test_a_folder_may_count_from_one(rows, tmp_path):
     assert frame.set_index("prompt")["image_name"][rows[0][1]].endswith("/1.png") and len(frame) == 12
 
 
+def test_of_several_numbered_folders_the_one_called_like_the_table_counts(rows, tmp_path, caplog):
+    pair_sets.numbered(tmp_path / "set", rows)
+    shutil.copytree(tmp_path / "made", tmp_path / "set" / "gpt_others")
+    frame, _ = collect(tmp_path / "set")
+    assert frame["image_name"].str.startswith("gpt_generated_images/").all() and len(frame) == 12
+    shutil.copytree(tmp_path / "made", tmp_path / "set" / "gpt_generated_more")
+    with pytest.raises(UserError, match="name its columns"):
+        collect(tmp_path / "set", name="again")  # which of two is not known
+
+
 def test_pictures_in_a_parquet_file_are_read_in_any_order(rows, tmp_path):
     pair_sets.inside(tmp_path / "set", rows)
     found = images.find(tmp_path / "set")

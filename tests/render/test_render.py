@@ -14,6 +14,7 @@ from image_to_prompts import render
 from image_to_prompts.data import images, metadata
 from image_to_prompts.embedded import grammar, scenes, styles
 from image_to_prompts.render import encode, limits, store
+from image_to_prompts.run import archives
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import dataset
 
@@ -373,3 +374,22 @@ def test_two_names_for_one_file_are_refused(tmp_path):
     with pytest.raises(UserError, match="row 2"):
         render.run(render.Config(metadata=csv, out=tmp_path / "images"))
     assert not (tmp_path / "images").exists()
+
+
+def test_a_shard_that_is_torn_or_too_short_is_gone_on_with(tmp_path):
+    """Of an unfinished shard the whole members are read; a finished one is no longer so when rows were added."""
+    csv = write_rows(tmp_path / "m.csv", 20)
+    render.run(config(csv, tmp_path / "old", per_tar=30))
+    torn = tmp_path / "torn" / "00000.tar.part"
+    torn.parent.mkdir()
+    whole = (tmp_path / "old" / "00000.tar").read_bytes()
+    members = archives.index(tmp_path / "old" / "00000.tar")
+    last = members["i019.png"]
+    torn.write_bytes(whole[: last.offset_data + last.size // 2])
+    assert [path.name for path in images.find(torn.parent)] == [f"i{number:03}.png" for number in range(19)]
+
+    longer = write_rows(tmp_path / "longer.csv", 30)
+    for old in (tmp_path / "old", torn.parent):
+        out = tmp_path / f"after-{old.name}"
+        assert len(render.run(config(longer, out, per_tar=30, adopt=(old,)))) == 30
+        assert len(archives.index(out / "00000.tar")) == 30
