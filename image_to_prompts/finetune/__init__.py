@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..data.images import contents, tell_broken
 from ..data.rows import ImageRows
-from ..models import backbones, checkpoints, doubt, text_encoder
+from ..models import backbones, checkpoints, doubt, freezing, text_encoder
 from ..profiles import StageConfig
 from ..run.bounds import NotNegative, Positive
 from ..run.devices import rank_and_processes
@@ -194,6 +194,8 @@ def _train(config: Config) -> pd.DataFrame:
             state_file.forget(state)
         else:
             log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
+    if finished and keeper.statistics.size and np.isnan(keeper.statistics).all():
+        _add_doubt(config, loaded, stamp)  # with the trained stages, once they are what they will be
     return frame
 
 
@@ -203,7 +205,7 @@ def _written(out: Path) -> list[Path]:
 
 
 def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
-    """Gives a checkpoint of an earlier version its doubt, by one look at its images, without any training."""
+    """Gives a checkpoint its doubt by one look at its images, without any training; earlier versions gave none."""
     rows = dataset.split(loaded, text_encoder.encode(loaded["prompt"].tolist()), config.fold, config.leave_out)
     spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"
     accelerator = models.accelerator_for(mixed)
@@ -249,6 +251,8 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     features, statistics, cached = frozen_features.features(
         model, images, wanted, accelerator.device, work, config.cache_features, mixed, config.loader_workers
     )
+    if any(p.requires_grad for stage in freezing.stages(model.backbone) for p in stage.parameters()):
+        statistics = np.full_like(statistics, np.nan)  # by which images are told apart will change
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
     if accelerator.is_main_process:
         tell_broken(told, "left out")

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_to_prompts import cli, finetune, profiles
+from image_to_prompts.data import images
 from image_to_prompts.finetune import recipes
 from image_to_prompts.models import backbones, freezing
+from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import loop
@@ -65,3 +67,13 @@ def test_every_image_of_a_prompt_is_taken_in_some_epoch():
     rows, prompts = np.arange(6), np.array(["a", "a", "a", "b", "b", "c"])
     seen = {int(row) for epoch in range(1, 40) for row in loop.one_of_each(rows, prompts, 0, epoch)}
     assert seen == set(range(6))
+
+
+def test_a_tower_that_trains_as_a_whole_gets_the_doubt_of_its_trained_stages(small_run, tiny_open_clip, tmp_path):
+    """Not of the pretrained ones, by which all images would be strange to what it is now."""
+    how = {"backbone": f"open_clip:{tiny_open_clip}", "image_size": 64, "epochs": 2, "cache_features": False}
+    how |= {"train_from": 0, "learning_rate": 1e-2, "precision": "fp32", "out": tmp_path / "c"}
+    finetune.run(profiles.default_config("finetune", small_run, "embedded", **how))
+    predictor = predictors.checkpoint(tmp_path / "c")
+    _, strange = predictors.predict(predictor, images.find(small_run.images), predictors.Viewing(("whole",)))
+    assert (strange > 1).mean() < 0.3
