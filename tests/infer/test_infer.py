@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -378,22 +376,3 @@ def test_a_broken_image_is_told_of_once(folder, small_checkpoint, tmp_path, comm
     assert code == 0, err
     for name in ("broken.jpg", "torn.png"):
         assert sum(name in line for line in err.splitlines()) == 1, err
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_images_and_one_writes(small_run, small_checkpoint, tmp_path):
-    words = ["infer", "--images", small_run.images, "--checkpoint", small_checkpoint, "--views", "whole"]
-    words += ["--key", small_run.images / "manifest.csv"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for launcher, out in (
-        ([], "one"),
-        (["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"], "two"),
-    ):
-        command = [sys.executable, *launcher, "-m", "image_to_prompts", *words, "--out", tmp_path / out / "s.csv"]
-        (tmp_path / out).mkdir()  # torchrun takes --run for its own
-        options = {"capture_output": True, "text": True, "env": environment, "timeout": 300, "cwd": tmp_path / out}
-        done = subprocess.run([*map(str, command)], **options)
-        assert done.returncode == 0, done.stderr
-    for name in ("s.csv", "s.json"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert not list((tmp_path / "two").glob(".s-*"))
