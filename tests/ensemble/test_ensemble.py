@@ -173,10 +173,13 @@ def test_of_two_processes_one_trains(made, tmp_path):
     assert ensemble.load(tmp_path / "out").config["rows"]["train"]
 
 
-def test_a_session_that_ends_writes_what_there_is_and_the_next_goes_on(trained, made, tmp_path, caplog):
+def test_a_session_that_ends_writes_what_there_is_and_the_next_goes_on(trained, made, tmp_path, caplog, monkeypatch):
     some = ensemble.run(config(made, tmp_path / "some", max_hours=1e-6))
     assert "stopped by --max-hours" in caplog.text and set(some["member"]) >= {"attention", "blend"}
     assert len(pd.read_csv(tmp_path / "some" / "history.csv")) == 2, "before the first epoch, and that"
+    epochs, epoch = [], loop.Trainer.epoch
+    monkeypatch.setattr(loop.Trainer, "epoch", lambda *arguments: epochs.append(1) or epoch(*arguments))
     ensemble.run(config(made, tmp_path / "some"))
+    assert len(epochs) == len(pd.read_csv(tmp_path / "some" / "history.csv")) - 2, "the first is not trained again"
     for name in ("history.csv", "members.csv", "model.safetensors"):
         assert (tmp_path / "some" / name).read_bytes() == (trained[0] / name).read_bytes()

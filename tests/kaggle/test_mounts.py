@@ -62,3 +62,15 @@ def test_every_input_is_found_and_named(layout, tmp_path, monkeypatch):
 def test_nothing_attached_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "nowhere")
     assert mounts.table() == f"nothing is attached under {tmp_path / 'nowhere'}"
+
+
+def test_the_competitions_prompts_are_a_key_only_where_all_images_have_one(tmp_path):
+    """In the hidden run thousands of images stand beside the seven prompts."""
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).touch()
+    assert folders.competition_key(tmp_path / "images") is None
+    (tmp_path / "prompts.csv").write_text("imgId,prompt\na,a fox\nb,an owl\n")
+    assert folders.competition_key(tmp_path / "images") == tmp_path / "prompts.csv"
+    (tmp_path / "images" / "c.png").touch()
+    assert folders.competition_key(tmp_path / "images") is None

@@ -84,6 +84,9 @@ def test_images_not_reached_in_time_get_the_mean(small_run, small_checkpoint, tm
     np.testing.assert_allclose(short.vectors[32:], np.broadcast_to(mean, short.vectors[32:].shape), atol=1e-6)
     assert submission.check(config.out, config.images) == len(whole.files)
     assert f"{short.unreached} of {len(whole.files)} images not reached in time" in caplog.text
+    read = infer.read(config)
+    assert (read.unreached, read.how, read.broken) == (short.unreached, short.how, short.broken)
+    np.testing.assert_allclose(read.vectors, short.vectors, atol=1e-6)
     monkeypatch.setattr(predictors.Deadline, "passed", lambda self: False)
     computed, see = [], encoders.see
     monkeypatch.setattr(encoders, "see", lambda size, e, rows, n: computed.append(len(rows)) or see(size, e, rows, n))
