@@ -26,7 +26,6 @@ LAUNCH = (
     *("--mixed_precision", "no", "--dynamo_backend", "no"),  # a stage sets its own; without these two it would warn
 )
 FOLDS = 50  # of a set of pairs: 2 % of tens of thousands validate
-CONTINUED = ("render", "finetune")  # stages that go on from session to session
 
 
 def start(folder: str | Path | None = None, profile: str | None = None) -> tuple[Run, str]:
@@ -74,11 +73,9 @@ def training_rows(run: Run, profile: str) -> dict[str, tuple[Path, ...]]:
             continue
         log.info("%s: %d pairs to train on", mount.name, len(frame))
         rows[mount] = kept
-    return (
-        {"images": tuple(rows), "metadata": tuple(rows.values())}
-        if rows
-        else {"images": run.rendered(run.train_images)}
-    )
+    if not rows:
+        return {"images": run.rendered(run.train_images)}
+    return {"images": tuple(rows), "metadata": tuple(rows.values())}
 
 
 def stage_run(stage: str) -> Callable[[Any], Any]:
@@ -152,7 +149,7 @@ def outlook(config: StageConfig) -> str:
         return f"All done. Next: {following[0]}"
     again = "run this notebook again"
     if on_kaggle():
-        can = stage.name in CONTINUED
+        can = stage.name in pipeline.CONTINUED
         again = f"image-to-prompts kaggle push {stage.name} --continue" if can else "ask for less, or go on with these"
     return f"Stopped at the limit of this session. Next: {again}"
 

@@ -8,6 +8,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 COMPETITION = "stable-diffusion-image-to-prompts"
 DIFFUSION = ("stabilityai/stable-diffusion-v2/pytorch/1/1",)
+CONTINUED = ("render", "finetune")  # stages that go on from session to session
 IMAGES = "image-to-prompts-images"  # with -1, -2, ... behind it, the datasets that sessions of render publish
 # Kaggle datasets of others, images of Stable Diffusion 2 with their prompts, which `generate --source pairs` reads.
 PAIRS = (
@@ -69,6 +70,11 @@ class Stage:
     reads: str
     writes: str
     kernel: Kernel
+
+    @property
+    def slug(self) -> str:
+        """What its kernel and the kernel's folder are called."""
+        return self.notebook.replace("_", "-")
 
 
 STAGES = (

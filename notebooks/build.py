@@ -101,8 +101,8 @@ def kernel_files(stage: Any) -> dict[str, str]:
     from image_to_prompts.pipeline import stage as stage_called
 
     read = (*stage.kernel.after, *stage.kernel.also)
-    before = [stage_called(name).notebook.replace("_", "-") for name in read]
-    return _kernel(stage.notebook.replace("_", "-"), read_source(stage.notebook), stage.kernel, before)
+    before = [stage_called(name).slug for name in read]
+    return _kernel(stage.slug, read_source(stage.notebook), stage.kernel, before)
 
 
 def benchmark_files() -> dict[str, str]:
@@ -163,7 +163,7 @@ def kernels() -> dict[str, dict[str, str]]:
     """Files of every kernel, by folder."""
     from image_to_prompts.pipeline import STAGES
 
-    built = {stage.notebook.replace("_", "-"): kernel_files(stage) for stage in STAGES}
+    built = {stage.slug: kernel_files(stage) for stage in STAGES}
     return {**built, "benchmark": benchmark_files()}
 
 

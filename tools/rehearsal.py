@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,11 @@ def rehearse(root: Path, name: str, layout: str) -> list[tuple[str, ...]]:
     return rows
 
 
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path)
@@ -292,8 +297,7 @@ def main() -> None:
     chosen = [(name, layout) for name in options.models or MODELS for layout in MODELS[name][1]]
     rows = [row for name, layout in chosen for row in rehearse(options.root, name, layout)]
     if options.out:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
+        table = markdown(COLUMNS, rows)
         text = options.out.read_text(encoding="utf-8")
         head = text.partition("<!-- table -->")[0]
         options.out.write_text(f"{head}<!-- table -->\n{table}\n", encoding="utf-8")

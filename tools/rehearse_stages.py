@@ -85,8 +85,7 @@ def main() -> None:
         rows.append(rehearse(root, stage, words))
         sys.stderr.write(" | ".join(rows[-1]) + "\n")
     if options.out:
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in lines)
+        table = rehearsal.markdown(COLUMNS, rows)
         head, _, rest = options.out.read_text(encoding="utf-8").partition(MARK)
         rest = rest[rest.index("\n## ") :] if "\n## " in rest else ""
         options.out.write_text(f"{head}{MARK}\n{table}\n{rest}", encoding="utf-8")

@@ -1,3 +1,8 @@
+function put(input, files) {
+  const carried = new DataTransfer();
+  files.forEach((file) => carried.items.add(file));
+  input.files = carried.files;
+}
 // What Gradio's picture does not do by itself: a picture dropped onto another one, or pasted anywhere, takes its place.
 function give(files) {
   const box = document.querySelector("#picture");
@@ -7,9 +12,7 @@ function give(files) {
     const input = box.querySelector("input[type=file]");
     if (!input) return;
     clearInterval(again);
-    const carried = new DataTransfer();
-    carried.items.add(files[0]);
-    input.files = carried.files;
+    put(input, files.slice(0, 1));
     input.dispatchEvent(new Event("change", { bubbles: true }));
   }, 50);
   return true;
@@ -40,10 +43,7 @@ document.addEventListener("change", (event) => {
   const input = event.target;
   const files = [...(input.files ?? [])];
   const shown = files.filter((file) => !file.name.startsWith("."));
-  if (!input.webkitdirectory || shown.length == files.length) return;
-  const carried = new DataTransfer();
-  shown.forEach((file) => carried.items.add(file));
-  input.files = carried.files;
+  if (input.webkitdirectory && shown.length < files.length) put(input, shown);
 }, true);
 // The prompts of many pictures as they stand in the list; whoever leaves with edits is asked first.
 let edited = false;

@@ -148,22 +148,8 @@ def _one_picture(session: Session) -> None:
     # The models themselves are asked one after the other. A picture that comes while another goes must not be lost.
     every = {"concurrency_limit": 16, "show_progress_on": source, "trigger_mode": "always_last"}
     shown = [
-        vector,
-        here,
-        model,
-        prompt,
-        source,
-        fits,
-        worth,
-        nearest,
-        others,
-        seed,
-        again,
-        refusal,
-        said,
-        drawn,
-        picture,
-    ]
+        vector, here, model, prompt, source, fits, worth, nearest, others, seed, again, refusal, said, drawn, picture,
+    ]  # fmt: skip
     picture.input(look, [picture, visited], [*shown, visited, history], api_name="look", **every)
     private = {"api_visibility": "private"}
     history.select(back, visited, [*shown, visited, history], **private, **every)

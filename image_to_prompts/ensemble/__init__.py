@@ -23,6 +23,7 @@ from ..profiles import StageConfig
 from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.errors import UserError
+from ..run.progress import STOPPED
 from ..run.resume import Stamp, alone
 from ..training import by_source, dataset, frozen_features
 
@@ -174,7 +175,7 @@ def _run(config: Config) -> pd.DataFrame:
     if finished:
         stamp.write([config.out / name for name in OUTPUTS])
     else:
-        log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
+        log.warning(STOPPED, config.max_hours)
     log.info("ensemble:\n%s", members.round(4).to_string(index=False))
     return members
 

@@ -26,6 +26,7 @@ from ..run.devices import rank_and_processes
 from ..run.errors import UserError
 from ..run.files import sha256
 from ..run.folders import LAST, MANIFEST
+from ..run.progress import STOPPED
 from ..run.resume import Stamp, alone
 from ..training import dataset, frozen_features, loop
 from ..training import model as models
@@ -193,7 +194,7 @@ def _train(config: Config) -> pd.DataFrame:
             stamp.write(_written(config.out))
             state_file.forget(state)
         else:
-            log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
+            log.warning(STOPPED, config.max_hours)
     if finished and keeper.statistics.size and np.isnan(keeper.statistics).all():
         _add_doubt(config, loaded, stamp)  # with the trained stages, once they are what they will be
     return frame

@@ -24,7 +24,7 @@ from ..profiles import StageConfig
 from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
-from ..run.progress import Deadline, Estimate, progress_to
+from ..run.progress import STOPPED, Deadline, Estimate, progress_to
 from ..run.resume import Stamp, alone, append_line, read_journal
 
 log = logging.getLogger(__name__)
@@ -259,7 +259,7 @@ def _write(config: Config, stamp: Stamp) -> pd.DataFrame:
         if found.finished:
             stamp.write([config.out])
         else:
-            log.warning("stopped by --max-hours %g; the same command goes on from here", config.max_hours)
+            log.warning(STOPPED, config.max_hours)
     if found.dry:
         log.warning(
             "%s: %d prompts, not %d: fewer than %d of the last %d candidates were new; "

@@ -44,7 +44,7 @@ class Kernel:
     @property
     def stage(self) -> Stage | None:
         """The stage that it runs; None of the benchmark."""
-        return next((one for one in STAGES if one.notebook.replace("_", "-") == self.folder.name), None)
+        return next((one for one in STAGES if one.slug == self.folder.name), None)
 
     @property
     def optional(self) -> list[str]:

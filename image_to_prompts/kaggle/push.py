@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from ..pipeline import IMAGES, STAGES
+from ..pipeline import CONTINUED, IMAGES, STAGES
 from ..pipeline import stage as stage_called
 from ..run.errors import UserError
 from ..run.files import write_json
@@ -76,8 +76,10 @@ class Push(Command):
                 there is nothing to go on with.
         """
         found = chosen(self.kernels, self.stage, self.all)
-        if self.go_on and self.stage not in ("render", "finetune"):
-            raise UserError("--continue: only render and finetune go on from session to session; name one of them")
+        if self.go_on and self.stage not in CONTINUED:
+            raise UserError(
+                f"--continue: only {' and '.join(CONTINUED)} go on from session to session; name one of them"
+            )
         if self.dry_run:
             return kernels.table(found, self.verbose)
         api = remote.connect(self.timeout)
@@ -116,7 +118,7 @@ class Push(Command):
             name: [source for source in kernel.metadata[name] if source not in missing] for name in kernels.LISTS
         }
         owner = kernel.id.partition("/")[0]
-        first = f"{owner}/{stage_called('finetune').notebook.replace('_', '-')}"
+        first = f"{owner}/{stage_called('finetune').slug}"
         last = next((one for one in reversed(pushed(self.kernels)) if one in (first, first + OTHER)), first)
         fields["kernel_sources"] = [last if one == first else one for one in fields["kernel_sources"]]
         asks, rendering = kernel.stage and kernel.stage.kernel, kernel.stage is stage_called("render")
@@ -168,7 +170,7 @@ def chosen(folder: Path, stage: str, every: bool) -> list[Kernel]:
         raise UserError("name a stage or give --all")
     if every:
         return [kernel for kernel in found if kernel.stage]
-    names = {"benchmark": "benchmark"} | {each.name: each.notebook.replace("_", "-") for each in STAGES}
+    names = {"benchmark": "benchmark"} | {each.name: each.slug for each in STAGES}
     if stage not in names:
         raise UserError(f"unknown stage {stage!r}; choose one of {', '.join(names)}")
     kernel = [kernel for kernel in found if kernel.folder.name == names[stage]]

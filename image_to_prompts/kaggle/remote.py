@@ -195,12 +195,10 @@ def quota(api: Any, kernels: int, hours: int, timeout: float = TIMEOUT) -> list[
         used, every = (
             one.total_seconds() / 3600 for one in (found.gpu_quota.time_used, found.gpu_quota.total_time_allowed)
         )
-    except (UserError, AttributeError) as error:
-        return [
-            f"{error}; the GPU hours left are not known"
-            if isinstance(error, UserError)
-            else "GPU hours left: not known"
-        ]
+    except UserError as error:
+        return [f"{error}; the GPU hours left are not known"]
+    except AttributeError:  # an answer without them
+        return ["GPU hours left: not known"]
     until = f", until {found.quota_refresh_time:%Y-%m-%d}" if found.quota_refresh_time else ""
     most = f"{kernels} kernel{'s' if kernels > 1 else ''} with a GPU take at most {kernels * hours} h"
     return [f"{every - used:.1f} of {every:.0f} GPU hours are left this week{until}; {most}"]

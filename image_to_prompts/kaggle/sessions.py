@@ -1,13 +1,10 @@
 """Within a Kaggle kernel: the images of this session as a dataset of their own, for the sessions after it."""
 
-import logging
 from pathlib import Path
 
 from ..pipeline import IMAGES
 from ..run.folders import MANIFEST, on_kaggle
 from . import mounts
-
-log = logging.getLogger(__name__)
 
 
 def publish_images(folder: Path) -> str:
@@ -31,11 +28,8 @@ def publish_images(folder: Path) -> str:
 
         name = f"{kagglehub.whoami()['username']}/{IMAGES}-{number}"
         kagglehub.dataset_upload(name, str(folder), version_notes="image-to-prompts", ignore_patterns=[".*", "seeds/"])
-    except (
-        Exception
-    ) as error:  # of whichever library it talks HTTP with; the images lie in the kernel's output all the same
+    except Exception as error:  # of whichever library it talks HTTP with; the images are in the output all the same
         said = " ".join(str(error).split())
-        return (
-            f"Not published ({said}): make a dataset {IMAGES}-{number} of this kernel's output, on its page on Kaggle."
-        )
+        by_hand = f"make a dataset {IMAGES}-{number} of this kernel's output, on its page on Kaggle"
+        return f"Not published ({said}): {by_hand}."
     return f"Published as {name}."

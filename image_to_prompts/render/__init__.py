@@ -8,7 +8,7 @@ and writing go on while the next block is rendered.
 """
 
 import logging
-from collections.abc import Callable, Generator, Set
+from collections.abc import Callable, Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -193,9 +193,14 @@ def verify(out: Path) -> pd.DataFrame:
 def left(config: Config) -> int:
     """How many images are not rendered yet, neither here nor in what is adopted; by the manifests alone."""
     frame, _ = expand(metadata.read(config.metadata), config.seeds, config.format, config.metadata)
-    folders = [config.out, *(attached_images(config.out.name) if config.adopt is None else config.adopt)]
+    folders = [config.out, *_adopted(config)]
     there = {record["image_name"] for folder in folders for record in stores.read_manifest(folder)}
     return int((~frame["image_name"].isin(there)).sum())
+
+
+def _adopted(config: Config) -> Sequence[Path]:
+    """Folders whose images count as done."""
+    return attached_images(config.out.name) if config.adopt is None else config.adopt
 
 
 def _backend(config: Config) -> Any:
@@ -260,8 +265,7 @@ def _render(
 ) -> pd.DataFrame:
     """Renders this process's part of the rows."""
     mine = [row for unit in units for row in unit]
-    folders = attached_images(config.out.name) if config.adopt is None else config.adopt
-    adopted = store.adopt(tuple(folders), mine)
+    adopted = store.adopt(_adopted(config), mine)
     store.scan(mine)
     there = adopted | store.records.keys()
     inside = config.run if config.out.resolve().is_relative_to(config.run.resolve()) else config.out
