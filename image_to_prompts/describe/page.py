@@ -162,7 +162,8 @@ def _one_picture(session: Session) -> None:
         **quietly,
     )
     for choice in (others, nearest):
-        choice.input(lambda text: text, choice, prompt, show_progress="hidden", **private)
+        # In the browser: a choice made while the server still answers the one before would be left out.
+        choice.input(None, choice, prompt, js="text => text", **private)
     button.click(draw, [prompt, seed], [drawn, said], concurrency_limit=16, show_progress_on=said, **private)
 
 
