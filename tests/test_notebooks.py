@@ -2,14 +2,12 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import SHARED
 
-from image_to_prompts.data import metadata
 from image_to_prompts.infer import submission
 from image_to_prompts.models import checkpoints
 from image_to_prompts.pipeline import STAGES
@@ -85,26 +83,3 @@ def test_readme_shows_the_stage_table():
         rows
     )
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_generate_and_render_run_on_the_kaggle_profile(tiny_gpt2, tiny_sd2, tmp_path, monkeypatch):
-    """Tiny models of the reference's classes, attached as Kaggle mounts them; the notebooks find them by themselves."""
-    mounted = tmp_path / "input"
-    shutil.copytree(tiny_gpt2, mounted / "datasets" / "me" / "magicprompt" / "MagicPrompt-Stable-Diffusion")
-    shutil.copytree(tiny_sd2, mounted / "models" / "stabilityai" / "stable-diffusion-v2" / "pytorch" / "1" / "1")
-    monkeypatch.setenv("IMAGE_TO_PROMPTS_KAGGLE_INPUT", str(mounted))
-    run = folders.Run(tmp_path / "working")
-    values = {"run_folder": str(run.folder), "profile": "full"}
-
-    build.execute("01_generate_prompts", tmp_path / "01.ipynb", {**values, "count": 300}, tmp_path)
-    prompts = metadata.read(run.prompts)
-    assert len(prompts) == 300 and prompts["source"].eq("magicprompt").all()
-
-    metadata.write_table(run.train_metadata, prompts.head(4))
-    metadata.write_table(run.test_metadata, prompts.tail(1))
-    build.execute("03_render_images", tmp_path / "03.ipynb", {**values, "fast": True, "seeds": 2}, tmp_path)
-    manifest = pd.read_csv(run.train_images / "manifest.csv", keep_default_na=False)
-    assert manifest["scheduler"].eq("DPM-Solver++").all() and len(manifest) == 8
-    assert manifest["file"].str.startswith("00000.tar/").all()
-    assert (run.report / "gallery_train.png").is_file()

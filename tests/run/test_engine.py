@@ -15,6 +15,7 @@ from image_to_prompts.data import metadata
 from image_to_prompts.embedded import grammar
 from image_to_prompts.encode import embeddings
 from image_to_prompts.models import text_cache, text_encoder
+from image_to_prompts.render import stable_diffusion
 from image_to_prompts.run.engine import EngineConfig, over_blocks
 from image_to_prompts.run.errors import UserError
 
@@ -101,20 +102,16 @@ def killing(monkeypatch):
     assert len(killed) == 1 and len(seen) >= 3, "one was killed, another took its place"
 
 
-def embedded_alike(count, tmp_path, monkeypatch):
-    """Both engines give the same vectors of so many texts, each with a cache of its own."""
-    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(count)]
+@pytest.mark.slow
+def test_encoding_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, monkeypatch):
+    """Each engine with a cache of its own."""
+    monkeypatch.setattr(text_encoder, "BLOCK", 64)
+    texts = [f"a picture of {number} {'foxes and ' * (number % 7)}owls" for number in range(1000)]
     found = []
     for name, values in (("local", {}), ("ray", RAY)):
         monkeypatch.setenv(text_cache.FOLDER, str(tmp_path / name))
         found.append(text_encoder.encode(texts, engine=EngineConfig(**values)))
     np.testing.assert_array_equal(*found)
-
-
-@pytest.mark.slow
-def test_encoding_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_encoder, "BLOCK", 64)
-    embedded_alike(2000, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
@@ -139,12 +136,6 @@ def test_an_actors_complaint_is_the_stages(ray):
 
 
 @pytest.mark.slow
-def test_texts_are_embedded_alike(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_encoder, "BLOCK", 32)
-    embedded_alike(200, tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("per_tar", [0, 7])
 def test_pictures_are_the_same_files(ray, per_tar, small_run, tmp_path):
     written = []
@@ -160,14 +151,14 @@ def test_pictures_are_the_same_files(ray, per_tar, small_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_stable_diffusion_too(ray, small_run, tiny_sd2, tmp_path):
+def test_stable_diffusion_too(ray, small_run, tiny_sd2, tmp_path, monkeypatch):
+    """Without a batch size: an actor takes blocks of the largest, and finds out what fits."""
+    monkeypatch.setattr(stable_diffusion, "LARGEST_BATCH", 2)
     csv = tmp_path / "few.csv"
     metadata.write_table(csv, metadata.read(small_run.metadata).head(6))
     written = []
     for name, values in (("local", {}), ("ray", RAY)):
-        config = render.Config(
-            metadata=csv, out=tmp_path / name, backend="sd2", weights=tiny_sd2, steps=2, batch_size=2
-        )
+        config = render.Config(metadata=csv, out=tmp_path / name, backend="sd2", weights=tiny_sd2, steps=2)
         for key, value in values.items():
             setattr(config, key, value)
         written.append(render.run(config)[["image_name", "file", "flag"]])
@@ -191,16 +182,6 @@ def test_embed_and_infer(ray, small_run, small_checkpoint, tmp_path, monkeypatch
     for name, array in tables[0].arrays.items():
         np.testing.assert_allclose(tables[1].arrays[name], array, atol=2e-2 * np.abs(array).max())
     assert (np.sum(vectors[0] * vectors[1], 1) > 0.999).all()
-
-
-@pytest.mark.slow
-def test_stable_diffusion_needs_no_batch_size(ray, tiny_sd2, tmp_path):
-    csv = tmp_path / "m.csv"
-    metadata.write_table(csv, metadata.with_keys(pd.DataFrame({"prompt": ["a fox", "an owl", "two boats"]}), csv))
-    values = {"metadata": csv, "backend": "sd2", "weights": tiny_sd2, "steps": 1}
-    found = render.run(render.Config(out=tmp_path / "ray", **values, **RAY))
-    local = render.run(render.Config(out=tmp_path / "local", **values))
-    assert len(found) == 3 and found["flag"].tolist() == local["flag"].tolist()
 
 
 @pytest.mark.slow

@@ -385,6 +385,9 @@ def launched(words: list[object], folders: dict[str, Path]) -> list[tuple[str, i
     return [(process.communicate(timeout=300)[0], process.returncode) for process in started]
 
 
+RECIPE = {"ema": 0.9, "layer_decay": 0.6, "lowest_rate": 1e-6, "warm_up": 5, "train_from": 0}
+
+
 def finetune_words(small_run, tiny_open_clip, images) -> list[object]:
     words = ["finetune", "--backbone", f"open_clip:{tiny_open_clip}", "--image-size", 64, "--precision", "fp32"]
     words += ["--metadata", small_run.metadata, "--images", images, "--epochs", 3, "--batch-size", 8]
@@ -392,8 +395,8 @@ def finetune_words(small_run, tiny_open_clip, images) -> list[object]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damaged", [0, 0.7])
-def test_two_processes_and_two_nodes_train_like_one(small_run, tiny_open_clip, tmp_path, damaged):
+@pytest.mark.parametrize(("damaged", "recipe"), [(0, RECIPE), (0.7, {})])
+def test_two_processes_and_two_nodes_train_like_one(small_run, tiny_open_clip, tmp_path, damaged, recipe):
     """float32, the same global batch, LayerNorm (nothing to normalise over the batch): same losses within 1e-5.
 
     With most images damaged, some shares of four hold none that can be read.
@@ -404,6 +407,7 @@ def test_two_processes_and_two_nodes_train_like_one(small_run, tiny_open_clip, t
         if rng.random() < damaged:
             file.write_bytes(b"")
     words, found = finetune_words(small_run, tiny_open_clip, images), {}
+    words += [f"--{name.replace('_', '-')}={value}" for name, value in recipe.items()]
     for names in (["one"], ["two"], ["0", "1"]):
         out = tmp_path / "-".join(names)
         done = launched([*words, "--out", out], dict.fromkeys(names, tmp_path))
@@ -644,8 +648,7 @@ def test_the_rate_rises_to_its_peak(trainer_of):
 @pytest.mark.slow
 def test_a_recipe_is_resumed_to_the_byte(small_run, tiny_open_clip, tmp_path):
     """With average, decay, warm-up, pieces and augmentation, stopped after each of its first steps."""
-    recipe = {"ema": 0.9, "layer_decay": 0.6, "lowest_rate": 1e-6, "warm_up": 5, "train_from": 0, "augment": True}
-    how = {**recipe, "micro_batch": 5, "epochs": 2}
+    how = {**RECIPE, "augment": True, "micro_batch": 5, "epochs": 2}
     whole = finetune.run(config(small_run, tmp_path / "whole", tiny_open_clip, **how))
     for _ in range(3):
         finetune.run(config(small_run, tmp_path / "torn", tiny_open_clip, **how, max_hours=1e-6))
