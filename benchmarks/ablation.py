@@ -31,8 +31,8 @@ from image_to_prompts.run.files import make_folder, write_json
 from image_to_prompts.run.folders import Run
 from image_to_prompts.training import frozen_features
 
-# Two recipes and what tells one from the other, for a run of many scenes (`image-to-prompts run --count 18000`): small
-# images, so that a whole tower can train, and 3,000 steps. Peaks are to each other as in the recipes (1 to 2), and so are
+# Two recipes and what tells one from the other, for a run of many scenes (`image-to-prompts run --count 18000`), small
+# images, so that a whole tower can train, and 3,000 steps. Peaks are to each other as in the recipes (1 to 2), so are
 # the floor and the peak; the moving average reaches over a sixth of the training, as .9998 does over 30,000 steps.
 _SMALL = {"image_size": 128, "epochs": 7}
 _REFERENCE = {**_SMALL, "cycles": 2}

