@@ -9,6 +9,8 @@ step    ConvNeXt-XXLarge with random weights at 512 px: a training step of the r
 loss    A smaller ConvNeXt: loss after 50 steps of the reference's loop and of ours, five seeds each.
 epoch   The embedded profile's model: an epoch with cached features, without where images lie in memory, and without
         where they are read from PNG files.
+memory  Each recipe's tower at full size with random weights: the peak that `--dry-run` predicts from steps of 2 and 4
+        images beside that of a step of 3 and of 6 (for small ones of 12 and 24), each in a process of its own.
 loader  Images a second: the reference's loader (Pillow, torchvision transforms, float32, processes) and ours (threads).
 
 The reference's parts are written anew from their description. Ways run in turns; those with large models each in a
@@ -168,6 +170,43 @@ def bench_loss(options: argparse.Namespace) -> dict[str, Any]:
     return {"backbone": backbone, "image_size": size, "batch": batch, "steps": steps, "loss": losses}
 
 
+def _memory(name: str, micro: int) -> dict[str, float]:
+    """Predicted and measured GB of a step of a recipe, beyond what a small model has loaded; in a process of its own."""
+    import psutil
+    from turns import peak
+
+    from image_to_prompts import finetune
+    from image_to_prompts.finetune import dry_run, recipes
+    from image_to_prompts.models import backbones
+    from image_to_prompts.run import progress
+
+    progress.set_quiet(True)
+    config = finetune.Config(**{**recipes.flags(name, "full"), "micro_batch": micro})
+    spec = backbones.describe(config.backbone, config.image_size)
+    dry_run.make(backbones.describe("timm:tf_efficientnet_lite0", 32), 4, finetune.Config(batch_size=4))
+    before = psutil.Process().memory_info().rss / 1e9
+    plan = dry_run.make(spec, config.batch_size, config)
+    return {"predicted": plan.needed / 1e9, "measured": peak() - before}
+
+
+def bench_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak of a step, as predicted and as measured."""
+    import multiprocessing
+
+    from image_to_prompts.finetune import recipes
+
+    result: dict[str, Any] = {}
+    for name, recipe in recipes.RECIPES.items():
+        for micro in (12, 24) if name in ("vit-b", "embedded") else (3, 6):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                found = pool.apply(_memory, (name, micro))
+            off = found["predicted"] / found["measured"] - 1
+            result[f"{name}, {micro} images"] = {**found, "off": off}
+            said = f"predicted {found['predicted']:6.2f} GB, measured {found['measured']:6.2f}, {off:+.1%}"
+            print(f"{name:13} {recipe.image_size} px {micro:3} images: {said}", flush=True)
+    return result
+
+
 def scenes(folder: Path, count: int) -> list[Path]:
     """Embedded scenes as PNG files."""
     from image_to_prompts import generate, profiles, render
@@ -297,7 +336,13 @@ def bench_loader(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"step": bench_step, "loss": bench_loss, "epoch": bench_epoch, "loader": bench_loader}
+    parts = {
+        "step": bench_step,
+        "loss": bench_loss,
+        "epoch": bench_epoch,
+        "memory": bench_memory,
+        "loader": bench_loader,
+    }
     parser.add_argument("parts", nargs="*", default=list(parts))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)

@@ -18,7 +18,7 @@ from ..predict import predictors
 from ..predict.predictors import Viewing
 from ..run.devices import gather, rank_and_processes
 from ..run.folders import LAST
-from ..training import by_source, dataset, frozen_features, loop
+from ..training import by_source, clusters, dataset, frozen_features, loop
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,8 @@ class Keeper:
         save_doubt(self.out, rows, self.statistics)
         metadata.write_table(history, frame)
         pictures.learning_curve(frame, base.scores, history.with_suffix(".png"))
-        sources = by_source.by_source(self.out, rows, self.features, base)
+        kinds = clusters.of(rows.targets, self.out.parent / clusters.FILE)
+        sources = by_source.by_source(self.out, rows, self.features, base, kinds)
         metadata.write_table(self.out / "sources.csv", sources.round(4))
         log.info("validation by source:\n%s", sources.round(4).to_string(index=False))
         by_source.gallery(self.out, rows)

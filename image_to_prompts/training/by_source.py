@@ -18,6 +18,8 @@ from ..run.resume import check_whole
 from .dataset import Rows
 from .frozen_features import Baselines, pretrained_features
 
+PARTS = 5  # in which clusters are held out
+
 
 def write(folder: Path, rows: Rows, predicted: np.ndarray) -> None:
     """Writes the validating fold's predictions: validation.csv (image_name, prompt, source, cosine) and their vectors.
@@ -63,18 +65,23 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
 
 
-def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -> pd.DataFrame:
+def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines, clusters: np.ndarray) -> pd.DataFrame:
     """Scores of each source and of all.
+
+    What a model scores on sources and on clusters of prompts that it has not seen is told by ridge regressions on the
+    frozen features, each fitted without them: training a model for each would take hours.
 
     Args:
         folder: Checkpoint with the predictions that `write` wrote.
         rows: The rows it was trained with.
         features: float32 (n, width) of all rows, from `frozen_features.features`.
         base: The baselines.
+        clusters: int (n,), the cluster of each row's prompt, see `clusters.of`.
 
     Returns:
         source, rows, cosine, low, high (95 % interval of the cosine), constant, knn, ridge (the fitted head on frozen
-        features) and left_out (the same fitted without this source; NaN where there is one source only).
+        features), left_out (the same fitted without this source) and clusters_out (the same fitted without a fifth of
+        the clusters, those of the row among them); NaN where nothing is left to fit on.
     """
     frame, predicted, truth = read(folder)
     valid = pd.Index(rows.frame["image_name"]).get_indexer(frame["image_name"])
@@ -84,19 +91,19 @@ def by_source(folder: Path, rows: Rows, features: np.ndarray, base: Baselines) -
     guesses = {"cosine": predicted, "constant": np.broadcast_to(base.mean, truth.shape), "knn": knn}
     guesses["ridge"] = _ridge(features, rows.targets, train, valid)
     cosines = {name: (metrics.unit(guess) * truth).sum(1) for name, guess in guesses.items()}
-    cosines["left_out"] = np.full(len(valid), np.nan)
-    names = sorted(set(sources[valid]))
-    for name in names:
-        others, mine = train[sources[train] != name], sources[valid] == name
-        if len(others):
-            guess = _ridge(features, rows.targets, others, valid[mine])
-            cosines["left_out"][mine] = (metrics.unit(guess) * truth[mine]).sum(1)
-    table = []
+    for column, parts in {"left_out": sources, "clusters_out": clusters % PARTS}.items():
+        cosines[column] = np.full(len(valid), np.nan)
+        for part in set(parts[valid]):
+            others, mine = train[parts[train] != part], parts[valid] == part
+            if len(others):
+                guess = _ridge(features, rows.targets, others, valid[mine])
+                cosines[column][mine] = (metrics.unit(guess) * truth[mine]).sum(1)
+    table, names = [], sorted(set(sources[valid]))
     for name, mine in [*((name, sources[valid] == name) for name in names), ("all", np.ones(len(valid), bool))]:
         low, high = metrics.bootstrap(cosines["cosine"][mine])
         means = {column: values[mine].mean() for column, values in cosines.items()}
         table.append({"source": name, "rows": int(mine.sum()), **means, "low": low, "high": high})
-    columns = ["source", "rows", "cosine", "low", "high", "constant", "knn", "ridge", "left_out"]
+    columns = ["source", "rows", "cosine", "low", "high", "constant", "knn", "ridge", "left_out", "clusters_out"]
     return pd.DataFrame(table)[columns]
 
 

@@ -19,6 +19,7 @@ from ..search.groups import FLOOR, leaders, with_groups
 log = logging.getLogger(__name__)
 USELESS = (BLANK, NSFW, FAILED)
 
+ONE_SIDED = 0.8  # share of one source among the validating rows from which on it is warned of
 NEAR = 0.8  # a validation prompt this close to a training prompt is left out
 
 
@@ -125,6 +126,9 @@ def split(
         log.info("the largest group has %.1f %% of the rows", 100 * frame["group"].value_counts(normalize=True).max())
     if sources.nunique() > 1:
         log.info("training: %s; validation: %s", *(_shares(sources.iloc[side]) for side in (rows.train, rows.valid)))
+    if len(shares := sources.iloc[rows.valid].value_counts(normalize=True)) > 1 and shares.iloc[0] > ONE_SIDED:
+        said = "%.0f %% of the rows that validate are of %s: their mean says little of other prompts; see sources.csv"
+        log.warning(said, 100 * shares.iloc[0], shares.index[0])
     return rows
 
 

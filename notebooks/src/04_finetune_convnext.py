@@ -78,8 +78,9 @@ Image(filename=str(config.out / "history.png"))
 #
 # `cosine` is the mean over the validating fold, `low` and `high` its 95 % interval by bootstrap. `constant` answers
 # every picture with the mean embedding. `knn` averages the prompts of the nearest training pictures in the frozen
-# backbone's features, `ridge` is the head on those features, `left_out` the same head fitted without that source: what
-# to expect on prompts of a kind that was not trained on.
+# backbone's features, `ridge` is the head on those features, `left_out` the same head fitted without that source, and
+# `clusters_out` without the clusters of prompts that a row is in: what to expect on prompts of a kind that was not
+# trained on.
 
 # %%
 pd.read_csv(config.out / "sources.csv").round(4)

@@ -10,7 +10,7 @@ from PIL import Image
 from image_to_prompts.data import images, metadata
 from image_to_prompts.models import checkpoints, metrics
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.training import by_source, dataset
+from image_to_prompts.training import by_source, clusters, dataset
 from image_to_prompts.training.frozen_features import Baselines
 
 
@@ -25,6 +25,7 @@ def test_a_checkpoint_says_how_well_it_does_on_what(small_run, small_checkpoint)
     assert table.loc["all", "cosine"] == pytest.approx(cosines.mean(), abs=1e-3)
     assert table.loc["all", "constant"] == pytest.approx(expected["constant"], abs=1e-3)
     assert table.loc["all", "knn"] == pytest.approx(expected["knn"], abs=1e-3)
+    assert np.isfinite(table.loc["all", "clusters_out"])
     assert table.loc["all", "low"] < table.loc["all", "cosine"] < table.loc["all", "high"]
     with Image.open(small_checkpoint / "best_and_worst.png") as picture:
         assert picture.width > 1000
@@ -46,10 +47,30 @@ def test_a_source_unlike_the_others_scores_less_when_left_out(tmp_path):
     rows = dataset.Rows(frame, [], targets, train, valid, 0, np.ones(400, np.float32))
     base = Baselines(features[train], targets[train], metrics.unit(targets[train].mean(0)), 5, {})
     by_source.write(tmp_path, rows, targets[valid])
-    table = by_source.by_source(tmp_path, rows, features, base).set_index("source")
+    kinds = np.arange(400) // 200 * by_source.PARTS  # both held out together, so that nothing is left to fit on
+    table = by_source.by_source(tmp_path, rows, features, base, kinds).set_index("source")
+    assert table["clusters_out"].isna().all()
+    table = by_source.by_source(tmp_path, rows, features, base, np.arange(400) // 200).set_index("source")
+    assert table["clusters_out"].tolist() == pytest.approx(table["left_out"].tolist())
     assert table.loc["all", "cosine"] == pytest.approx(1, abs=1e-5)
     assert (table.loc[["a", "b"], "left_out"] < -0.5).all()
     assert (table.loc[["a", "b"], "left_out"] < table.loc[["a", "b"], "ridge"] - 0.3).all()
+
+
+def test_rows_that_are_added_move_no_prompt_to_another_cluster(tmp_path):
+    rng = np.random.default_rng(0)
+    middles = metrics.unit(rng.normal(size=(4, 384)))
+    kind = rng.integers(4, size=200)
+    vectors = metrics.unit(middles[kind] + 0.01 * rng.normal(size=(200, 384))).astype(np.float32)
+    found = clusters.of(vectors, tmp_path / clusters.FILE)
+    assert all(len(set(kind[found == one])) == 1 for one in set(found)), "a cluster holds prompts of a kind"
+    more = np.concatenate([metrics.unit(rng.normal(size=(300, 384))).astype(np.float32), vectors])
+    again = clusters.of(more, tmp_path / clusters.FILE)
+    np.testing.assert_array_equal(again[300:], found)
+    assert not np.array_equal(clusters.of(more, tmp_path / "new" / clusters.FILE)[300:], found)
+    (tmp_path / clusters.FILE).write_bytes(b"torn")
+    with pytest.raises(UserError, match="damaged"):
+        clusters.of(vectors, tmp_path / clusters.FILE)
 
 
 @given(st.integers(0, 10**6), st.integers(30, 200))

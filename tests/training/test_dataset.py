@@ -53,6 +53,15 @@ def test_a_source_that_is_left_out_validates_alone():
     assert rows.valid.tolist() == [0, 1, 4]
 
 
+@pytest.mark.parametrize(("of_one", "warned"), [(8, False), (9, True), (10, False)])
+def test_rows_that_validate_and_are_nearly_all_of_one_source_are_warned_of(of_one, warned, caplog):
+    sources = ["a"] * of_one + ["b"] * (10 - of_one)
+    names = [f"{number}.png" for number in range(20)]
+    frame = pd.DataFrame({"image_name": names, "prompt": names, "fold": [0] * 10 + [1] * 10, "source": sources * 2})
+    dataset.split(frame, np.eye(20, 384, dtype=np.float32))
+    assert ("90 % of the rows that validate are of a" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("values", [{"leave_out": "c"}, {"source_weights": {"c": 2.0}}])
 def test_a_source_that_does_not_occur_is_refused(values):
     frame = frame_of([0, 1], source=["a", "b"])
