@@ -34,7 +34,7 @@ chaos: install ## the failure suite in full, about half an hour; writes docs/rel
 
 PRELOADED := accelerate diffusers faiss matplotlib.pyplot open_clip polars pyarrow scipy.optimize sentence_transformers sklearn.pipeline sympy timm
 MODULES := models.doubt training.dataset models.metrics data.metadata search.nearest search.groups infer.submission training.loop training.state search.near_pairs dedupe.result embedded.ceiling
-FUNCTIONS := data.images.x_join predict.predictors.x_blend_weights predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁcall
+FUNCTIONS := data.images.x_join predict.predictors.x_blend_weights predict.blend.x_fitted predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁcall
 mutants: install ## one-line faults where they cost most, and which of them no test notices (two hours)
 	rm -rf mutants
 	PYTEST_ADDOPTS="-p no:unraisableexception -p no:threadexception -p no:xdist" \

@@ -23,8 +23,9 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,14 @@ def build(backbone: str, size: int, seed: int = 0) -> Any:
     return model
 
 
-def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: bool = False) -> Any:
+def trainer(
+    backbone: str,
+    size: int,
+    batch: int,
+    accumulated: int = 1,
+    cached: bool = False,
+    how: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """Our trainer over random images, and what it is fed: (trainer, images or features, rows)."""
     import torch
 
@@ -90,16 +98,11 @@ def trainer(backbone: str, size: int, batch: int, accumulated: int = 1, cached: 
 
     progress.set_quiet(True)
     count = batch * accumulated
-    config = finetune.Config(
-        backbone=backbone,
-        image_size=size,
-        batch_size=count,
-        micro_batch=batch,
-        learning_rate=LEARNING_RATE,
-        epochs=1000,
-    )
+    sizes = {"backbone": backbone, "image_size": size, "batch_size": count, "micro_batch": batch, "epochs": 1000}
+    config = finetune.Config(**{"learning_rate": LEARNING_RATE, **how, **sizes})
     accelerator = models.accelerator_for(True)
-    model, _ = models.build(backbones.describe(backbone, size), accelerator, pretrained=False)
+    spec = backbones.describe(backbone, size)
+    model, _ = models.build(spec, accelerator, pretrained=False, train_from=config.train_from)
     images, targets = data(count, size)
     trained = faster(model)
     if cached:
@@ -170,23 +173,37 @@ def bench_loss(options: argparse.Namespace) -> dict[str, Any]:
     return {"backbone": backbone, "image_size": size, "batch": batch, "steps": steps, "loss": losses}
 
 
-def _memory(name: str, micro: int) -> dict[str, float]:
-    """Predicted and measured GB of a step of a recipe, beyond what a small model has loaded; in a process of its own."""
-    import psutil
-    from turns import peak
-
+def _predicted(name: str, sizes: tuple[int, ...]) -> list[float]:
+    """GB that `--dry-run` predicts for a step of a recipe with so many images at once."""
     from image_to_prompts import finetune
     from image_to_prompts.finetune import dry_run, recipes
     from image_to_prompts.models import backbones
-    from image_to_prompts.run import progress
 
-    progress.set_quiet(True)
-    config = finetune.Config(**{**recipes.flags(name, "full"), "micro_batch": micro})
-    spec = backbones.describe(config.backbone, config.image_size)
-    dry_run.make(backbones.describe("timm:tf_efficientnet_lite0", 32), 4, finetune.Config(batch_size=4))
+    dry_run.free_memory = lambda device: 0  # so that nothing but the two small steps is tried
+    found = []
+    for micro in sizes:
+        config = finetune.Config(**{**recipes.flags(name, "full"), "micro_batch": micro})
+        spec = backbones.describe(config.backbone, config.image_size)
+        found.append(dry_run.make(spec, config.batch_size, config).needed / 1e9)
+    return found
+
+
+def _measured(name: str, micro: int) -> float:
+    """GB at the peak of three steps of a recipe, beyond the process with its libraries."""
+    import psutil
+    from turns import peak
+
+    from image_to_prompts.finetune import recipes
+
+    how = {**recipes.flags(name, "full")}
+    small, images, rows = trainer("timm:tf_efficientnet_lite0", 32, 4)  # loads what training needs
+    small.step(images, rows, len(rows), 0.0)
     before = psutil.Process().memory_info().rss / 1e9
-    plan = dry_run.make(spec, config.batch_size, config)
-    return {"predicted": plan.needed / 1e9, "measured": peak() - before}
+    backbone, size = how.pop("backbone"), how.pop("image_size")
+    ours, images, rows = trainer(backbone, size, micro, cached=how["cache_features"], how=how)
+    for _ in range(3):
+        ours.step(images, rows, len(rows), 0.0)
+    return peak() - before
 
 
 def bench_memory(options: argparse.Namespace) -> dict[str, Any]:
@@ -195,14 +212,18 @@ def bench_memory(options: argparse.Namespace) -> dict[str, Any]:
 
     from image_to_prompts.finetune import recipes
 
+    def apart(do: Any, *arguments: Any) -> Any:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(do, arguments)
+
     result: dict[str, Any] = {}
     for name, recipe in recipes.RECIPES.items():
-        for micro in (12, 24) if name in ("vit-b", "embedded") else (3, 6):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                found = pool.apply(_memory, (name, micro))
-            off = found["predicted"] / found["measured"] - 1
-            result[f"{name}, {micro} images"] = {**found, "off": off}
-            said = f"predicted {found['predicted']:6.2f} GB, measured {found['measured']:6.2f}, {off:+.1%}"
+        sizes = {"vit-b": (12, 24), "embedded": (64, 160)}.get(name, (3, 6))
+        for micro, predicted in zip(sizes, apart(_predicted, name, sizes), strict=True):
+            measured = apart(_measured, name, micro)
+            off = predicted / measured - 1
+            result[f"{name}, {micro} images"] = {"predicted": predicted, "measured": measured, "off": off}
+            said = f"predicted {predicted:6.2f} GB, measured {measured:6.2f}, {off:+.1%}"
             print(f"{name:13} {recipe.image_size} px {micro:3} images: {said}", flush=True)
     return result
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,10 +20,6 @@ from ..run.devices import cores
 from ..run.errors import UserError
 from ..run.files import shown
 from .metadata import IMAGE_SUFFIXES, stem
-
-if TYPE_CHECKING:
-    pass
-
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB

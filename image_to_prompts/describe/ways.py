@@ -124,7 +124,7 @@ class Describer:
 
     @cached_property
     def _predictors(self) -> list[predictors.Predictor]:
-        return [predictors.checkpoint(folder) for folder in self.folders]
+        return [predictors.load(folder) for folder in self.folders]
 
     @cached_property
     def _weights(self) -> list[float]:

@@ -15,9 +15,10 @@ import pandas as pd
 from ..data import metadata
 from ..run.errors import UserError
 from ..run.files import write_array, write_json
+from ..run.folders import EMBEDDED
 from ..run.resume import check_whole
 
-PROMPTS = "prompt"  # name of the prompts' own embeddings
+PROMPTS = EMBEDDED  # name of the prompts' own embeddings
 ENDS = (".npy", ".names.csv", ".json")
 KEPT = ("image_name", "prompt", "source", "group", "fold")  # columns of the prompts' names, where there are any
 
@@ -80,6 +81,11 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, pd.DataFrame, dict[str, A
         raise UserError(f"{path}: row {bad[0] + 1} ({names['image_name'][bad[0]]}) is not finite; run embed again")
     metadata.check_names(names, folder / f"{name}.names.csv")
     return vectors, names, about
+
+
+def files(folder: Path) -> list[Path]:
+    """All files of a folder's arrays."""
+    return [folder / f"{name}{end}" for name in [*arrays(folder), PROMPTS] for end in ENDS]
 
 
 def arrays(folder: Path) -> list[str]:

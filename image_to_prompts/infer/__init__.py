@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..data import images, metadata
+from ..data import images, metadata, rows
 from ..models import doubt, metrics, text_encoder
 from ..predict import predictors
 from ..predict.ladder import Rung, climb, ladder
 from ..profiles import Models, StageConfig
-from ..run.bounds import Amount
+from ..run.bounds import Amount, NotNegative
 from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
@@ -42,7 +42,8 @@ class Main:
     images: Path = Path("images")
     """Folder of images, sub-folders too."""
     checkpoint: tuple[Path, ...] = ()
-    """Checkpoint folders, blended; left out: the newest of finetune and of ensemble, in this run or attached."""
+    """Checkpoint folders, and folders of embed for kNN, blended; left out: the newest of finetune and of ensemble, in
+    this run or attached."""
     out: Path = Path("submission/submission.csv")
     """Submission CSV to write."""
     key: Path | None = None
@@ -51,6 +52,10 @@ class Main:
     """CSV of prompts; the nearest one to each image goes to <out>.prompts.csv."""
     blend: tuple[float, ...] = ()
     """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
+    second_size: NotNegative = 0
+    """Let checkpoints of finetune look a second time, at inputs of this side in px; 0: not."""
+    own_colours: bool = False
+    """Let them look a further time, with colours normalised by the mean and deviation of these images."""
     fallback: bool = False
     """Where none is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
     max_hours: Amount = 0.0
@@ -77,6 +82,7 @@ class Prediction:
         score: Mean cosine against the key; None without one.
         constant: Score of the constant mean prediction on the same images; None without a key.
         prompts: `image,prompt,cosine` of the nearest prompts; None without a bank.
+        colours: Mean and deviation of the images' channels, where these were asked for.
     """
 
     files: list[Path]
@@ -89,6 +95,7 @@ class Prediction:
     score: float | None = None
     constant: float | None = None
     prompts: pd.DataFrame | None = None
+    colours: rows.Colours | None = None
 
 
 def read_key(path: Path, files: list[Path], folder: Path) -> list[str]:
@@ -142,11 +149,13 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
     folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback)
     weights = predictors.blend_weights(folders, config.blend) if folders else []
-    rungs = _rungs(config, folders, weights)
+    colours = rows.colours(files) if config.own_colours else None
+    rungs = _rungs(config, folders, weights, predictors.Looks(config.second_size, colours))
     make_folder(config.out.parent)
     names = [file.relative_to(config.images).as_posix() for file in files]
     settings = {"images": [names, images.contents(files)], "key": bool(truth), "bank": bool(bank)}
     settings |= {"weights": weights, "views": config.views, "rungs": [rung.what for rung in rungs]}
+    settings |= {"looks": [config.second_size, colours]} if config.second_size or colours else {}
     inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
     stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), "infer", settings, inputs)
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
@@ -167,6 +176,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     vectors = doubt.pulled(vectors, mean, strange, next((one.pull for one in used if one.judge), (1.0, 0.0)))
     broken = [file for file, bad in zip(files[: max(reached)], unreadable, strict=False) if bad]
     result = Prediction(files, vectors, broken, len(files) - max(reached), int((strange > 1).sum()), rung.what)
+    result.colours = colours
     if rank_and_processes()[0]:  # the main process writes
         return result
     submission.write(config.out, stems, vectors)
@@ -177,7 +187,9 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         metadata.write_table(nearest_path, result.prompts)
     if truth:
         _score(result, found, mean, text_encoder.encode(truth), folders if rung is rungs[0] else [])
-    kept = {name: getattr(result, name) for name in ("score", "constant", "alone", "how", "strange", "unreached")}
+    kept = {
+        name: getattr(result, name) for name in ("score", "constant", "alone", "how", "strange", "unreached", "colours")
+    }
     write_json(scores_path, {**kept, "broken": list(map(str, broken))})
     if rung is rungs[0] and min(reached) == len(files):
         stamp.write(outputs)
@@ -194,16 +206,17 @@ def read(config: Config) -> Prediction:
     files = images.find(config.images)
     found = json.loads(config.out.with_suffix(".json").read_text(encoding="utf-8"))
     found["broken"] = [Path(name) for name in found["broken"]]
+    found["colours"] = tuple(map(tuple, found.get("colours") or ())) or None
     nearest = config.out.with_name(f"{config.out.stem}.prompts.csv")
     prompts = metadata.read_table(nearest, ()).astype({"cosine": float}) if config.bank else None
     return Prediction(files, submission.read(config.out, submission.check_stems(files)), **found, prompts=prompts)
 
 
-def _rungs(config: Config, folders: list[Path], weights: list[float]) -> list[Rung]:
+def _rungs(config: Config, folders: list[Path], weights: list[float], looks: predictors.Looks) -> list[Rung]:
     """Ways to predict, best first: the checkpoints and, with --fallback, each alone and what needs none."""
-    rungs = [_checkpoint_rung(folders, weights)] if folders else []
+    rungs = [_checkpoint_rung(folders, weights, looks)] if folders else []
     if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
-        rungs += [_checkpoint_rung([folder], [1.0]) for folder in folders]
+        rungs += [_checkpoint_rung([folder], [1.0], looks) for folder in folders]
     if config.fallback and not config.checkpoint:
         rungs += ladder(Run(config.run), config.caption, config.ranker)
     return rungs
@@ -237,11 +250,11 @@ def _tell(result: Prediction, reached: list[int]) -> None:
         log.warning("%d of %d images not reached in time: they got the mean prediction", result.unreached, every)
 
 
-def _checkpoint_rung(folders: list[Path], weights: list[float]) -> Rung:
+def _checkpoint_rung(folders: list[Path], weights: list[float], looks: predictors.Looks) -> Rung:
     loads: dict[str, Callable[[], predictors.Predictor]] = {
-        str(folder): partial(predictors.checkpoint, folder) for folder in folders
+        str(folder): partial(predictors.load, folder, looks) for folder in folders
     }
-    inputs = [folder / name for folder in folders for name in ("model.safetensors", "config.json", doubt.FILE)]
+    inputs = [path for folder in folders for path in predictors.inputs(folder)]
     return Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, inputs)
 
 

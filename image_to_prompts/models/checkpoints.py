@@ -111,6 +111,16 @@ def fit_head(model: nn.Module, features: np.ndarray, targets: np.ndarray) -> Non
         model.head.bias.copy_(torch.from_numpy(bias.astype(np.float32)))
 
 
+def again(found: Checkpoint, spec: backbones.Spec) -> nn.Module:
+    """The model of a checkpoint for inputs of another size or of other colours."""
+    import torch
+
+    model = build(spec, empty=True)
+    backbones.fill(model.backbone, backbones.resampled(found.model.backbone.state_dict(), model.backbone), Path())
+    backbones.fill(model.head, found.model.head.state_dict(), Path())
+    return model.to(memory_format=torch.channels_last).eval()
+
+
 def initialise(model: nn.Module, spec: backbones.Spec, folder: Path) -> None:
     """Puts a checkpoint's weights into a model from `build`.
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..encode import embeddings, encoders
@@ -21,11 +20,11 @@ from ..run.errors import UserError
 from ..run.files import make_folder
 from ..run.folders import Run, kaggle_inputs
 from ..run.progress import Deadline
+from . import knn
 from .predictors import Predictor, Seen, Viewing, predict_resumed, start
 
 log = logging.getLogger(__name__)
 MOST_PROMPTS = 20_000  # the mean of more is the same to three digits
-MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
 
 
 @dataclass(frozen=True)
@@ -43,42 +42,6 @@ class Rung:
     load: dict[str, Callable[[], Predictor]]
     weights: list[float]
     inputs: list[Path]
-
-
-def neighbours(folder: Path) -> Predictor:
-    """kNN over the best array of `embed` whose encoder can be built, the number of neighbours chosen on a part of it.
-
-    Args:
-        folder: What `embed` wrote.
-
-    Raises:
-        UserError: If an array is damaged, or the weights of no encoder are there.
-    """
-    table = embeddings.load(folder)
-    found = []
-    for name, vectors in table.arrays.items():
-        known = np.isfinite(vectors[:, 0])
-        features, targets = vectors[known], table.targets[known]
-        asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
-        k = metrics.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
-        guess = metrics.nearest_mean(features[asked], features[~asked], targets[~asked], k)
-        found.append((metrics.mean_cosine(guess, targets[asked]), name, k, features, targets))
-    missing = ""
-    for score, name, k, features, targets in sorted(found, key=lambda one: -one[0]):
-        try:
-            encoder = encoders.rebuild(table.about[name])
-        except UserError as error:
-            missing = missing or str(error)
-            log.warning("%s: passed over: %s", folder / name, error)
-            continue
-        log.info("kNN over %d embeddings by %s, k = %d: %.4f on a part of them", len(features), name, k, score)
-        mean = metrics.unit(targets.mean(0))
-        return Predictor(mean, [encoder], partial(_nearest_mean, features, targets, k))
-    raise UserError(f"{folder}: no array's encoder can be built: {missing}")
-
-
-def _nearest_mean(features: np.ndarray, targets: np.ndarray, k: int, seen: list[np.ndarray]) -> np.ndarray:
-    return metrics.in_fixed_rows(lambda rows: metrics.nearest_mean(rows[0], features, targets, k), seen)
 
 
 def interrogator(caption: str, ranker: str) -> Predictor:
@@ -121,9 +84,8 @@ def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
     stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
     stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
     for folder in stored:
-        names = [*embeddings.arrays(folder), embeddings.PROMPTS]
-        inputs = [folder / f"{name}{end}" for name in names for end in embeddings.ENDS]
-        rungs.append(Rung(f"kNN over {folder}", {str(folder): partial(neighbours, folder)}, [1.0], inputs))
+        way: Callable[[], Predictor] = partial(knn.neighbours, folder)
+        rungs.append(Rung(f"kNN over {folder}", {str(folder): way}, [1.0], embeddings.files(folder)))
     if all(found := weights.interrogator_at_hand(caption, ranker)):
         files = [path for path in found if path and path.is_file()]
         load = partial(interrogator, caption, ranker)

@@ -3,28 +3,26 @@
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 from safetensors.numpy import load_file
 
 from ..encode import encoders
 from ..encode.encoders import Encoder
-from ..models import checkpoints, doubt, freezing, metrics, text_encoder
+from ..models import backbones, checkpoints, doubt, freezing, metrics, text_encoder
 from ..run import resume
 from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
-from ..run.folders import is_ensemble
+from ..run.folders import is_embeddings, is_ensemble
 from ..run.progress import Deadline
 
 log = logging.getLogger(__name__)
-LEAST_TO_FIT = 20  # images on which weights of a blend are fitted
 BLOCK = 512  # images a file of half-done work
 SAME = 0.99999  # cosine of two embeddings of one prompt
 
@@ -72,7 +70,46 @@ class Viewing:
     """Threads that decode images; 0: one a core."""
 
 
-def checkpoint(folder: Path) -> Predictor:
+@dataclass(frozen=True)
+class Looks:
+    """Further ways in which checkpoints of `finetune` look at an image; what they say of all of them is averaged.
+
+    Attributes:
+        size: Side of a second input in px; 0: none.
+        colours: Mean and deviation of the channels, 0 to 1, by which colours are normalised a second time; None: not.
+    """
+
+    size: int = 0
+    colours: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def specs(self, spec: backbones.Spec) -> list[backbones.Spec]:
+        """The same backbone as each further look needs it."""
+        found = [backbones.resized(spec, self.size)] if self.size else []
+        return [*found, *([replace(spec, mean=self.colours[0], std=self.colours[1])] if self.colours else [])]
+
+
+ONCE = Looks()
+
+
+def load(folder: Path, looks: Looks = ONCE) -> Predictor:
+    """What a folder predicts with: kNN over what `embed` wrote, or a checkpoint of `finetune` or `ensemble`."""
+    if is_embeddings(folder):
+        from . import knn
+
+        return knn.neighbours(folder)
+    return checkpoint(folder, looks)
+
+
+def inputs(folder: Path) -> list[Path]:
+    """The files on which its predictions depend."""
+    if is_embeddings(folder):
+        from ..encode import embeddings
+
+        return embeddings.files(folder)
+    return [folder / name for name in ("model.safetensors", "config.json", doubt.FILE)]
+
+
+def checkpoint(folder: Path, looks: Looks = ONCE) -> Predictor:
     """A checkpoint of `finetune` or `ensemble`; see their `load` for what it raises."""
     from ..encode.backbone import BackboneEncoder
 
@@ -84,14 +121,17 @@ def checkpoint(folder: Path) -> Predictor:
         return Predictor(blend.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, blend))
     found, own = checkpoints.load(folder), doubt.load(folder)
     stages = freezing.stages(found.model.backbone) if own else ()
-    predictor = Predictor(found.mean, [BackboneEncoder(found.model, found.spec, stages)], _vectors)
+    further = [(checkpoints.again(found, spec), spec) for spec in looks.specs(found.spec)]
+    seen = [BackboneEncoder(found.model, found.spec, stages), *(BackboneEncoder(*one) for one in further)]
+    predictor = Predictor(found.mean, seen, _vectors)
     if own:
         predictor.judge, predictor.pull = partial(_strangeness, own), (float(own.pull[0]), float(own.pull[1]))
     return predictor
 
 
 def _vectors(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0][:, : text_encoder.DIMENSION]
+    """The mean of the unit vectors of all looks."""
+    return metrics.blend([one[:, : text_encoder.DIMENSION] for one in arrays], [1 / len(arrays)] * len(arrays))
 
 
 def _strangeness(own: doubt.Doubt, arrays: list[np.ndarray]) -> np.ndarray:
@@ -188,38 +228,21 @@ def predict_resumed(
 
 
 def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[float]:
-    """The weights of checkpoints in a blend.
+    """The weights of predictors in a blend.
 
     Args:
-        folders: The checkpoints.
+        folders: Checkpoints, and folders of embeddings.
         given: Weights; none: fitted on the images that all checkpoints kept for validation, where the blend is at least
             as good as the best of them. Where there are fewer than 20 such images, all weights are the same.
 
     Raises:
-        UserError: If the number of weights is not that of the checkpoints, one is negative, or all are 0.
+        UserError: If the number of weights is not that of the folders, one is negative, or all are 0.
     """
-    same = [1 / len(folders)] * len(folders)
     if not given and len(folders) > 1:
-        from ..training import by_source
+        from . import blend
 
-        if not all(by_source.is_there(folder) for folder in folders):
-            log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
-            return same
-        kept = [by_source.read(folder) for folder in folders]
-        names = sorted(set.intersection(*(set(frame["image_name"]) for frame, _, _ in kept)))
-        if len(names) < LEAST_TO_FIT:
-            log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))
-            return same
-        order = [pd.Index(frame["image_name"]).get_indexer(names) for frame, _, _ in kept]
-        predictions = [predicted[rows] for (_, predicted, _), rows in zip(kept, order, strict=True)]
-        truth = kept[0][2][order[0]]
-        fitted = metrics.fit_weights(predictions, truth)
-        for folder, predicted, weight in zip(folders, predictions, fitted, strict=True):
-            alone = metrics.mean_cosine(predicted, truth)
-            log.info("%s: %.4f alone on %d images, %.3f of the blend", folder, alone, len(names), weight)
-        log.info("blend: %.4f", metrics.mean_cosine(metrics.blend(predictions, fitted), truth))
-        return fitted.tolist()
-    weights = list(given or same)
+        return blend.fitted(folders)
+    weights = list(given) or [1.0] * len(folders)
     if len(weights) != len(folders):
         raise UserError(f"--blend has {len(weights)} numbers for {len(folders)} checkpoints; give one each")
     if min(weights) < 0 or not sum(weights) > 0:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/input"))
 KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
 MANIFEST = "manifest.csv"  # what a folder of rendered images contains
+EMBEDDED = "prompt"  # array of the prompts' own embeddings in a folder of `embed`
 LAST = "last"  # folder of the last epoch's weights, in that of the best epoch's
 PROFILES = ("embedded", "full")
 OLD_NAMES = {"kaggle": "full"}  # until version 0.3
@@ -101,6 +102,11 @@ class Run:
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder/config.json` is one of ours and not some other model's."""
     return bool(read_json(folder / "config.json").keys() & {"backbone", "ensemble"})
+
+
+def is_embeddings(folder: Path) -> bool:
+    """Whether a folder holds embeddings that `embed` wrote."""
+    return (folder / f"{EMBEDDED}.npy").is_file()
 
 
 def is_ensemble(folder: Path) -> bool:

@@ -9,8 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from image_to_prompts import finetune, infer, profiles
@@ -21,7 +19,6 @@ from image_to_prompts.infer import submission
 from image_to_prompts.models import backbones, checkpoints, doubt, metrics
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import devices, folders
-from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import by_source, dataset
 
 
@@ -141,79 +138,6 @@ def test_real_images_get_a_valid_submission_and_a_score(shared_data, small_check
     assert -1 <= result.score <= 1 and not result.broken
 
 
-@pytest.fixture(scope="session")
-def second_checkpoint(small_run, tmp_path_factory):
-    """Trained like `small_checkpoint`, with another seed and head."""
-    out = tmp_path_factory.mktemp("second") / "convnext"
-    values = {"out": out, "epochs": 1, "image_size": 64, "seed": 7, "learning_rate": 2e-3}
-    finetune.run(profiles.default_config("finetune", small_run, "embedded", **values))
-    return out
-
-
-def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint, second_checkpoint, tmp_path):
-    def vectors(out, *folders, **flags):
-        return infer.run(infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / out, **flags)).vectors
-
-    one, two = vectors("1.csv", small_checkpoint), vectors("2.csv", second_checkpoint)
-    assert (one * two).sum(1).max() < 0.9999
-    for weights in ((), (1.0, 3.0)):
-        blend = vectors("b.csv", small_checkpoint, second_checkpoint, blend=weights)
-        w = weights or (0.5, 0.5)
-        np.testing.assert_allclose(blend, metrics.unit(w[0] * one + w[1] * two), atol=1e-6)
-
-
-def test_weights_are_fitted_on_the_common_validation(
-    small_run, small_checkpoint, second_checkpoint, tmp_path, caplog, monkeypatch
-):
-    monkeypatch.setattr(predictors, "LEAST_TO_FIT", 10)
-    caplog.set_level("INFO")
-    folders = (small_checkpoint, second_checkpoint)
-    key = small_run.images / "manifest.csv"
-    settings_ = infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / "s.csv", key=key)
-    weights = predictors.blend_weights(list(folders))
-    assert sum(weights) == pytest.approx(1) and min(weights) >= 0 and "of the blend" in caplog.text
-    (_, one, targets), (_, two, _) = (by_source.read(folder) for folder in folders)
-
-    def score(share):
-        return metrics.mean_cosine(metrics.blend([one, two], [share, 1 - share]), targets)
-
-    assert score(weights[0]) >= max(score(share) for share in np.linspace(0, 1, 21)) - 1e-6
-    found = infer.run(settings_)
-    assert list(found.alone) == [str(folder) for folder in folders]
-    assert infer.run(settings_).alone == found.alone
-
-
-def test_weights_of_a_blend_go_by_name(tmp_path, monkeypatch, caplog):
-    """Two checkpoints validated other images, in another order; the second is right, the first knows nothing."""
-    rng = np.random.default_rng(0)
-    truth = metrics.unit(rng.normal(size=(40, 384)))
-    names = [f"{number}.png" for number in range(40)]
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder, numbers, noise in ((folders[0], range(30), 1e3), (folders[1], rng.permutation(range(5, 40)), 1e-4)):
-        folder.mkdir()
-        numbers = np.array(numbers)
-        frame = pd.DataFrame({"image_name": [names[number] for number in numbers]})
-        every = np.arange(len(numbers))
-        rows = dataset.Rows(frame, [], truth[numbers], every[:0], every, 0, np.ones(len(every), np.float32))
-        by_source.write(folder, rows, metrics.unit(truth[numbers] + noise * rng.normal(size=(len(numbers), 384))))
-    caplog.set_level("INFO")
-    first, second = predictors.blend_weights(folders)
-    assert second > 0.95 and first + second == pytest.approx(1)
-    assert f"{folders[1]}: 1.0000 alone on 25 images" in caplog.text and "blend: 1.0000" in caplog.text
-    monkeypatch.setattr(predictors, "LEAST_TO_FIT", 25)
-    assert predictors.blend_weights(folders) == [first, second]
-    monkeypatch.setattr(predictors, "LEAST_TO_FIT", 26)
-    assert predictors.blend_weights(folders) == [0.5, 0.5]
-    (folders[0] / "validation.safetensors").unlink()
-    assert predictors.blend_weights(folders) == [0.5, 0.5]
-    caplog.clear()
-    assert predictors.blend_weights(folders[:1]) == [1.0] and not caplog.text  # one alone needs no fit
-    assert predictors.blend_weights(folders, (0.0, 3.0)) == [0.0, 3.0]
-    for given_ in ((1.0,), (0.0, 0.0), (-1.0, 2.0)):
-        with pytest.raises(UserError, match="--blend"):
-            predictors.blend_weights(folders, given_)
-
-
 def test_of_several_views_the_mean_counts(tmp_path):
     """Each view by its own direction alone, however long its vectors; an image that cannot be read has none."""
 
@@ -245,17 +169,6 @@ def test_of_several_views_the_mean_counts(tmp_path):
     assert np.isnan(predict(files[1:2], "whole", "mirror")).all()
 
 
-@given(st.integers(2, 4), st.integers(20, 60), st.integers(0, 10**6))
-def test_fitted_weights_beat_every_single_model(models_, rows, seed):
-    rng = np.random.default_rng(seed)
-    targets = metrics.unit(rng.normal(size=(rows, 16)))
-    predictions = [metrics.unit(targets + rng.uniform(0.5, 3) * rng.normal(size=(rows, 16))) for _ in range(models_)]
-    weights = metrics.fit_weights(predictions, targets)
-    assert weights.min() >= -1e-9 and weights.sum() == pytest.approx(1)
-    blended = metrics.mean_cosine(metrics.blend(predictions, weights), targets)
-    assert blended >= max(metrics.mean_cosine(one, targets) for one in predictions) - 1e-6
-
-
 def test_views_are_averaged(folder, small_checkpoint, tmp_path):
     single = [
         infer.run(settings(folder, small_checkpoint, tmp_path / f"{view}.csv", views=(view,))).vectors
@@ -273,17 +186,6 @@ def test_half_precision_predicts_what_float32_does(folder, small_checkpoint, tmp
     monkeypatch.setattr(devices, "mixed_precision", lambda device: "no")
     full = infer.run(settings(folder, small_checkpoint, tmp_path / "b.csv"))
     assert (half.vectors * full.vectors).sum(1).min() > 0.999
-
-
-def test_wrong_blends_are_refused(folder, small_checkpoint, second_checkpoint, tmp_path, refused, caplog):
-    words = ["infer", "--images", folder, "--out", tmp_path / "s.csv", "--checkpoint", small_checkpoint]
-    refused([*words, "--blend", "1", "2"], "--blend has 2 numbers for 1 checkpoints")
-    refused([*words, second_checkpoint, "--blend", "1", "-2"], "must not be negative")
-    bare = tmp_path / "bare"
-    shutil.copytree(second_checkpoint, bare)
-    (bare / "validation.safetensors").unlink()
-    assert predictors.blend_weights([small_checkpoint, bare]) == [0.5, 0.5]
-    assert "without validation predictions" in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["", "module.model."])
@@ -339,7 +241,6 @@ def dotted(small_run, tmp_path):
 
 
 def test_every_stage_joins_rows_and_images_by_one_rule(dotted, small_checkpoint, tmp_path, caplog):
-    from image_to_prompts.training import dataset
 
     folder, csv = dotted
     names = metadata.read(csv)["image_name"]

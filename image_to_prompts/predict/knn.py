@@ -1,0 +1,93 @@
+"""The mean of the prompts whose images are nearest in an encoder's embeddings, as `embed` writes them."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..encode import embeddings, encoders
+from ..encode.encoders import Encoder
+from ..models import metrics
+from ..run.errors import UserError
+from ..search.near_pairs import near
+from ..training.dataset import NEAR
+from .predictors import Predictor
+
+log = logging.getLogger(__name__)
+MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
+
+
+@dataclass
+class _Known:
+    """The rows of an array: their names, features and targets, the number of neighbours, and how that did."""
+
+    name: str
+    images: pd.Series
+    features: np.ndarray
+    targets: np.ndarray
+    k: int
+    score: float
+
+
+def neighbours(folder: Path) -> Predictor:
+    """kNN over the best array of `embed` whose encoder can be built, the number of neighbours chosen on a part of it.
+
+    Args:
+        folder: What `embed` wrote.
+
+    Raises:
+        UserError: If an array is damaged, or the weights of no encoder are there.
+    """
+    known, encoder = next(_usable(folder))
+    said = "kNN over %d embeddings by %s, k = %d: %.4f on a part of them"
+    log.info(said, len(known.features), known.name, known.k, known.score)
+    finish = partial(_nearest_mean, known.features, known.targets, known.k)
+    return Predictor(metrics.unit(known.targets.mean(0)), [encoder], finish)
+
+
+def validation(folder: Path, asked: pd.DataFrame) -> pd.DataFrame:
+    """What `neighbours` says of images that it may have among its own, from all but these and what is near to them.
+
+    Args:
+        folder: What `embed` wrote.
+        asked: float32 (n, 384), the prompts' embeddings by the images' names.
+
+    Returns:
+        float32 (m, 384) by name, of the images that have an embedding.
+    """
+    known, _ = next(_usable(folder))
+    mine = known.images.isin(asked.index).to_numpy()
+    others = ~(mine | near(known.targets, asked.to_numpy(), NEAR))
+    if not others.any():
+        return pd.DataFrame(index=[])
+    found = metrics.nearest_mean(known.features[mine], known.features[others], known.targets[others], known.k)
+    return pd.DataFrame(found, known.images[mine])
+
+
+def _usable(folder: Path) -> Iterator[tuple[_Known, Encoder]]:
+    """The arrays, best first, whose encoders can be built; raises UserError where there is none."""
+    table = embeddings.load(folder)
+    found, missing = [], ""
+    for name, vectors in table.arrays.items():
+        known = np.isfinite(vectors[:, 0])
+        features, targets = vectors[known], table.targets[known]
+        asked = np.arange(len(features)) % max(10, len(features) // MOST_ASKED) == 0
+        k = metrics.best_k(features[asked], targets[asked], features[~asked], targets[~asked])
+        guess = metrics.nearest_mean(features[asked], features[~asked], targets[~asked], k)
+        score = metrics.mean_cosine(guess, targets[asked])
+        found.append(_Known(name, table.frame["image_name"][known], features, targets, k, score))
+    for one in sorted(found, key=lambda one: -one.score):
+        try:
+            yield one, encoders.rebuild(table.about[one.name])
+        except UserError as error:
+            missing = missing or str(error)
+            log.warning("%s: passed over: %s", folder / one.name, error)
+    raise UserError(f"{folder}: no array's encoder can be built: {missing}")
+
+
+def _nearest_mean(features: np.ndarray, targets: np.ndarray, k: int, seen: list[np.ndarray]) -> np.ndarray:
+    return metrics.in_fixed_rows(lambda rows: metrics.nearest_mean(rows[0], features, targets, k), seen)
