@@ -188,6 +188,7 @@ def parse(words: list[str]) -> Any:
         UserError: If a word is not known or a value does not fit.
     """
     name = words[0] if words else "--help"
+    words = [word.replace("--recipe.", "--", 1) if word.startswith("--recipe.") else word for word in words]
     for old, instead in REPLACED.items():
         if name == old[0] and {*old[1:]} <= {word.partition("=")[0] for word in words}:
             raise UserError(f"{' '.join(old)}: was removed; {instead}")

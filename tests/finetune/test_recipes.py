@@ -20,7 +20,8 @@ from image_to_prompts.training import loop
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_sets_the_flags_of_a_tower_that_there_is(name, tmp_path):
-    config = cli.parse(["finetune", "--run", str(tmp_path), "--recipe", name, "--epochs", "7"])
+    config = cli.parse(["finetune", "--run", str(tmp_path), "--recipe", name, "--recipe.epochs", "7"])
+    assert config == cli.parse(["finetune", "--run", str(tmp_path), "--recipe", name, "--epochs=7"])
     row = recipes.RECIPES[name]
     assert {key: getattr(config, key) for key in row.flags()} == {**row.flags(), "epochs": 7}
     assert {one.name for one in fields(recipes.Recipe)} - {"about"} <= {one.name for one in fields(finetune.Config)}

@@ -169,6 +169,38 @@ def test_of_several_views_the_mean_counts(tmp_path):
     assert np.isnan(predict(files[1:2], "whole", "mirror")).all()
 
 
+def test_further_looks_count_as_much_as_the_first(folder, small_checkpoint, tmp_path):
+    """A second size, and colours normalised by the images' own: each is what a checkpoint so made predicts."""
+
+    def vectors(out, checkpoint=small_checkpoint, **flags):
+        values = {"views": ("whole",), **flags}
+        return infer.run(settings(folder, checkpoint, tmp_path / out, **values))
+
+    def changed(name, **values):
+        """The checkpoint with other settings of its backbone."""
+        copy = tmp_path / name
+        shutil.copytree(small_checkpoint, copy)
+        (copy / ".finetune.done").unlink()
+        config = json.loads((copy / "config.json").read_text())
+        config["backbone"] |= values
+        (copy / "config.json").write_text(json.dumps(config))
+        return vectors(f"{name}.csv", copy).vectors
+
+    plain, larger = vectors("1.csv"), changed("larger", image_size=96)
+    both = vectors("2.csv", second_size=96)
+    good = [file not in plain.broken for file in plain.files]
+    np.testing.assert_allclose(both.vectors[good], metrics.unit(plain.vectors + larger)[good], atol=2e-3)
+    assert (both.vectors * plain.vectors)[good].sum(1).max() < 0.9999
+
+    found = vectors("3.csv", own_colours=True)
+    mean, deviation = found.colours
+    recoloured = changed("recoloured", mean=mean, std=deviation)
+    np.testing.assert_allclose(found.vectors[good], metrics.unit(plain.vectors + recoloured)[good], atol=2e-3)
+    assert json.loads((tmp_path / "3.json").read_text())["colours"] == [list(mean), list(deviation)]
+    assert vectors("3.csv", own_colours=True).colours == found.colours, "read again as it was"
+    assert plain.colours is None
+
+
 def test_views_are_averaged(folder, small_checkpoint, tmp_path):
     single = [
         infer.run(settings(folder, small_checkpoint, tmp_path / f"{view}.csv", views=(view,))).vectors
