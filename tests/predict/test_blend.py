@@ -136,6 +136,25 @@ def test_knn_joins_a_blend_and_knows_nothing_of_what_it_is_asked(
     assert "have prompts that the checkpoint was trained on" in caplog.text
 
 
+def test_knn_validates_without_prompts_near_to_those_that_are_asked(small_embeddings, tmp_path):
+    """Each asked image has a twin of nearly the same prompt, from which it would be predicted perfectly."""
+    rng = np.random.default_rng(0)
+    truth, features = metrics.unit(rng.normal(size=(60, 384))), metrics.unit(rng.normal(size=(60, 8)))
+    twins = metrics.unit(truth[:20] + 0.01 * rng.normal(size=(20, 384)))
+    names = pd.DataFrame({"image_name": [f"{number}.png" for number in range(80)], "prompt": "a"})
+    about = embeddings.load(small_embeddings).about["classes"]
+    for name, vectors in (
+        ("classes", np.concatenate([features, features[:20]])),
+        ("prompt", np.concatenate([truth, twins])),
+    ):
+        embeddings.write(tmp_path, name, vectors.astype(np.float32), names, about)
+    asked = pd.DataFrame(truth[:20].astype(np.float32), names["image_name"][:20])
+    found = knn.validation(tmp_path, asked)
+    assert list(found.index) == list(asked.index)
+    assert metrics.mean_cosine(found.to_numpy(), asked.to_numpy()) < 0.3
+    assert knn.validation(tmp_path, asked.iloc[:0]).empty
+
+
 def test_the_gain_is_measured_on_images_that_gave_no_weights():
     """Two predictors with errors of their own gain in a blend; one that is pure noise gains nothing."""
     rng = np.random.default_rng(0)
