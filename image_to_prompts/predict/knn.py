@@ -50,7 +50,7 @@ def neighbours(folder: Path) -> Predictor:
 
 
 def validation(folder: Path, asked: pd.DataFrame) -> pd.DataFrame:
-    """What `neighbours` says of images that it may have among its own, from all but these and what is near to them.
+    """What `neighbours` says of images that it may have among its own, from those whose prompts are not near to theirs.
 
     Args:
         folder: What `embed` wrote.
@@ -60,8 +60,7 @@ def validation(folder: Path, asked: pd.DataFrame) -> pd.DataFrame:
         float32 (m, 384) by name, of the images that have an embedding.
     """
     known, _ = next(_usable(folder))
-    mine = known.images.isin(asked.index).to_numpy()
-    others = ~(mine | near(known.targets, asked.to_numpy(), NEAR))
+    mine, others = known.images.isin(asked.index).to_numpy(), ~near(known.targets, asked.to_numpy(), NEAR)
     if not others.any():
         return pd.DataFrame(index=[])
     found = metrics.nearest_mean(known.features[mine], known.features[others], known.targets[others], known.k)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file
 
 from image_to_prompts.data import images, metadata
 from image_to_prompts.models import checkpoints, metrics
@@ -61,12 +62,16 @@ def test_rows_that_are_added_move_no_prompt_to_another_cluster(tmp_path):
     rng = np.random.default_rng(0)
     middles = metrics.unit(rng.normal(size=(4, 384)))
     kind = rng.integers(4, size=200)
-    vectors = metrics.unit(middles[kind] + 0.01 * rng.normal(size=(200, 384))).astype(np.float32)
+    spread = np.array([0.01, 0.01, 0.01, 0.1])[kind, None]  # the centroid of a wide cluster is short
+    vectors = metrics.unit(middles[kind] + spread * rng.normal(size=(200, 384))).astype(np.float32)
     found = clusters.of(vectors, tmp_path / clusters.FILE)
     assert all(len(set(kind[found == one])) == 1 for one in set(found)), "a cluster holds prompts of a kind"
     more = np.concatenate([metrics.unit(rng.normal(size=(300, 384))).astype(np.float32), vectors])
     again = clusters.of(more, tmp_path / clusters.FILE)
     np.testing.assert_array_equal(again[300:], found)
+    centroids = load_file(tmp_path / clusters.FILE)["centroids"]
+    nearest = np.linalg.norm(more[:, None] - centroids, axis=2).argmin(1)
+    np.testing.assert_array_equal(again, nearest)
     assert not np.array_equal(clusters.of(more, tmp_path / "new" / clusters.FILE)[300:], found)
     (tmp_path / clusters.FILE).write_bytes(b"torn")
     with pytest.raises(UserError, match="damaged"):

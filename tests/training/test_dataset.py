@@ -59,7 +59,8 @@ def test_rows_that_validate_and_are_nearly_all_of_one_source_are_warned_of(of_on
     names = [f"{number}.png" for number in range(20)]
     frame = pd.DataFrame({"image_name": names, "prompt": names, "fold": [0] * 10 + [1] * 10, "source": sources * 2})
     dataset.split(frame, np.eye(20, 384, dtype=np.float32))
-    assert ("90 % of the rows that validate are of a" in caplog.text) == warned
+    assert ("of the rows that validate are of" in caplog.text) == warned
+    assert not warned or "90 % of the rows that validate are of a:" in caplog.text
 
 
 @pytest.mark.parametrize("values", [{"leave_out": "c"}, {"source_weights": {"c": 2.0}}])
