@@ -187,7 +187,7 @@ def test_further_looks_count_as_much_as_the_first(folder, small_checkpoint, tmp_
         return vectors(f"{name}.csv", copy).vectors
 
     plain, larger = vectors("1.csv"), changed("larger", image_size=96)
-    both = vectors("2.csv", second_size=96)
+    both = vectors("1.csv", second_size=96)  # in the place of those without
     good = [file not in plain.broken for file in plain.files]
     np.testing.assert_allclose(both.vectors[good], metrics.unit(plain.vectors + larger)[good], atol=2e-3)
     assert (both.vectors * plain.vectors)[good].sum(1).max() < 0.9999
