@@ -50,6 +50,9 @@ def build(spec: backbones.Spec, empty: bool = False) -> nn.Module:
     Args:
         spec: The backbone.
         empty: Whether the backbone's parameters get no memory yet; `backbones.fill` gives them some.
+
+    Raises:
+        UserError: If the backbone cannot take inputs of this size.
     """
     import torch
     from accelerate import init_empty_weights
@@ -57,7 +60,11 @@ def build(spec: backbones.Spec, empty: bool = False) -> nn.Module:
 
     with torch.device("meta"):
         pixels = torch.zeros(1, 3, spec.image_size, spec.image_size)
-        width = backbones.build(spec).eval()(pixels).shape[-1]
+        try:
+            width = backbones.build(spec).eval()(pixels).shape[-1]
+        except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+            said = f"{spec.name} cannot take inputs of {spec.image_size} px: {error}; give another size"
+            raise UserError(" ".join(said.split())) from error
 
     class PromptModel(nn.Module):
         def __init__(self) -> None:

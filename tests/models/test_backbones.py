@@ -82,6 +82,12 @@ def test_position_embeddings_of_another_size_are_those_that_timm_interpolates(vi
     torch.testing.assert_close(tower.state_dict()[key].reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize(("name", "side"), [("timm:vit_tiny_patch16_224", 8), ("open_clip:ViT-B-32", 7)])
+def test_a_size_that_a_backbone_cannot_take_is_one_line(name, side):
+    with pytest.raises(UserError, match=f"{name} cannot take inputs of {side} px: .*; give another size"):
+        checkpoints.build(backbones.describe(name, side), empty=True)
+
+
 def test_sha256_is_checked(tmp_path):
     fake = tmp_path / "efficientnet-lite2-9656183e.pth"
     fake.write_bytes(b"not the weights")
