@@ -34,6 +34,7 @@ ASKED = 1024  # queries at once
 FIRST = 4096  # rows whose best cosines give the first limits
 GATHERED = 512  # pairs computed again at once
 BLOCK = 65_536  # prompts embedded at once
+LONGEST = 1.001  # length of a unit vector that was rounded to float16
 ERROR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 """Unit roundoff (half the gap after 1); a product of unit vectors is off by it three times: twice in, once out."""
 
@@ -114,12 +115,39 @@ def build(prompts: list[str], texts: Path, vectors: Path) -> None:
         file.write_table(table)
 
 
-def nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+class Parts:
+    """Arrays of one width, one below the other, as one: the files of a bank, mapped into memory."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        """Takes at least one array (n, d)."""
+        self.arrays, self.ends = arrays, np.cumsum([len(one) for one in arrays])
+        self.shape, self.dtype = (int(self.ends[-1]), arrays[0].shape[1]), arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Rows from one number to another, or by their numbers."""
+        starts = self.ends - [len(one) for one in self.arrays]
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(len(self))
+            inside = zip(self.arrays, first - starts, last - starts, strict=True)
+            found = [one[max(low, 0) : high] for one, low, high in inside if low < len(one) and high > 0]
+            return found[0] if len(found) == 1 else np.concatenate([self.arrays[0][:0], *found])
+        taken = np.empty((len(rows), self.shape[1]), self.dtype)
+        part = np.searchsorted(self.ends, rows, "right")
+        for number in np.unique(part):
+            mine = part == number
+            taken[mine] = self.arrays[number][rows[mine] - starts[number]]
+        return taken
+
+
+def nearest(queries: np.ndarray, vectors: np.ndarray | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of largest cosine.
 
     Args:
         queries: float32 (m, d), of any length.
-        vectors: float32 (n, d) unit vectors, memory-mapped or not.
+        vectors: float32 or float16 (n, d) unit vectors, memory-mapped or not; float16 ones are taken as they stand.
         count: How many rows a query; fewer if there are fewer.
 
     Returns:
@@ -134,7 +162,7 @@ def nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.nd
     return rows, cosines
 
 
-def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(queries: np.ndarray, vectors: np.ndarray | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The same for at most `ASKED` unit vectors."""
     device = local_device()
     if device.type == "cpu":
@@ -142,7 +170,8 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.n
     whole_sums()
     kind = type_of(mixed_precision(device))
     coarse = torch.from_numpy(queries).to(device, kind).T.contiguous()
-    margin = 2 * ((1 + ERROR[kind]) ** 3 - 1 + ROUNDING)  # by which the nearest may seem farther than another
+    lost = ROUNDING * max(1, queries.shape[1] / text_encoder.DIMENSION)  # by sums, the longer the more
+    margin = 2 * (LONGEST * ((1 + ERROR[kind]) ** 3 - 1) + lost)  # by which the nearest may seem farther than another
 
     def product(rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(rows).to(device, kind) @ coarse
@@ -153,7 +182,7 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.n
         row, query = places(reaches(cosines, limits))
         return query, row + start, cosines[torch.from_numpy(row), torch.from_numpy(query)].float().cpu().numpy()
 
-    sample = product(vectors[:: max(1, len(vectors) // max(FIRST, count))]).float()
+    sample = product(vectors[np.arange(0, len(vectors), max(1, len(vectors) // max(FIRST, count)))]).float()
     limits = sample.topk(count, dim=0).values[-1] - margin
     best = np.full((len(queries), count), -np.inf, np.float32)
     found = []
@@ -170,7 +199,8 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray, count: int) -> tuple[np.n
         query, row, cosine = query[may], row[may], cosine[may]
 
         def again(some: slice) -> None:
-            np.einsum("ij,ij->i", vectors[row[some]], queries[query[some]], out=cosine[some])
+            near = vectors[row[some]].astype(np.float32, copy=False)
+            np.einsum("ij,ij->i", near, queries[query[some]], out=cosine[some])
 
         list(threads.map(again, (slice(start, start + GATHERED) for start in range(0, len(row), GATHERED))))
     order = np.lexsort((row, -cosine, query))

@@ -57,6 +57,27 @@ def test_the_worst_that_rounding_does_is_allowed_for():
     assert vectors[0] @ query > vectors[1] @ query and rows[0, 0] == 0
 
 
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 80), st.integers(0, 10**6))
+def test_a_bank_in_half_precision_is_searched_exactly(sizes, count, seed):
+    """Several files, some of them empty, with rows that stand twice: as NumPy finds it in the stored vectors."""
+    stored = units(sum(sizes), seed, 96).astype(np.float16)
+    rng = np.random.default_rng(seed)
+    stored[rng.integers(0, max(1, len(stored)), len(stored) // 4)] = stored[: len(stored) // 4]
+    parts = nearest.Parts(np.split(stored, np.cumsum(sizes)[:-1]))
+    queries = units(5, seed + 1, 96)
+    rows, cosines = nearest.nearest(queries, parts, count)
+    exact = np.stack([np.einsum("ij,j->i", stored.astype(np.float32), query) for query in queries])
+    expected = np.argsort(-exact, axis=1, kind="stable")[:, :count]
+    assert rows.shape == (5, min(count, len(stored)))
+    assert np.abs(cosines - np.take_along_axis(exact, expected, 1)).max(initial=0) < 1e-6
+    assert np.abs(cosines - np.take_along_axis(exact, rows, 1)).max(initial=0) < 1e-6
+    twins = (np.diff(cosines) == 0) & (np.diff(rows) < 0)
+    assert not twins.any(), "the earlier of equals first"
+    numbers = rng.integers(0, max(1, len(stored)), 9 if len(stored) else 0)
+    assert np.array_equal(parts[numbers], stored[numbers]) and np.array_equal(parts[3:700], stored[3:700])
+
+
 def test_no_queries_no_vectors_and_all_of_them():
     rows, cosines = nearest.nearest(np.zeros((0, 384), np.float32), units(3), 2)
     assert rows.shape == cosines.shape == (0, 2)
