@@ -106,7 +106,7 @@ def trainer(
     images, targets = data(count, size)
     trained = faster(model)
     if cached:
-        images = torch.cat([frozen_features.activations(model, part) for part in images.split(batch)]).float()
+        images = torch.cat([frozen_features.activations(model, part) for part in images.split(4)]).float()
         trained = frozen_features.over_cache(model)
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     every = np.arange(count)
