@@ -1,7 +1,7 @@
 """The mean of the prompts whose images are nearest in an encoder's embeddings, as `embed` writes them."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from ..models import metrics
 from ..run.errors import UserError
 from ..search.near_pairs import near
 from ..training.dataset import NEAR
-from .predictors import Predictor
 
 log = logging.getLogger(__name__)
 MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
@@ -33,11 +32,14 @@ class _Known:
     score: float
 
 
-def neighbours(folder: Path) -> Predictor:
+def neighbours(folder: Path) -> tuple[np.ndarray, Encoder, Callable[[list[np.ndarray]], np.ndarray]]:
     """kNN over the best array of `embed` whose encoder can be built, the number of neighbours chosen on a part of it.
 
     Args:
         folder: What `embed` wrote.
+
+    Returns:
+        `mean`, encoder and `finish` of a `predictors.Predictor`.
 
     Raises:
         UserError: If an array is damaged, or the weights of no encoder are there.
@@ -46,7 +48,7 @@ def neighbours(folder: Path) -> Predictor:
     said = "kNN over %d embeddings by %s, k = %d: %.4f on a part of them"
     log.info(said, len(known.features), known.name, known.k, known.score)
     finish = partial(_nearest_mean, known.features, known.targets, known.k)
-    return Predictor(metrics.unit(known.targets.mean(0)), [encoder], finish)
+    return metrics.unit(known.targets.mean(0)), encoder, finish
 
 
 def validation(folder: Path, asked: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from ..run.errors import UserError
 from ..run.files import make_folder
 from ..run.folders import Run, kaggle_inputs
 from ..run.progress import Deadline
-from . import knn
+from . import predictors
 from .predictors import Predictor, Seen, Viewing, predict_resumed, start
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
     stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
     stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
     for folder in stored:
-        way: Callable[[], Predictor] = partial(knn.neighbours, folder)
+        way: Callable[[], Predictor] = partial(predictors.load, folder)
         rungs.append(Rung(f"kNN over {folder}", {str(folder): way}, [1.0], embeddings.files(folder)))
     if all(found := weights.interrogator_at_hand(caption, ranker)):
         files = [path for path in found if path and path.is_file()]

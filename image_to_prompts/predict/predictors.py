@@ -96,7 +96,8 @@ def load(folder: Path, looks: Looks = ONCE) -> Predictor:
     if is_embeddings(folder):
         from . import knn
 
-        return knn.neighbours(folder)
+        mean, encoder, finish = knn.neighbours(folder)
+        return Predictor(mean, [encoder], finish)
     return checkpoint(folder, looks)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from image_to_prompts import describe, ensemble, profiles
 from image_to_prompts.encode import encoders
 from image_to_prompts.models import doubt
-from image_to_prompts.predict import knn, predictors
+from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 
@@ -374,7 +374,7 @@ def test_what_an_image_gets_does_not_depend_on_its_company(kind, small_checkpoin
     predictor = {
         "finetune": lambda: predictors.checkpoint(small_checkpoint),
         "ensemble": lambda: predictors.checkpoint(tmp_path / "ensemble"),
-        "neighbours": lambda: knn.neighbours(small_embeddings),
+        "neighbours": lambda: predictors.load(small_embeddings),
         "classes": lambda: predictors.Predictor(np.zeros(384), [encoders.build("classes", 224)]),
     }[kind]()
     viewing = predictors.Viewing(("whole", "mirror"))
