@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "batch 64": {"batch_size": 64},
     "6 epochs": {"epochs": 6},
-    "augmentation": {"augment": True, "cache_features": False},
+    "augmentation": _AUGMENTED,
     "rate 1e-3": {"learning_rate": 1e-3},
     "rate 1e-3, warm-up 60": {"learning_rate": 1e-3, "warm_up": 60},
     "rate 2e-3, warm-up 60": {"learning_rate": 2e-3, "warm_up": 60},
@@ -119,7 +119,7 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
     for name in ("test", "test-openmoji"):
         manifest = metadata.read_table(run.test_images.with_name(name) / "manifest.csv", ("file", "prompt"))
         images = ImageRows([run.test_images.with_name(name) / file for file in manifest["file"]], size)
-        predicted = metrics.extract(checkpoint.model.eval(), images, 32, torch.device("cpu"))
+        predicted = metrics.extract(checkpoint.model, images, 32, torch.device("cpu"))
         found[name] = metrics.mean_cosine(predicted, text_encoder.encode(manifest["prompt"].tolist()))
     return found
 
@@ -133,14 +133,13 @@ def main() -> None:
     parser.add_argument("--features", type=Path, default=Path(tempfile.gettempdir()) / "ablation-features")
     options = parser.parse_args()
     progress.set_quiet(True)
-    path = options.out
-    results = json.loads(path.read_text()) if path.is_file() else {}
+    results = json.loads(options.out.read_text()) if options.out.is_file() else {}
     for seed in range(options.seeds):
         for name in options.only:
             done = results.setdefault(name, {})
             if str(seed) not in done:
                 done[str(seed)] = measure(Run(options.run), seed, VARIANTS[name], options.features)
-                write_json(path, results)
+                write_json(options.out, results)
                 print(name, seed, {key: round(value, 4) for key, value in done[str(seed)].items()}, flush=True)
     table = []
     for name, seeds in results.items():

@@ -10,7 +10,7 @@ loss    A smaller ConvNeXt: loss after 50 steps of the reference's loop and of o
 epoch   The embedded profile's model: an epoch with cached features, without where images lie in memory, and without
         where they are read from PNG files.
 memory  Each recipe's tower at full size with random weights: the peak that `--dry-run` predicts from steps of 2 and 4
-        images beside that of a step of 3 and of 6 (for small ones of 12 and 24), each in a process of its own.
+        images beside that of a step of 3 and of 6 (of small towers more), each in a process of its own.
 loader  Images a second: the reference's loader (Pillow, torchvision transforms, float32, processes) and ours (threads).
 
 The reference's parts are written anew from their description. Ways run in turns; those with large models each in a

@@ -17,6 +17,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from encode import REAL, read
@@ -103,30 +104,28 @@ def ours_in_bank(folder: Path) -> Prepared:
     return lambda: nearest.nearest(queries, nearest.Parts(files(folder)), DEEP)
 
 
+def told(title: str, slow: str, found: tuple[Any, ...], cosines: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+    """Prints what `in_turns` found, and how far cosines are from the right ones; both for the JSON file."""
+    seconds, memory = found
+    differ = float(np.abs(cosines[0] - cosines[1]).max())
+    print(f"{title}: seconds\n{lines(seconds, memory, slow)}\nlargest difference of a cosine {differ:.1e}")
+    fast = ratio(seconds, slow, "ours")
+    return {"seconds": seconds, "peak GB": memory, "times as fast": fast, "largest difference": differ}
+
+
 def bench_bank(options: argparse.Namespace) -> None:
+    count, queries, ten = options.count, options.queries // 10, "ours, ten times as many"
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as other:
         folder, large = Path(name), Path(other)
-        make_bank(folder, options.count, options.queries // 10)
-        make_bank(large, 10 * options.count, options.queries // 10)
+        make_bank(folder, count, queries)
+        make_bank(large, 10 * count, queries)
         os.environ.pop("OPENBLAS_CORETYPE", None)
-        ten = "ours, ten times as many"
-        ways = {
-            "faiss.knn": (block_wise, (folder,), {}),
-            "ours": (ours_in_bank, (folder,), {}),
-            ten: (ours_in_bank, (large,), {}),
-        }
-        seconds, memory = in_turns(ways, options.rounds)
-        right, found = block_wise(folder)(), ours_in_bank(folder)()[1]
-    print(f"{options.count:,} float16 rows of {WIDTH}, {options.queries // 10:,} queries, {DEEP} nearest: seconds")
-    print(lines(seconds, memory, "faiss.knn"))
-    differ = float(np.abs(right - found).max())
-    print(f"largest difference of a cosine {differ:.1e}")
-    result = {"rows": options.count, "queries": options.queries // 10, "seconds": seconds, "peak GB": memory}
-    result |= {
-        "times as fast": ratio(seconds, "faiss.knn", "ours"),
-        "ten times as many, times": ratio(seconds, ten, "ours"),
-    }
-    record(__file__, "bank", {**result, "largest difference": differ})
+        ways = {"faiss.knn": (block_wise, (folder,), {}), "ours": (ours_in_bank, (folder,), {})}
+        found = in_turns({**ways, ten: (ours_in_bank, (large,), {})}, options.rounds)
+        cosines = block_wise(folder)(), ours_in_bank(folder)()[1]
+    title = f"{count:,} float16 rows of {WIDTH}, {queries:,} queries, {DEEP} nearest"
+    result = {"rows": count, "queries": queries, **told(title, "faiss.knn", found, cosines)}
+    record(__file__, "bank", {**result, "ten times as many, times": ratio(found[0], ten, "ours")})
 
 
 def bench_nearest(options: argparse.Namespace) -> None:
@@ -135,15 +134,11 @@ def bench_nearest(options: argparse.Namespace) -> None:
         make(folder, options.count, options.queries)
         os.environ.pop("OPENBLAS_CORETYPE", None)  # FAISS's own BLAS is faster without
         ways = {"FAISS, flat": (theirs, (folder,), {}), "ours": (ours, (folder,), {})}
-        seconds, memory = in_turns(ways, options.rounds)
-        right, found = theirs(folder)()[0], ours(folder)()[1]
-    print(f"{options.count:,} prompts, {options.queries:,} queries, {NEAREST} nearest: seconds")
-    print(lines(seconds, memory, "FAISS, flat"))
-    differ = float(np.abs(right - found).max())
-    print(f"largest difference of a cosine {differ:.1e}")
-    result = {"prompts": options.count, "queries": options.queries, "seconds": seconds, "peak GB": memory}
-    result |= {"times as fast": ratio(seconds, "FAISS, flat", "ours"), "largest difference": differ}
-    record(__file__, "nearest", result)
+        found = in_turns(ways, options.rounds)
+        cosines = theirs(folder)()[0], ours(folder)()[1]
+    title = f"{options.count:,} prompts, {options.queries:,} queries, {NEAREST} nearest"
+    result = {"prompts": options.count, "queries": options.queries}
+    record(__file__, "nearest", {**result, **told(title, "FAISS, flat", found, cosines)})
 
 
 def main() -> None:

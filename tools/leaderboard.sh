@@ -4,7 +4,7 @@
 #   image-to-prompts weights get open_clip:ViT-L-14-336-quickgelu open_clip:EVA02-L-14-336 open_clip:convnext_xxlarge
 #   PAIRS="data/a data/b" IMAGES=data/competition/images bash tools/leaderboard.sh
 #
-# PAIRS are folders of images with a table of their prompts (docs/kaggle.md names public ones), IMAGES what is to be
+# PAIRS are folders of images with a table of their prompts (PAIRS in image_to_prompts/pipeline.py names public ones), IMAGES what is to be
 # predicted. Each command does only what is not done yet, so the script may be stopped and started again. For hours and
 # images see docs/recipes.md. `SIZE=tiny bash tools/leaderboard.sh` does the same with stand-ins: minutes on two cores.
 set -euo pipefail

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
+from ..data.rows import Colours
 from ..encode import encoders
 from ..encode.encoders import Encoder
 from ..models import backbones, checkpoints, doubt, freezing, metrics, text_encoder
@@ -80,7 +81,7 @@ class Looks:
     """
 
     size: int = 0
-    colours: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    colours: Colours | None = None
 
     def specs(self, spec: backbones.Spec) -> list[backbones.Spec]:
         """The same backbone as each further look needs it."""

@@ -121,6 +121,7 @@ class Parts:
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         """Takes at least one array (n, d)."""
         self.arrays, self.ends = arrays, np.cumsum([len(one) for one in arrays])
+        self.starts = self.ends - [len(one) for one in arrays]
         self.shape, self.dtype = (int(self.ends[-1]), arrays[0].shape[1]), arrays[0].dtype
 
     def __len__(self) -> int:
@@ -128,17 +129,16 @@ class Parts:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         """Rows from one number to another, or by their numbers."""
-        starts = self.ends - [len(one) for one in self.arrays]
         if isinstance(rows, slice):
             first, last, _ = rows.indices(len(self))
-            inside = zip(self.arrays, first - starts, last - starts, strict=True)
+            inside = zip(self.arrays, first - self.starts, last - self.starts, strict=True)
             found = [one[max(low, 0) : high] for one, low, high in inside if low < len(one) and high > 0]
             return found[0] if len(found) == 1 else np.concatenate([self.arrays[0][:0], *found])
         taken = np.empty((len(rows), self.shape[1]), self.dtype)
         part = np.searchsorted(self.ends, rows, "right")
         for number in np.unique(part):
             mine = part == number
-            taken[mine] = self.arrays[number][rows[mine] - starts[number]]
+            taken[mine] = self.arrays[number][rows[mine] - self.starts[number]]
         return taken
 
 
