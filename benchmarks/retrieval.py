@@ -76,8 +76,8 @@ def make_bank(folder: Path, count: int, queries: int) -> None:
     np.save(folder / "asked.npy", asked / np.linalg.norm(asked, axis=1, keepdims=True))
 
 
-def files(folder: Path) -> list[np.ndarray]:
-    return [np.load(file, mmap_mode="c") for file in sorted(folder.glob("bank-*.npy"))]
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("bank-*.npy"))
 
 
 def block_wise(folder: Path) -> Prepared:
@@ -87,7 +87,7 @@ def block_wise(folder: Path) -> Prepared:
 
     def search() -> np.ndarray:
         best = np.full((len(queries), DEEP), -np.inf, np.float32)
-        for part in files(folder):
+        for part in (np.load(file, mmap_mode="c") for file in files(folder)):
             for start in range(0, len(part), BLOCK):
                 block = part[start : start + BLOCK].astype(np.float32)
                 found, _ = faiss.knn(queries, block, DEEP, metric=faiss.METRIC_INNER_PRODUCT)
@@ -101,7 +101,7 @@ def ours_in_bank(folder: Path) -> Prepared:
     from image_to_prompts.search import nearest
 
     queries = np.load(folder / "asked.npy")
-    return lambda: nearest.nearest(queries, nearest.Parts(files(folder)), DEEP)
+    return lambda: nearest.nearest(queries, nearest.Parts([nearest.Stored(file) for file in files(folder)]), DEEP)
 
 
 def told(title: str, slow: str, found: tuple[Any, ...], cosines: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:

@@ -173,6 +173,7 @@ EMBEDDED = {
     "picture": "embedded.scenes:picture",
     "undrawn": "embedded.grammar:undrawn",
     "classes": "embedded.classes:ClassInterrogator",
+    "dual": "embedded.dual:Dual",
 }
 
 

@@ -47,6 +47,7 @@ WORDS = {
         "--image-size 64 --encoders timm:tf_efficientnet_lite0 timm:tf_efficientnet_lite2",
         {"--images": "images"},
     ),
+    "embed-bank": ("--encoders open_clip:CLIP --dimensions 8", {"--texts": "metadata"}),
     "ensemble": ("--epochs 3 --save-minutes 0", {"--embeddings": "embeddings"}),
     "infer": ("--batch-size 4", {"--images": "images", "--checkpoint": "checkpoint"}),
     "describe": (
@@ -99,6 +100,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
 
     from image_to_prompts import describe, embed
     from image_to_prompts.__main__ import main
+    from image_to_prompts.embed import bank
     from image_to_prompts.embedded.scenes import SceneBackend
     from image_to_prompts.generate import formats
     from image_to_prompts.models import networks, text_encoder
@@ -108,6 +110,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     torch.set_num_threads(1)
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, formats.BLOCK = 16, 8, 8, 4, 8
     describe.BLOCK, frozen_features.BLOCK = 8, 16
+    bank.BLOCK, bank.SHARD = 8, 20
     networks.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)
     if memory:
@@ -168,7 +171,9 @@ class Case:
     def words(self) -> list[str]:
         flags, inputs = WORDS[self.target]
         words = [stage_of(self.target), "--run", str(self.run)]
-        words += [word.replace("RUN", str(self.run)) for word in flags.split()]
+        words += [
+            word.replace("RUN", str(self.run)).replace("CLIP", str(self.inputs["clip"])) for word in flags.split()
+        ]
         for flag, name in inputs.items():
             if flag:
                 words += [flag, str(self.inputs[name])]

@@ -48,11 +48,12 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory, small_run, small_checkpoint, small_embeddings, tiny_gpt2, tiny_sd2):
+def bench(tmp_path_factory, small_run, small_checkpoint, small_embeddings, tiny_encoders, tiny_gpt2, tiny_sd2):
     folder = tmp_path_factory.mktemp("chaos")
     (folder / "inputs").mkdir()
     fixtures = {"prompts": small_run.prompts, "metadata": small_run.metadata, "images": small_run.images}
     fixtures |= {"checkpoint": small_checkpoint, "embeddings": small_embeddings, "gpt2": tiny_gpt2, "sd2": tiny_sd2}
+    fixtures["clip"] = tiny_encoders["clip"]
     return Bench(folder, chaos.make_inputs(folder / "inputs", fixtures))
 
 

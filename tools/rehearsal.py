@@ -193,10 +193,10 @@ def load(name: str) -> list[Any]:
         backend.start()
         return [backend.pipeline.unet, backend.pipeline.vae, backend.pipeline.text_encoder]
     if name in (weights.CAPTION, weights.RANKER):
-        from image_to_prompts.encode import interrogator
+        from image_to_prompts.encode import interrogator, text_tower
 
         found = weights.locate(name)
-        return [interrogator.captioner(found)[0] if name == weights.CAPTION else interrogator.towers(name, found)[0]]
+        return [interrogator.captioner(found)[0] if name == weights.CAPTION else text_tower.towers(name, found)[0]]
     built = encoders.build(name, 512 if "xxlarge" in name else 224)
     return [built.model]  # type: ignore[attr-defined]
 

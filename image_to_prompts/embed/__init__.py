@@ -1,6 +1,9 @@
 """Stage 5, embed: what pretrained encoders make of each image, and the embeddings of the prompts.
 
     image-to-prompts embed --images DIR [--metadata CSV] --out embeddings [--encoders NAME ...]
+    image-to-prompts embed --texts CSV... --encoders open_clip:<model> --out bank
+
+With --texts it makes a bank of prompts instead, which `infer` searches: see `bank`.
 
 The reference's three: CLIP ViT-B/32, ConvNeXt-Tiny, and CLIP Interrogator's text through all-MiniLM-L6-v2; see
 `encoders` for others and `embeddings` for the files. The interrogator's texts stand in its names.csv.
@@ -61,6 +64,16 @@ class Main:
 
 
 @dataclass
+class Bank:
+    """A bank of prompts in place of images."""
+
+    texts: tuple[Path, ...] = ()
+    """CSVs of prompts, of which --encoders' one text tower makes a bank for infer and describe."""
+    dimensions: NotNegative = 0
+    """Numbers a prompt, by principal components; 0: all that the tower gives."""
+
+
+@dataclass
 class Texts:
     """What the interrogator says."""
 
@@ -73,7 +86,7 @@ class Texts:
 
 
 @dataclass
-class Config(Main, Texts, Models, EngineConfig, StageConfig):
+class Config(Main, Bank, Texts, Models, EngineConfig, StageConfig):
     """Embeds images with pretrained encoders, and their prompts with all-MiniLM-L6-v2."""
 
 
@@ -86,11 +99,16 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     """Runs the stage.
 
     Returns:
-        Rows and width of each array, by name.
+        Rows and width of each array, by name; of a bank by its tower.
 
     Raises:
         UserError: On bad input, terms or weights, or if no image can be read.
     """
+    if config.texts:
+        from . import bank
+
+        with alone(config.out):
+            return bank.run(config)
     tables = dataset.tables(config.metadata, config.images)
     with alone(config.out):
         return _run(config, tables)
@@ -99,7 +117,8 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
 def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
     rows = dataset.load_metadata(tables, config.images)
     files = rows["path"].tolist()
-    settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size", "max_hours")
+    of_banks = [one.name for one in fields(Bank)]
+    settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size", "max_hours", *of_banks)
     settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
     models = {name: name.partition(":")[2] for name in config.encoders}
     places = [backbones.locate(name) for name, model in models.items() if model and Path(model).is_dir()]

@@ -1,8 +1,8 @@
 """The whole chain in one go on the embedded profile, with a report and an honest score: what `make run` calls.
 
-generate, dedupe, hold two folds out, render both sides, finetune, embed, ensemble, infer on the held-out images with
-both models, score beside the constant, kNN and ceiling; the same on the held-out prompts drawn by a second hand
-(OpenMoji) never trained on.
+generate, dedupe, hold two folds out, render both sides, finetune, embed, ensemble, a bank of prompts, infer on the
+held-out images with both models and the bank, score beside the constant, kNN and ceiling; the same on the held-out
+prompts drawn by a second hand (OpenMoji) never trained on.
 """
 
 import json
@@ -18,16 +18,19 @@ import pandas as pd
 
 from .. import dedupe, infer, pipeline, profiles, render
 from ..data import metadata, pictures
+from ..encode import embeddings
 from ..models import checkpoints, metrics, text_encoder
 from ..run.errors import UserError
 from ..run.files import write_json
 from ..run.folders import MANIFEST, open_run, profile_of
 from ..run.resume import Stamp
-from ..training import frozen_features
+from ..training import dataset, frozen_features
 from .ceiling import ceiling_score, skill
 
 TEST_FOLDS = (1, 2)
 SHOWN_STRIPS = 6
+FEATURES = "timm-tf_efficientnet_lite2"  # array of `embed` on which the dual encoder stands
+SEED = 1  # of the bank's new prompts
 
 
 @dataclass
@@ -112,14 +115,16 @@ def run(config: Config) -> str:
     chain("ensemble", rows=lambda _: train, **few)
 
     models = (of.checkpoint, of.ensemble)
-    both: dict[str, Any] = {"checkpoint": models, "key": of.test_metadata, "bank": of.train_metadata}
+    pairs = _bank(chain, 1500 if config.quick else 12_000)
+    every: dict[str, Any] = {"checkpoint": models, "key": of.test_metadata, "bank": (of.train_metadata, of.bank)}
+    every["pairs"] = (pairs,)
     outs = {"test": of.submission, "test-openmoji": of.submission.with_name("openmoji.csv")}
     folders = {"test": of.test_images, "test-openmoji": openmoji}
     found = {
-        name: chain("infer", name, rows=lambda one: len(one.files), images=folders[name], out=out, **both)
+        name: chain("infer", name, rows=lambda one: len(one.files), images=folders[name], out=out, **every)
         for name, out in outs.items()
     }
-    inputs = [*(one / "model.safetensors" for one in models), both["key"], of.submission, both["bank"]]
+    inputs = [*(one / "model.safetensors" for one in models), of.test_metadata, of.submission, of.train_metadata]
     stamp, begun = Stamp(of.report / ".report.done", "run", {}, inputs), time.perf_counter()
     if not stamp.is_current():
         _evaluate(chain, found, test, stamp)
@@ -134,6 +139,55 @@ def run(config: Config) -> str:
     lines += [f"alone: {alone}; blended {scores['test']['score']:.4f}"]
     lines += [f"OpenMoji, never trained on: {score_line(scores['test-openmoji'])}", score_line(scores["test"])]
     return "\n".join(lines)
+
+
+def _bank(chain: Chain, count: int) -> Path:
+    """Makes a bank of the training prompts and of new ones, none near a held-out one, for a dual encoder.
+
+    The encoder is fitted on the training rows that do not validate.
+
+    Args:
+        chain: The run.
+        count: New prompts.
+
+    Returns:
+        A folder of embeddings: the dual encoder's of the validating images.
+    """
+    from ..search.near_pairs import near
+    from . import dual
+
+    of, begun = chain.run, time.perf_counter()
+    pairs, folder, new = of.bank.with_name("pairs"), of.checkpoints / "dual", of.bank.with_name("new.csv")
+    chain("generate", "bank", count=count, seed=SEED, out=of.prompts.with_name("bank.csv"))
+    stamp = Stamp(of.bank.with_name(".pairs.done"), "run", {}, [*embeddings.files(of.embeddings), of.test_metadata])
+    if not stamp.is_current():
+        outputs = [folder / name for name in ("dual.json", "dual.safetensors")]
+        outputs += [pairs / f"{name}{end}" for name in ("dual", embeddings.PROMPTS) for end in embeddings.ENDS]
+        stamp.claim([*outputs, new])
+        table = embeddings.load(of.embeddings, [FEATURES])
+        (features,), targets = table.arrays.values(), table.targets
+        validates = (table.frame["fold"] == 0).to_numpy()
+        dual.save(folder, dual.fit(features[~validates], targets[~validates]), table.about[FEATURES]["backbone"])
+        encoder = dual.Dual(folder)
+        names = table.frame[validates]
+        embeddings.write(pairs, "dual", encoder.images(features[validates]), names[["image_name"]], encoder.about)
+        embeddings.write(pairs, embeddings.PROMPTS, targets[validates], names, {"encoder": text_encoder.NAME})
+        written = metadata.read_prompts(of.prompts.with_name("bank.csv"))
+        held_out = text_encoder.encode(metadata.read_prompts(of.test_metadata)["prompt"].tolist())
+        far = ~near(text_encoder.encode_once(written["prompt"].tolist()), held_out, dataset.NEAR)
+        metadata.write_table(new, written[far])
+        stamp.write([*outputs, new])
+        chain.note("dual encoder", begun, len(features))
+    tower = f"dual:{folder}"
+    chain(
+        "embed",
+        "bank",
+        rows=lambda found: found[tower][0],
+        texts=(of.train_metadata, new),
+        encoders=(tower,),
+        out=of.bank,
+    )
+    return pairs
 
 
 def _evaluate(chain: Chain, predictions: dict[str, infer.Prediction], test: pd.DataFrame, stamp: Stamp) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 from ..data import metadata
 from ..run.errors import UserError
 from ..run.files import write_array, write_json
-from ..run.folders import EMBEDDED
+from ..run.folders import EMBEDDED, read_json
 from ..run.resume import check_whole
 
 PROMPTS = EMBEDDED  # name of the prompts' own embeddings
@@ -81,6 +81,11 @@ def read(folder: Path, name: str) -> tuple[np.ndarray, pd.DataFrame, dict[str, A
         raise UserError(f"{path}: row {bad[0] + 1} ({names['image_name'][bad[0]]}) is not finite; run embed again")
     metadata.check_names(names, folder / f"{name}.names.csv")
     return vectors, names, about
+
+
+def about(folder: Path, name: str) -> dict[str, Any]:
+    """How an array was made; nothing where that is not known."""
+    return read_json(folder / f"{name}.json")
 
 
 def files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 open_clip:<model or folder>, timm:<model>, transformers:<model or folder>   features of a backbone
 interrogator   a BLIP caption and the terms that CLIP ranks highest: CLIP Interrogator, batched and offline
 classes        its stand-in in the embedded profile: ImageNet classes, and the grammar's words that are nearest to them
+dual:<folder>  stand-in of a CLIP in the embedded profile: one space for images and texts
 
 A text counts by its all-MiniLM-L6-v2 embedding.
 """
@@ -76,6 +77,8 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
         return interrogator.load(**settings)
     if name == "classes":
         return pipeline.embedded("classes")(image_size)
+    if name.startswith("dual:"):
+        return pipeline.embedded("dual")(Path(name.partition(":")[2]))
     return BackboneEncoder.pretrained(backbones.describe(name, image_size))
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
@@ -30,6 +28,7 @@ from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
 from ..run.progress import Estimate, progress_to
+from .text_tower import towers
 
 log = logging.getLogger(__name__)
 MODES = ("fast", "classic", "best")
@@ -220,27 +219,6 @@ def captioner(folder: Path) -> tuple[nn.Module, Any]:
         kind = layouts.variant(folder)
         model = BlipForConditionalGeneration.from_pretrained(folder, variant=kind, **layouts.FROM_FOLDER)
         return model, BlipProcessor.from_pretrained(folder, **layouts.FROM_FOLDER)
-
-
-def towers(name: str, file: Path) -> tuple[nn.Module, Any]:
-    """Both towers of an open_clip model, and its tokenizer.
-
-    Args:
-        name: open_clip:<model or folder>.
-        file: Its weights, from `weights.locate`.
-
-    Raises:
-        UserError: If they are damaged or another model's.
-    """
-    model = name.partition(":")[2]
-    config, _ = backbones.clip_config(model)
-    own_text = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
-    kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if own_text else open_clip.CLIP
-    with layouts.reading(file, "open_clip weights"):
-        with init_empty_weights():  # open_clip.create_model would fill it with random numbers first
-            clip = kind(**config)
-        backbones.fill(clip, backbones.read_state(file), file)
-        return clip, open_clip.get_tokenizer(f"local-dir:{model}" if Path(model).is_dir() else model)
 
 
 def load(

@@ -28,7 +28,7 @@ from ..run.devices import rank_and_processes
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
 from ..run.files import make_folder, write_json
-from ..run.folders import Run
+from ..run.folders import Run, is_bank
 from ..run.resume import Stamp, alone
 from . import submission
 
@@ -48,12 +48,16 @@ class Main:
     """Submission CSV to write."""
     key: Path | None = None
     """CSV with the images' true prompts (image_name or image, prompt), to score against."""
-    bank: Path | None = None
-    """CSV of prompts; the nearest one to each image goes to <out>.prompts.csv."""
+    bank: tuple[Path, ...] = ()
+    """CSVs of prompts, of which the nearest to each image goes to <out>.prompts.csv; banks of embed --texts predict."""
     blend: tuple[float, ...] = ()
     """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
     second_size: NotNegative = 0
     """Let checkpoints of finetune look a second time, at inputs of this side in px; 0: not."""
+    pairs: tuple[Path, ...] = ()
+    """Folders of embed, of images with known prompts, to fit a bank's settings on; left out: the run's, or attached."""
+    second_tower: str = ""
+    """open_clip:<model> that judges the prompts which a bank's own tower found."""
     own_colours: bool = False
     """Let them look a further time, with colours normalised by the mean and deviation of these images."""
     fallback: bool = False
@@ -146,17 +150,21 @@ def run(config: Config) -> Prediction:
 
 def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     truth = read_key(config.key, files, config.images) if config.key else None
-    bank = metadata.read_prompts(config.bank)["prompt"].tolist() if config.bank else None
-    folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback)
-    weights = predictors.blend_weights(folders, config.blend) if folders else []
+    csvs = [path for path in config.bank if not is_bank(path)]
+    bank = [prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]]
+    banks = [path for path in config.bank if is_bank(path)] or ([] if config.checkpoint else Run(config.run).banks())
+    searching = predictors.Searching(config.pairs or tuple(Run(config.run).stored_embeddings()), config.second_tower)
+    folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback or bool(banks))
+    folders += banks
+    weights = predictors.blend_weights(folders, config.blend, searching) if folders else []
     colours = rows.colours(files) if config.own_colours else None
-    rungs = _rungs(config, folders, weights, predictors.Looks(config.second_size, colours))
+    rungs = _rungs(config, folders, weights, predictors.Looks(config.second_size, colours), searching)
     make_folder(config.out.parent)
     names = [file.relative_to(config.images).as_posix() for file in files]
     settings = {"images": [names, images.contents(files)], "key": bool(truth), "bank": bool(bank)}
     settings |= {"weights": weights, "views": config.views, "rungs": [rung.what for rung in rungs]}
     settings |= {"looks": [config.second_size, colours]} if config.second_size or colours else {}
-    inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, config.bank))]
+    inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, *csvs))]
     stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), "infer", settings, inputs)
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")
     if stamp.is_current():
@@ -208,15 +216,21 @@ def read(config: Config) -> Prediction:
     found["broken"] = [Path(name) for name in found["broken"]]
     found["colours"] = tuple(map(tuple, found.get("colours") or ())) or None
     nearest = config.out.with_name(f"{config.out.stem}.prompts.csv")
-    prompts = metadata.read_table(nearest, ()).astype({"cosine": float}) if config.bank else None
+    prompts = None
+    if not all(map(is_bank, config.bank)):
+        prompts = metadata.read_table(nearest, ()).astype({"cosine": float})
     return Prediction(files, submission.read(config.out, submission.check_stems(files)), **found, prompts=prompts)
 
 
-def _rungs(config: Config, folders: list[Path], weights: list[float], looks: predictors.Looks) -> list[Rung]:
-    """Ways to predict, best first: the checkpoints and, with --fallback, each alone and what needs none."""
-    rungs = [_checkpoint_rung(folders, weights, looks)] if folders else []
+def _rungs(
+    config: Config, folders: list[Path], weights: list[float], looks: predictors.Looks, searching: predictors.Searching
+) -> list[Rung]:
+    """Ways to predict, best first: checkpoints and banks and, with --fallback, each alone and what needs none."""
+    used = [place for place, weight in enumerate(weights) if weight or not is_bank(folders[place])]
+    counted, weights = [folders[place] for place in used], [weights[place] for place in used]
+    rungs = [_folder_rung(counted, weights, looks, searching)] if counted else []
     if config.fallback and len(folders) > 1:  # one may lack the weights of its encoders
-        rungs += [_checkpoint_rung([folder], [1.0], looks) for folder in folders]
+        rungs += [_folder_rung([folder], [1.0], looks, searching) for folder in folders]
     if config.fallback and not config.checkpoint:
         rungs += ladder(Run(config.run), config.caption, config.ranker)
     return rungs
@@ -250,12 +264,19 @@ def _tell(result: Prediction, reached: list[int]) -> None:
         log.warning("%d of %d images not reached in time: they got the mean prediction", result.unreached, every)
 
 
-def _checkpoint_rung(folders: list[Path], weights: list[float], looks: predictors.Looks) -> Rung:
+def _folder_rung(
+    folders: list[Path], weights: list[float], looks: predictors.Looks, searching: predictors.Searching
+) -> Rung:
     loads: dict[str, Callable[[], predictors.Predictor]] = {
-        str(folder): partial(predictors.load, folder, looks) for folder in folders
+        str(folder): partial(predictors.load, folder, looks, searching) for folder in folders
     }
-    inputs = [path for folder in folders for path in predictors.inputs(folder)]
-    return Rung(f"checkpoint {', '.join(map(str, folders))}", loads, weights, inputs)
+    inputs = [path for folder in folders for path in predictors.inputs(folder, searching)]
+    kinds = {
+        "checkpoint": [f for f in folders if not is_bank(f)],
+        "bank of prompts": [f for f in folders if is_bank(f)],
+    }
+    what = ", ".join(f"{kind} {', '.join(map(str, some))}" for kind, some in kinds.items() if some)
+    return Rung(what, loads, weights, inputs)
 
 
 def newest(run: Run, may_miss: bool) -> list[Path]:

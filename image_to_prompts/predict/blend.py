@@ -1,25 +1,33 @@
 """Several predictors as one: checkpoints and kNN over embeddings, with weights fitted on what all validated."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..models import metrics
-from ..run.folders import is_embeddings
+from ..run.folders import is_bank, is_embeddings
 from ..training import by_source
-from . import knn
+from . import knn, retrieval
 
 log = logging.getLogger(__name__)
 LEAST_TO_FIT = 20  # images on which weights are fitted
 PARTS = 5  # of them, for the gain: each is measured with weights that the others gave
 
 
-def fitted(folders: list[Path]) -> list[float]:
-    """Weights fitted on the images that all checkpoints kept for validation; see `predictors.blend_weights`."""
+def fitted(folders: list[Path], pairs: Sequence[Path] = (), second: str = "") -> list[float]:
+    """Weights fitted on the images that all checkpoints kept for validation; see `predictors.blend_weights`.
+
+    A bank beside checkpoints that has no vectors of these images gets no weight: nobody knows how good it is.
+
+    Args:
+        folders: Checkpoints, folders of embeddings, and banks.
+        pairs, second: See `predictors.Searching`.
+    """
     same = [1 / len(folders)] * len(folders)
-    trained = [folder for folder in folders if not is_embeddings(folder)]
+    trained = [folder for folder in folders if not (is_embeddings(folder) or is_bank(folder))]
     if not trained or not all(by_source.is_there(folder) for folder in trained):
         log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
         return same
@@ -30,20 +38,29 @@ def fitted(folders: list[Path]) -> list[float]:
     known = pd.DataFrame(targets, frame["image_name"])
     names = _common(found)
     for folder in (one for one in folders if one not in found):
-        found[folder] = knn.validation(folder, known.loc[names])
+        said = knn.validation(folder, known.loc[names]) if is_embeddings(folder) else None
+        if said is None:
+            said = retrieval.validation(folder, known.loc[names], pairs, second)
+            if len(said) < LEAST_TO_FIT:
+                log.warning("%s: left out of the blend: no vectors of images that were validated; or --blend", folder)
+                continue
+        found[folder] = said
+    if len(found) == 1:
+        return [float(folder in found) for folder in folders]
     names = _common(found)
     if len(names) < LEAST_TO_FIT:
         log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))
         return same
-    predictions, truth = [found[folder].loc[names].to_numpy() for folder in folders], known.loc[names].to_numpy()
+    predictions, truth = [one.loc[names].to_numpy() for one in found.values()], known.loc[names].to_numpy()
     weights = metrics.fit_weights(predictions, truth)
     alone = [metrics.mean_cosine(predicted, truth) for predicted in predictions]
-    for folder, score, weight in zip(folders, alone, weights, strict=True):
+    for folder, score, weight in zip(found, alone, weights, strict=True):
         log.info("%s: %.4f alone on %d images, %.3f of the blend", folder, score, len(names), weight)
     gain, both = gains(predictions, truth, int(np.argmax(alone))), metrics.blend(predictions, weights)
     said = "blend: %.4f; beyond the best alone %+.4f (95 %% interval %+.4f to %+.4f) with weights of other images"
     log.info(said, metrics.mean_cosine(both, truth), gain.mean(), *metrics.bootstrap(gain))
-    return weights.tolist()
+    by_folder = dict(zip(found, weights.tolist(), strict=True))
+    return [by_folder.get(folder, 0.0) for folder in folders]
 
 
 def _common(found: dict[Path, pd.DataFrame]) -> list[str]:

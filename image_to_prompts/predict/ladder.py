@@ -72,7 +72,7 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
 
 
 def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
-    """What can predict without a checkpoint, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
+    """What else can predict, best first: kNN, CLIP Interrogator, the mean of what prompts there are.
 
     Looked for among the attached Kaggle inputs, in the run and where weights are; nothing is downloaded.
 
@@ -81,16 +81,14 @@ def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
         caption, ranker: CLIP Interrogator's models.
     """
     rungs = []
-    stored = [path.parent for path in kaggle_inputs(f"{embeddings.PROMPTS}.npy")]
-    stored += [path.parent for path in run.folder.glob(f"*/{embeddings.PROMPTS}.npy")]
-    for folder in stored:
+    for folder in run.stored_embeddings():
         way: Callable[[], Predictor] = partial(predictors.load, folder)
         rungs.append(Rung(f"kNN over {folder}", {str(folder): way}, [1.0], embeddings.files(folder)))
     if all(found := weights.interrogator_at_hand(caption, ranker)):
         files = [path for path in found if path and path.is_file()]
-        load = partial(interrogator, caption, ranker)
+        said = partial(interrogator, caption, ranker)
         own = "" if (caption, ranker) == (weights.CAPTION, weights.RANKER) else f" {caption} {ranker}"
-        rungs.append(Rung(f"CLIP Interrogator{own}", {f"interrogator{own}": load}, [1.0], files))
+        rungs.append(Rung(f"CLIP Interrogator{own}", {f"interrogator{own}": said}, [1.0], files))
     csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"

@@ -20,7 +20,7 @@ from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
-from ..run.folders import is_embeddings, is_ensemble
+from ..run.folders import BANK, is_bank, is_embeddings, is_ensemble
 from ..run.progress import Deadline
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,29 @@ class Looks:
 ONCE = Looks()
 
 
-def load(folder: Path, looks: Looks = ONCE) -> Predictor:
-    """What a folder predicts with: kNN over what `embed` wrote, or a checkpoint of `finetune` or `ensemble`."""
+@dataclass(frozen=True)
+class Searching:
+    """With what else a bank of prompts is searched.
+
+    Attributes:
+        pairs: Folders of embeddings of images with known prompts, on which its settings are fitted.
+        second: A second tower that judges what is found, open_clip:<model>; "": none.
+    """
+
+    pairs: tuple[Path, ...] = ()
+    second: str = ""
+
+
+ALONE = Searching()
+
+
+def load(folder: Path, looks: Looks = ONCE, searching: Searching = ALONE) -> Predictor:
+    """What a folder predicts with: a bank of prompts, kNN over what `embed` wrote, or a checkpoint."""
+    if is_bank(folder):
+        from . import retrieval
+
+        mean, seeing, found = retrieval.neighbours(folder, searching.pairs, searching.second)
+        return Predictor(mean, seeing, found)
     if is_embeddings(folder):
         from . import knn
 
@@ -102,8 +123,10 @@ def load(folder: Path, looks: Looks = ONCE) -> Predictor:
     return checkpoint(folder, looks)
 
 
-def inputs(folder: Path) -> list[Path]:
-    """The files on which its predictions depend."""
+def inputs(folder: Path, searching: Searching = ALONE) -> list[Path]:
+    """The files on which its predictions depend; of a bank the one that has the digests of all."""
+    if is_bank(folder):
+        return [folder / BANK, *(file for pairs in searching.pairs for file in inputs(pairs))]
     if is_embeddings(folder):
         from ..encode import embeddings
 
@@ -229,11 +252,12 @@ def predict_resumed(
     return Seen(*map(np.concatenate, both)), reached
 
 
-def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[float]:
+def blend_weights(folders: list[Path], given: tuple[float, ...] = (), searching: Searching = ALONE) -> list[float]:
     """The weights of predictors in a blend.
 
     Args:
-        folders: Checkpoints, and folders of embeddings.
+        folders: Checkpoints, folders of embeddings, and banks.
+        searching: How these are searched.
         given: Weights; none: fitted on the images that all checkpoints kept for validation, where the blend is at least
             as good as the best of them. Where there are fewer than 20 such images, all weights are the same.
 
@@ -243,7 +267,7 @@ def blend_weights(folders: list[Path], given: tuple[float, ...] = ()) -> list[fl
     if not given and len(folders) > 1:
         from . import blend
 
-        return blend.fitted(folders)
+        return blend.fitted(folders, searching.pairs, searching.second)
     weights = list(given) or [1.0] * len(folders)
     if len(weights) != len(folders):
         raise UserError(f"--blend has {len(weights)} numbers for {len(folders)} checkpoints; give one each")

@@ -15,6 +15,7 @@ KAGGLE_INPUT = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_INPUT", "/kaggle/inp
 KAGGLE_WORKING = Path(os.environ.get("IMAGE_TO_PROMPTS_KAGGLE_WORKING", "/kaggle/working"))
 MANIFEST = "manifest.csv"  # what a folder of rendered images contains
 EMBEDDED = "prompt"  # array of the prompts' own embeddings in a folder of `embed`
+BANK = "bank.json"  # what a bank of prompts says of itself
 LAST = "last"  # folder of the last epoch's weights, in that of the best epoch's
 PROFILES = ("embedded", "full")
 OLD_NAMES = {"kaggle": "full"}  # until version 0.3
@@ -62,6 +63,7 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.checkpoint = self.checkpoints / "convnext"
         self.ensemble = self.checkpoints / "ensemble"
+        self.bank = folder / "banks" / "prompts"
         self.submission = folder / "submission" / "submission.csv"
         self.report = folder / "report"
 
@@ -82,6 +84,17 @@ class Run:
         """The images that matter in the end: those held out, else the competition's if it is attached."""
         held_out = [folder for folder in self.rendered(self.test_images) if folder.is_dir()]
         return next(iter([*held_out, *_competitions()]), None)
+
+    def stored_embeddings(self) -> list[Path]:
+        """Folders of embeddings that `embed` wrote, attached or in this run."""
+        found = kaggle_inputs(f"{EMBEDDED}.npy")
+        for below in ("*", "banks/*"):
+            found += sorted(self.folder.glob(f"{below}/{EMBEDDED}.npy"))
+        return [path.parent for path in found]
+
+    def banks(self) -> list[Path]:
+        """Banks of prompts, attached or in this run."""
+        return [path.parent for path in (*kaggle_inputs(BANK), *sorted(self.folder.glob(f"banks/*/{BANK}")))]
 
     def newest_checkpoints(self) -> list[Path]:
         """The checkpoint folders that finetune and ensemble wrote last, in this run or in an attached Kaggle input.
@@ -107,6 +120,11 @@ def is_checkpoint(folder: Path) -> bool:
 def is_embeddings(folder: Path) -> bool:
     """Whether a folder holds embeddings that `embed` wrote."""
     return (folder / f"{EMBEDDED}.npy").is_file()
+
+
+def is_bank(folder: Path) -> bool:
+    """Whether a folder holds a bank of prompts that `embed --texts` wrote."""
+    return (folder / BANK).is_file()
 
 
 def is_ensemble(folder: Path) -> bool:

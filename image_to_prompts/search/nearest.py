@@ -6,8 +6,10 @@ to some million prompts no index structure is needed: a million take a thousand 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,10 +117,48 @@ def build(prompts: list[str], texts: Path, vectors: Path) -> None:
         file.write_table(table)
 
 
-class Parts:
-    """Arrays of one width, one below the other, as one: the files of a bank, mapped into memory."""
+class Stored:
+    """An array (n, d) in a .npy file, of which rows are read when they are asked for.
 
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+    Of a file that is mapped into memory every page that was read counts as memory, that of a bank more than there is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads the head of the file; raises ValueError or OSError if it is none, or shorter than its head says."""
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.path, self.shape, self.dtype, self.start = path, mapped.shape, mapped.dtype, mapped.offset
+        self.file = path.open("rb")
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Rows from one number to another, or by their numbers."""
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(len(self))
+            found = np.empty((max(0, last - first), self.shape[1]), self.dtype)
+            self._read(found, first)
+            return found
+        found = np.empty((len(rows), self.shape[1]), self.dtype)
+        for place, row in enumerate(rows.tolist()):
+            self._read(found[place : place + 1], row)
+        return found
+
+    def _read(self, found: np.ndarray, row: int) -> None:
+        """Fills rows with those from `row` on."""
+        memory, done = found.reshape(-1).view(np.uint8), 0
+        start = self.start + row * self.shape[1] * self.dtype.itemsize
+        while done < len(memory):  # a call reads at most 2 GB
+            count = os.preadv(self.file.fileno(), [memory[done:].data], start + done)
+            if not count:
+                raise OSError(errno.EIO, "shorter than its head says", str(self.path))
+            done += count
+
+
+class Parts:
+    """Arrays of one width, one below the other, as one: the files of a bank."""
+
+    def __init__(self, arrays: Sequence[np.ndarray | Stored]) -> None:
         """Takes at least one array (n, d)."""
         self.arrays, self.ends = arrays, np.cumsum([len(one) for one in arrays])
         self.starts = self.ends - [len(one) for one in arrays]
@@ -133,7 +173,7 @@ class Parts:
             first, last, _ = rows.indices(len(self))
             inside = zip(self.arrays, first - self.starts, last - self.starts, strict=True)
             found = [one[max(low, 0) : high] for one, low, high in inside if low < len(one) and high > 0]
-            return found[0] if len(found) == 1 else np.concatenate([self.arrays[0][:0], *found])
+            return found[0] if len(found) == 1 else np.concatenate([np.empty((0, self.shape[1]), self.dtype), *found])
         taken = np.empty((len(rows), self.shape[1]), self.dtype)
         part = np.searchsorted(self.ends, rows, "right")
         for number in np.unique(part):
@@ -142,7 +182,7 @@ class Parts:
         return taken
 
 
-def nearest(queries: np.ndarray, vectors: np.ndarray | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of largest cosine.
 
     Args:
@@ -162,7 +202,7 @@ def nearest(queries: np.ndarray, vectors: np.ndarray | Parts, count: int) -> tup
     return rows, cosines
 
 
-def _nearest(queries: np.ndarray, vectors: np.ndarray | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The same for at most `ASKED` unit vectors."""
     device = local_device()
     if device.type == "cpu":

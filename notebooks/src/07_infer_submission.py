@@ -41,7 +41,7 @@ config = profiles.default_config(
     checkpoint=(Path(checkpoint_folder),) if checkpoint_folder else (),
     out=run.submission if known else run.folder / "submission.csv",
     key=run.test_metadata if known else folders.competition_key(folder),
-    bank=run.train_metadata if known else None,
+    bank=(run.train_metadata,) if known else (),
 )
 
 # %% [markdown]

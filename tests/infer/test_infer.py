@@ -60,7 +60,7 @@ def test_batches_change_nothing_that_matters(folder, small_checkpoint, tmp_path)
 
 def test_key_and_bank(small_run, small_checkpoint, tmp_path):
     out = tmp_path / "s.csv"
-    with_key = settings(small_run.images, small_checkpoint, out, key=small_run.metadata, bank=small_run.metadata)
+    with_key = settings(small_run.images, small_checkpoint, out, key=small_run.metadata, bank=(small_run.metadata,))
     first, second = infer.run(with_key), infer.run(with_key)
     assert first.score > first.constant  # most of these images were trained on
     assert (second.score, second.constant) == (first.score, first.constant)
@@ -77,9 +77,9 @@ def test_strange_images_are_counted_and_drawn_to_the_mean(folder, small_run, sma
     own = doubt.load(checkpoint)
     own = replace(own, border=0.9 * own.border)  # drawn by eight images
     replace(own, pull=np.array([1, 0], np.float32)).save(checkpoint)
-    plain = infer.run(settings(folder, checkpoint, tmp_path / "a.csv", bank=small_run.metadata))
+    plain = infer.run(settings(folder, checkpoint, tmp_path / "a.csv", bank=(small_run.metadata,)))
     replace(own, pull=np.array([1, 1e-3], np.float32)).save(checkpoint)
-    drawn = infer.run(settings(folder, checkpoint, tmp_path / "b.csv", bank=small_run.metadata))
+    drawn = infer.run(settings(folder, checkpoint, tmp_path / "b.csv", bank=(small_run.metadata,)))
     row, mean = drawn.files.index(folder / "noise.png"), checkpoints.load(checkpoint).mean
     assert drawn.strange == plain.strange >= 1 and json.loads((tmp_path / "b.json").read_text())["strange"]
     assert "images are unlike those that the checkpoint knows: it has only seen emoji scenes" in caplog.text
@@ -90,7 +90,7 @@ def test_strange_images_are_counted_and_drawn_to_the_mean(folder, small_run, sma
     assert len(same) >= 4
     np.testing.assert_array_equal(drawn.vectors[same], plain.vectors[same])
     (checkpoint / doubt.FILE).unlink()
-    none = infer.run(settings(folder, checkpoint, tmp_path / "c.csv", bank=small_run.metadata))
+    none = infer.run(settings(folder, checkpoint, tmp_path / "c.csv", bank=(small_run.metadata,)))
     assert none.strange == 0 and set(none.prompts["familiar"]) == {""}
 
 
@@ -244,7 +244,7 @@ def test_a_reference_checkpoint_is_imported(prefix, folder, tiny_open_clip, tmp_
 
 def test_a_second_run_reads_words_that_pandas_takes_for_nothing(small_run, small_checkpoint, tmp_path):
     (tmp_path / "bank.csv").write_text("prompt\nNone\nNA\n")
-    config = settings(small_run.images, small_checkpoint, tmp_path / "s.csv", bank=tmp_path / "bank.csv")
+    config = settings(small_run.images, small_checkpoint, tmp_path / "s.csv", bank=(tmp_path / "bank.csv",))
     first, second = infer.run(config), infer.run(config)
     assert set(first.prompts["prompt"]) <= {"None", "NA"}
     pd.testing.assert_frame_equal(first.prompts, second.prompts)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from image_to_prompts import embed, generate, profiles
-from image_to_prompts.encode import interrogator
+from image_to_prompts.encode import interrogator, text_tower
 from image_to_prompts.encode.backbone import BackboneEncoder
 from image_to_prompts.models import backbones, hub, weights
 from image_to_prompts.run import folders
@@ -90,7 +90,7 @@ def test_every_layout_gives_the_tensors_of_its_file(layout, places, tiny_encoder
         file = folder / "open_clip_pytorch_model.bin"
         torch.save(saved, file, _use_new_zipfile_serialization=layout != "old bin")
     name = f"open_clip:{folder}"
-    towers, _ = interrogator.towers(name, backbones.locate(name))
+    towers, _ = text_tower.towers(name, backbones.locate(name))
     tower = backbones.build(backbones.describe(name))
     backbones.load_pretrained(tower, backbones.describe(name))
     for key, value in state.items():

@@ -58,13 +58,19 @@ def test_the_worst_that_rounding_does_is_allowed_for():
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 80), st.integers(0, 10**6))
-def test_a_bank_in_half_precision_is_searched_exactly(sizes, count, seed):
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=4), st.integers(1, 80), st.integers(0, 10**6), st.booleans())
+def test_a_bank_in_half_precision_is_searched_exactly(tmp_path_factory, sizes, count, seed, from_files):
     """Several files, some of them empty, with rows that stand twice: as NumPy finds it in the stored vectors."""
     stored = units(sum(sizes), seed, 96).astype(np.float16)
     rng = np.random.default_rng(seed)
     stored[rng.integers(0, max(1, len(stored)), len(stored) // 4)] = stored[: len(stored) // 4]
-    parts = nearest.Parts(np.split(stored, np.cumsum(sizes)[:-1]))
+    arrays = np.split(stored, np.cumsum(sizes)[:-1])
+    if from_files:
+        folder = tmp_path_factory.mktemp("bank")
+        for number, array in enumerate(arrays):
+            np.save(folder / f"{number}.npy", array)
+        arrays = [nearest.Stored(folder / f"{number}.npy") for number in range(len(arrays))]
+    parts = nearest.Parts(arrays)
     queries = units(5, seed + 1, 96)
     rows, cosines = nearest.nearest(queries, parts, count)
     exact = np.stack([np.einsum("ij,j->i", stored.astype(np.float32), query) for query in queries])

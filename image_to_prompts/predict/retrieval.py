@@ -1,0 +1,264 @@
+"""Prompts of a bank that an image's tower finds nearest, and what they say together: nothing has to be trained.
+
+The competition's fourth team averaged the embeddings of the 60 prompts whose CLIP vectors are nearest to the image's,
+without those that a second CLIP finds unlike it: .612 with 56 million prompts. How many are taken, how they are
+weighed and how many the second tower keeps is fitted on images with known prompts, where there are any; so is the
+share of a text head: a ridge regression from the bank's vectors to its embeddings, applied to image vectors that are
+shifted to where texts lie (as the seventh team did).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..encode import banks, embeddings, encoders, text_tower
+from ..encode.encoders import Encoder
+from ..models import metrics
+from ..run.errors import UserError
+from ..search.nearest import nearest
+from ..training.dataset import NEAR
+
+log = logging.getLogger(__name__)
+MOST_PAIRS = 1000  # on which the settings are fitted
+COUNTS = (10, 20, 40, 60, 100, 200)
+TEMPERATURES = (np.inf, 0.2, 0.1, 0.05, 0.02, 0.01)  # of cosines' weights; at the first all weigh the same
+SHARES = (1.0, 0.75, 0.5, 0.25)  # of the prompts that a second tower keeps
+HEADS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # share of the text head
+LEAST = {"open_clip:ViT-H-14": 0.29}  # cosine that the fourth team asked of its second tower; of others: half are kept
+FOR_HEAD = 100_000  # rows of the bank from which the text head is made
+MEANS = 20_000  # and the bank's means
+
+
+Known = tuple[pd.Series, np.ndarray, np.ndarray | None, np.ndarray]  # names, vectors by both towers, targets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a prediction is made of the nearest prompts.
+
+    Attributes:
+        count: How many are taken.
+        temperature: The smaller, the more the nearest weigh.
+        keep: Share of them that the second tower keeps.
+        least: Cosine below which it drops one; the best stays.
+        head: Share of the text head in the prediction.
+    """
+
+    count: int = banks.KEPT
+    temperature: float = np.inf
+    keep: float = 1.0
+    least: float = -1.0
+    head: float = 0.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """Maps a bank's vectors of images to prompt embeddings: (vector + shift) @ weight + bias, all float32."""
+
+    shift: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, queries: np.ndarray) -> np.ndarray:
+        """Unit vectors, float32 (n, 384), of float32 (n, d)."""
+        import torch
+
+        weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
+        shifted = [metrics.unit(queries + self.shift)]
+        return metrics.unit(
+            metrics.in_fixed_rows(lambda rows: (torch.from_numpy(rows[0]) @ weight + bias).numpy(), shifted)
+        )
+
+
+@dataclass(frozen=True)
+class Second:
+    """A second tower that judges what the first one has found.
+
+    Attributes:
+        encoder: Of images.
+        texts: Of prompts.
+    """
+
+    encoder: Encoder
+    texts: text_tower.TextTower
+
+    def cosines(self, features: np.ndarray, texts: list[list[str]]) -> np.ndarray:
+        """Float32 (n, m): cosine of each image's vector, float32 (n, d), with each of its m texts."""
+        number = {text: place for place, text in enumerate(dict.fromkeys(text for row in texts for text in row))}
+        vectors, images = self.texts.embed(list(number)), metrics.unit(features)
+        return np.stack([vectors[[number[text] for text in row]] @ one for row, one in zip(texts, images, strict=True)])
+
+
+def shares(cosines: np.ndarray, second: np.ndarray | None, how: Settings) -> np.ndarray:
+    """What each prompt weighs, float32 (n, m), each row 1 in sum.
+
+    Args:
+        cosines: float32 (n, m), best first; NaN: not to be taken.
+        second: float32 (n, m), the second tower's.
+        how: The settings.
+    """
+    taken = np.isfinite(cosines) & (np.cumsum(np.isfinite(cosines), 1) <= how.count)
+    if second is not None:
+        judged = np.where(taken, second, -np.inf)
+        order = np.argsort(np.argsort(-judged, axis=1, kind="stable"), axis=1, kind="stable")
+        most = np.ceil(how.keep * taken.sum(1, keepdims=True))
+        taken &= ((order < most) & (judged >= how.least)) | (order == 0)
+    best = np.nanmax(np.where(taken, cosines, -np.inf), axis=1, keepdims=True)
+    weights = np.where(taken, np.exp((np.nan_to_num(cosines) - best) / how.temperature), 0)
+    return (weights / np.maximum(weights.sum(1, keepdims=True), 1e-12)).astype(np.float32)
+
+
+class Retrieval:
+    """A bank, and how its prompts are put together; see this module's text."""
+
+    def __init__(self, folder: Path, pairs: Sequence[Path] = (), second: str = "") -> None:
+        """Opens a bank and fits the settings.
+
+        Args:
+            folder: The bank.
+            pairs: Folders of embeddings (see `embed`), of which those by the bank's tower are taken.
+            second: A second tower, open_clip:<model>; "": none.
+
+        Raises:
+            UserError: If the bank is damaged or was made with other weights, or weights are nowhere.
+        """
+        self.bank = banks.open_bank(folder)
+        if (found := text_tower.digest(self.bank.tower)) != self.bank.weights:
+            said = (
+                f"{folder}: made with other weights of {self.bank.tower} ({self.bank.weights[:12]}, here {found[:12]})"
+            )
+            raise UserError(f"{said}; get those, or make the bank again")
+        self.second = Second(encoders.build(second, 0), text_tower.build(second)) if second else None
+        self.how = Settings()
+        if second:
+            self.how = Settings(least=LEAST[second]) if second in LEAST else Settings(keep=0.5)
+        some = np.arange(0, len(self.bank.targets), -(-len(self.bank.targets) // MEANS))
+        self.mean = metrics.unit(self.bank.targets[some].astype(np.float32).mean(0))
+        self.head: Head | None = None
+        self.known = _known(pairs, self.bank.tower, second)
+        if self.known is None:
+            said = (
+                "%s: no images with known prompts and vectors of %s: the mean of the %d nearest prompts, no text head"
+            )
+            log.warning(said, folder, self.bank.tower, self.how.count)
+        else:
+            self._fit(self.known)
+
+    def _fit(self, known: Known) -> None:
+        """Fits settings and text head on known pairs."""
+        names, features, others, targets = known
+        part = np.arange(0, len(names), -(-len(names) // MOST_PAIRS))
+        queries, truth = self.bank.queries(features[part]), targets[part]
+        given = None if others is None else others[part]
+        cosines, found, second = self._candidates(queries, given, truth)
+        score = {}
+        kept = SHARES if self.second else (1.0,)
+        for count, temperature, keep in product(COUNTS, TEMPERATURES, kept):
+            how = Settings(count, temperature, keep)
+            score[how] = metrics.mean_cosine(_mean(shares(cosines, second, how), found), truth)
+        how = max(score, key=score.__getitem__)
+        retrieved = metrics.unit(_mean(shares(cosines, second, how), found))
+        self.head = self._fitted_head(queries, truth)
+        said = self.head(queries)
+        with_head = {
+            share: metrics.mean_cosine(metrics.blend([retrieved, said], [1 - share, share]), truth) for share in HEADS
+        }
+        self.how = replace(how, head=max(with_head, key=with_head.__getitem__))
+        log.info(
+            "%s, fitted on %d images: %d prompts, temperature %g, %.4f; text head alone %.4f; with %g of it %.4f",
+            *(self.bank.folder, len(part), how.count, how.temperature, score[how]),
+            *(metrics.mean_cosine(said, truth), self.how.head, with_head[self.how.head]),
+        )
+
+    def _fitted_head(self, queries: np.ndarray, truth: np.ndarray) -> Head:
+        """A ridge regression on the bank; shift and penalty are chosen on images, float32 (n, d), and their targets."""
+        part = np.arange(0, len(self.bank.vectors), -(-len(self.bank.vectors) // FOR_HEAD))
+        vectors, targets = self.bank.vectors[part].astype(np.float32), self.bank.targets[part].astype(np.float32)
+        shift = (vectors.mean(0) - queries.mean(0)).astype(np.float32)
+        weight, bias = metrics.ridge(vectors, targets, (metrics.unit(queries + shift), truth))
+        return Head(shift, weight.astype(np.float32), bias.astype(np.float32))
+
+    def _candidates(
+        self, queries: np.ndarray, others: np.ndarray | None, truth: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Cosines and targets of the nearest, the second tower's cosines; what is near to the truth is NaN."""
+        most = self.how.count if truth is None else 2 * max(COUNTS)
+        rows, cosines = nearest(queries, self.bank.vectors, most)
+        found = self.bank.targets[rows.ravel()].astype(np.float32).reshape(*rows.shape, -1)
+        if truth is not None:
+            cosines[np.einsum("nmd,nd->nm", found, truth) >= NEAR] = np.nan
+        second = None
+        if self.second and others is not None:
+            texts = [[self.bank.texts[row].as_py() for row in some] for some in rows.tolist()]
+            second = self.second.cosines(others, texts)
+        return cosines, found, second
+
+    def __call__(self, arrays: list[np.ndarray], truth: np.ndarray | None = None) -> np.ndarray:
+        """Maps what the encoders gave, float32 (n, d) each, to predictions, float32 (n, 384).
+
+        Args:
+            arrays: Of the tower and, if there is one, of the second tower.
+            truth: float32 (n, 384) of known prompts: those near to them in the bank are not taken.
+        """
+        queries = self.bank.queries(arrays[0])
+        cosines, found, second = self._candidates(queries, arrays[1] if self.second else None, truth)
+        retrieved = _mean(shares(cosines, second, self.how), found)
+        if not self.head or not self.how.head:
+            return metrics.unit(retrieved)
+        return metrics.blend([retrieved, self.head(queries)], [1 - self.how.head, self.how.head])
+
+
+def _mean(weights: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Weighted means, float32 (n, 384), a row at a time: so none depends on its company."""
+    return np.stack([row @ targets for row, targets in zip(weights, found, strict=True)])
+
+
+def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
+    """Names, vectors by both towers and targets of the images of folders of embeddings; None if there are none."""
+    for folder in pairs:
+        about = {name: embeddings.about(folder, name) for name in embeddings.arrays(folder)}
+        of = {one.get("encoder") or one.get("backbone", {}).get("name"): name for name, one in about.items()}
+        if tower in of and (not second or second in of):
+            table = embeddings.load(folder, [of[tower], *([of[second]] if second else [])])
+            there = np.all([np.isfinite(array[:, 0]) for array in table.arrays.values()], axis=0)
+            features, *others = (array[there] for array in table.arrays.values())
+            return table.frame["image_name"][there], features, next(iter(others), None), table.targets[there]
+    return None
+
+
+_fitted = lru_cache(maxsize=1)(Retrieval)  # the blend's weights and the predictions need the same
+
+
+def neighbours(
+    folder: Path, pairs: Sequence[Path] = (), second: str = ""
+) -> tuple[np.ndarray, list[Encoder], Callable[[list[np.ndarray]], np.ndarray]]:
+    """`mean`, `encoders` and `finish` of a `predictors.Predictor`; arguments and errors as of `Retrieval`."""
+    made = _fitted(folder, tuple(pairs), second)
+    return made.mean, [encoders.build(made.bank.tower, 0), *([made.second.encoder] if made.second else [])], made
+
+
+def validation(folder: Path, asked: pd.DataFrame, pairs: Sequence[Path], second: str = "") -> pd.DataFrame:
+    """What a bank says of images that are among the known pairs, without prompts near to theirs.
+
+    Args:
+        folder, pairs, second: As of `Retrieval`.
+        asked: float32 (n, 384), the prompts' embeddings by the images' names.
+
+    Returns:
+        float32 (m, 384) by name, of the images that have vectors.
+    """
+    made = _fitted(folder, tuple(pairs), second)
+    if made.known is None:
+        return pd.DataFrame(index=[])
+    names, features, others, targets = made.known
+    mine = names.isin(asked.index).to_numpy()
+    arrays = [features[mine], *([] if others is None else [others[mine]])]
+    return pd.DataFrame(made(arrays, targets[mine]), names[mine])
