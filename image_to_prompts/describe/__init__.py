@@ -36,7 +36,7 @@ from ..run.bounds import Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
 from ..run.files import shown
-from ..run.folders import Run, default_run, profile_of
+from ..run.folders import BANK, Run, default_run, profile_of
 from ..run.progress import progress_to
 from ..run.resume import alone, fingerprint
 from . import files as outputs
@@ -51,6 +51,7 @@ TABLES = (".csv", ".jsonl")
 WAYS = {
     "file": "prompts from their files",
     "checkpoint": "from the checkpoint",
+    "bank": "from a bank of prompts",
     "interrogator": "from CLIP Interrogator",
     "guess": "guessed",
 }
@@ -96,8 +97,10 @@ class Words:
     """Words of a prompt."""
     checkpoint: tuple[Path, ...] = ()
     """Checkpoint folders, blended; left out: the newest of finetune and of ensemble, in this run or attached."""
+    bank: tuple[Path, ...] = ()
+    """Banks of prompts that embed --texts made; they need no checkpoint."""
     prompts: tuple[Path, ...] = ()
-    """CSVs of known prompts; left out: those that the run was trained on."""
+    """CSVs of known prompts; left out: those of the bank, or those that the run was trained on."""
     vocabulary: Path | None = None
     """Folder of own phrases: subjects, places, mediums, movements, flavors or artists .txt, one a line."""
 
@@ -278,7 +281,7 @@ def _fingerprint(describer: Describer) -> str:
     from . import phrases
 
     config, folders, csvs = describer.config, describer.folders, describer.csvs
-    names = ("model.safetensors", "config.json", doubt.FILE, "validation.safetensors")
+    names = ("model.safetensors", "config.json", doubt.FILE, "validation.safetensors", BANK)
     settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
     settings |= {"method": METHOD, "phrases": phrases.lists(config.vocabulary)}
     at_hand = weights.interrogator_at_hand(config.caption, config.ranker)

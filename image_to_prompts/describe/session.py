@@ -32,6 +32,7 @@ Row = dict[str, str]  # of the list of many pictures: path, image, picture (HTML
 SOURCES = {
     "file": "found in the file",
     "checkpoint": "predicted",
+    "bank": "from prompts that people wrote",
     "interrogator": "by CLIP Interrogator",
     "guess": "a guess",
 }
@@ -129,6 +130,8 @@ class Session:
             return f"<b>Found in the file</b>{escape(said)}{without}"
         if found.source == "checkpoint":
             return "<b>The model's prediction</b>, which can be wrong"
+        if found.source == "bank":
+            return "<b>Put together from prompts that people wrote</b>: the nearest of many, which can be wrong"
         if found.source == "interrogator":
             return "<b>By CLIP Interrogator</b>: a caption, and terms that CLIP finds fitting"
         why = f"this model {self.known}" if self.known else "there is no model here that knows pictures"
@@ -136,7 +139,7 @@ class Session:
 
     def refusal(self, found: Description) -> str:
         """Why rendering again makes no sense; "" if it does."""
-        if self.painter.undrawn is None or found.source == "checkpoint":
+        if self.painter.undrawn is None or found.source in ("checkpoint", "bank"):
             return ""
         return (
             "This page can redraw only emoji scenes. To redraw any picture, stop it and run "

@@ -14,7 +14,7 @@ from ..encode import encoders
 from ..models import metrics, text_encoder, weights
 from ..predict import predictors
 from ..run.errors import UserError
-from ..run.folders import Run
+from ..run.folders import BANK, Run, is_bank, read_json
 from .files import FROM_FILE, Description
 
 if TYPE_CHECKING:
@@ -38,24 +38,31 @@ def from_files(files: Iterable[Path]) -> dict[Path, Description]:
 
 
 def sources(config: "Config") -> tuple[list[Path], list[Path]]:
-    """The checkpoints, none if there is none, and the CSVs of known prompts.
+    """The checkpoints and banks, none if there is none, and the CSVs of known prompts; none where a bank has them.
 
     Raises:
         UserError: If one that was given is not there, or there is a checkpoint but no known prompts.
     """
     run = Run(config.run)
     try:
-        folders = list(config.checkpoint) or run.newest_checkpoints()
+        # A tower that has seen the world speaks for itself; a stand-in needs a checkpoint that finds images strange.
+        alone = config.bank and not any(
+            str(read_json(one / BANK).get("tower")).startswith("dual:") for one in config.bank
+        )
+        folders = list(config.checkpoint) or ([] if alone else run.newest_checkpoints())
     except UserError:
-        folders = []
+        folders = run.banks()
+    folders += config.bank
     known = [run.have(path) for path in (run.train_metadata, run.metadata)]
     csvs = list(config.prompts) or [path for path in known if path.is_file()][:1]
     for path in csvs:
         if not path.is_file():
             raise UserError(f"{path}: no such file; correct --prompts")
     for folder in folders:
-        if not (folder / "model.safetensors").is_file():
-            raise UserError(f"{folder}: no checkpoint; correct --checkpoint")
+        if not (is_bank(folder) or (folder / "model.safetensors").is_file()):
+            raise UserError(f"{folder}: neither a checkpoint nor a bank; correct --checkpoint or --bank")
+    if any(map(is_bank, folders)) and not config.prompts:
+        return folders, []
     if folders and not csvs:
         raise UserError(f"no known prompts: {known[0]} is not there; run dedupe first or give --prompts CSV")
     return folders, csvs
@@ -109,32 +116,40 @@ class Describer:
         known = np.flatnonzero(np.isfinite(vectors[:, 0]) & ~(strange > 1))
         nearest = self.index.search(vectors[known], max(compose.NEIGHBOURS, self.config.top))
         prompts = [[prompt for prompt, _ in some] for some in nearest]
+        source = "bank" if all(map(is_bank, self.folders)) else "checkpoint"
         said = compose.compose(vectors[known], prompts, *self._words, self.config.most_words) if len(known) else []
         cosines = (text_encoder.encode_once([first for first, *_ in said]) * vectors[known]).sum(1)
         cosines = cosines.astype(float).round(4).tolist()
         for row, (prompt, *others), cosine, some in zip(known.tolist(), said, cosines, nearest, strict=True):
             file, near = files[row], tuple((text, round(value, 4)) for text, value in some)
             familiar = None if np.isnan(strange[row]) else True
-            found[file] = Description(
-                file, prompt, "checkpoint", familiar, cosine, near, tuple(others), vector=vectors[row]
-            )
+            found[file] = Description(file, prompt, source, familiar, cosine, near, tuple(others), vector=vectors[row])
         for row in np.flatnonzero(~np.isfinite(vectors[:, 0])).tolist():
             found[files[row]] = Description(files[row], "", error=images.why_broken(files[row]))
         return found
 
     @cached_property
     def _predictors(self) -> list[predictors.Predictor]:
-        return [predictors.load(folder) for folder in self.folders]
+        return [predictors.load(folder, searching=self._searching) for folder in self.folders]
 
     @cached_property
     def _weights(self) -> list[float]:
-        return predictors.blend_weights(self.folders)
+        return predictors.blend_weights(self.folders, (), self._searching)
+
+    @cached_property
+    def _searching(self) -> predictors.Searching:
+        return predictors.Searching(tuple(Run(self.config.run).stored_embeddings()))
 
     @cached_property
     def index(self) -> "nearest.Index":
         """The known prompts."""
-        from ..search.nearest import open_index
+        from ..search.nearest import Index, open_index
 
+        if not self.csvs:
+            from ..encode import banks
+
+            bank = banks.open_bank(next(filter(is_bank, self.folders)))
+            return Index(bank.texts, bank.targets)
         return open_index(self.csvs)
 
     @cached_property

@@ -47,16 +47,16 @@ class Index:
 
     Attributes:
         prompts: An Arrow array of n texts, none twice.
-        vectors: float32 (n, 384), unit length.
+        vectors: float32 (n, 384), unit length; of a bank float16.
     """
 
-    prompts: pa.Array
-    vectors: np.ndarray
+    prompts: pa.Array | pa.ChunkedArray
+    vectors: np.ndarray | Parts
 
     def some(self, count: int) -> list[str]:
         """At most so many of the prompts, evenly spaced."""
         rows = np.arange(0, len(self.prompts), max(1, -(-len(self.prompts) // count)))
-        return self.prompts.take(rows).to_pylist()
+        return [self.prompts[row].as_py() for row in rows.tolist()]
 
     def search(self, queries: np.ndarray, count: int = 10) -> list[list[tuple[str, float]]]:
         """The prompts nearest to each query, float32 (m, 384), with their cosines, best first."""

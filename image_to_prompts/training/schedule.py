@@ -14,11 +14,11 @@ class Steps:
     """Passes over the training rows."""
     batch_size: Positive = 32
     """Images an optimizer step, over all processes."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 4e-3
     """Peak learning rate of AdamW."""
     cycles: Positive = 1
     """Cosine cycles of the learning rate over all epochs (warm restarts)."""
-    warm_up: NotNegative = 0
+    warm_up: NotNegative = 60
     """Steps in which the learning rate rises to its peak."""
     layer_decay: float = 1.0
     """Learning rate of a group of layers, as a share of that of the group behind it; 1: all the same."""

@@ -36,8 +36,9 @@ def test_the_profiles_have_the_recipes_that_they_had(tmp_path):
     assert (full.learning_rate, full.batch_size, full.micro_batch, full.cache_features) == (5e-5, 32, 4, False)
     own = profiles.default_config("finetune", folders.Run(tmp_path), "embedded")
     assert own == finetune.Config(run=own.run, images=own.images, out=own.out)
+    assert (own.learning_rate, own.epochs, own.warm_up, full.warm_up) == (4e-3, 4, 60, 0)
     for config in (full, own):
-        assert (config.ema, config.layer_decay, config.warm_up, config.train_from) == (0.0, 1.0, 0, -1)
+        assert (config.ema, config.layer_decay, config.train_from) == (0.0, 1.0, -1)
 
 
 def test_an_unknown_recipe_and_values_out_of_bounds_are_refused(refused, small_run, tmp_path):

@@ -233,3 +233,17 @@ def test_a_bank_is_weighed_on_what_all_validated(
     weights = blend.fitted([small_checkpoint, bank], [tmp_path / "pairs"])
     assert sum(weights) == pytest.approx(1) and min(weights) >= 0
     assert f"{weights[1]:.3f} of the blend" in err
+
+
+def test_describe_says_prompts_of_a_bank_without_any_checkpoint(bank, pictures, tmp_path, command, refused):
+    words = ["describe", pictures, "--run", tmp_path / "run", "--bank", bank, "--ignore-file"]
+    code, out, err = command(*words, "--out", tmp_path / "d.jsonl", "--quiet")
+    assert code == 0, err
+    said = pd.read_json(tmp_path / "d.jsonl", lines=True)
+    assert len(said) == 6 and set(said["source"]) == {"bank"} and said["prompt"].str.contains("prompt").all()
+    seen = predictors.predict(predictors.load(bank), sorted(pictures.iterdir()), predictors.Viewing())
+    opened = banks.open_bank(bank)
+    first = np.argmax(seen.vectors @ opened.targets[:].astype(np.float32).T, 1)
+    assert [rows[0][0] for rows in said["nearest"]] == [f"prompt {row}" for row in first]
+    assert said["familiar"].isna().all(), "nobody can tell"
+    refused([*words[:-3], "--bank", pictures], "neither a checkpoint nor a bank")

@@ -40,6 +40,7 @@ def config(run, out, tower, **overrides):
         "epochs": 1,
         "batch_size": 16,
         "learning_rate": 1e-3,
+        "warm_up": 0,
         "precision": "fp32",
         "cache_features": False,
         "out": out,
