@@ -237,7 +237,7 @@ def test_a_bank_is_weighed_on_what_all_validated(
 
 def test_describe_says_prompts_of_a_bank_without_any_checkpoint(bank, pictures, tmp_path, command, refused):
     words = ["describe", pictures, "--run", tmp_path / "run", "--bank", bank, "--ignore-file"]
-    code, out, err = command(*words, "--out", tmp_path / "d.jsonl", "--quiet")
+    code, _, err = command(*words, "--out", tmp_path / "d.jsonl", "--quiet")
     assert code == 0, err
     said = pd.read_json(tmp_path / "d.jsonl", lines=True)
     assert len(said) == 6 and set(said["source"]) == {"bank"} and said["prompt"].str.contains("prompt").all()
