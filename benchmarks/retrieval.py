@@ -1,11 +1,15 @@
 """A thousand queries over a million prompts: FAISS's flat index, and ours from memory-mapped files.
 
-python benchmarks/retrieval.py [nearest] [bank] [--count 1000000] [--queries 1000] [--rounds 5]
+python benchmarks/retrieval.py [nearest] [bank] [scenes] [pca] [--count 1000000] [--queries 1000] [--rounds 5]
+    [--run runs/default]
 Prints tables and writes retrieval.json.
 
 nearest  The ten nearest of float32 vectors of 384 numbers.
 bank     The 60 nearest of float16 vectors of 512 numbers, as CLIP's are kept, in two files, a tenth as many queries;
          FAISS is given a block of them after the other (`faiss.knn`), as float32. And ours over ten times as many.
+scenes   How well a bank predicts the held-out scenes of a `make run`: retrieval, with a second tower, the text head and
+         both, beside constant, kNN and ridge; the dual encoder is fitted three times, each without another fold.
+pca      The share of the 60 nearest of real prompts that stays among them with fewer numbers.
 
 The vectors are those of prompts, each repeated with noise until there are enough; the queries are means of three, as
 predictions lie between prompts. Each way has a process of its own; they run in turns. Ours reads the file anew.
@@ -141,15 +145,103 @@ def bench_nearest(options: argparse.Namespace) -> None:
     record(__file__, "nearest", {**result, **told(title, "FAISS, flat", found, cosines)})
 
 
+def bench_scenes(options: argparse.Namespace) -> None:
+    import pandas as pd
+
+    from image_to_prompts import embed, profiles
+    from image_to_prompts.encode import embeddings
+    from image_to_prompts.run.folders import Run
+
+    run, names = Run(options.run), ("timm-tf_efficientnet_lite2", "timm-tf_efficientnet_lite0")
+    known = embeddings.load(run.embeddings, names)
+    asked = {}
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        for which in ("test", "test-openmoji"):
+            encoders = tuple(one.replace("timm-", "timm:") for one in names)
+            values = {"images": (run.test_images.with_name(which),), "encoders": encoders, "out": work / which}
+            embed.run(profiles.default_config("embed", run, "embedded", **values))
+            asked[which] = embeddings.load(work / which, names)
+        rows = [_scenes(run, fold, known, asked, work / str(fold)) for fold in FOLDS]
+    table = pd.concat([pd.DataFrame(row).T.assign(fold=fold) for fold, row in zip(FOLDS, rows, strict=True)])
+    print(table.round(4).to_string())
+    mean = table.drop(columns="fold").groupby(level=0, sort=False).agg(["mean", "std"])
+    print(mean.round(4).to_string())
+    record(__file__, "scenes", {str(fold): row for fold, row in zip(FOLDS, rows, strict=True)})
+
+
+FOLDS = (0, 3, 4)  # 1 and 2 are held out
+
+
+def _scenes(run: Any, fold: int, known: Any, asked: dict[str, Any], work: Path) -> dict[str, dict[str, float]]:
+    """Scores by way and images, of a dual encoder fitted without a fold, which then fits the settings."""
+    from image_to_prompts import embed, profiles
+    from image_to_prompts.embedded import dual
+    from image_to_prompts.encode import embeddings
+    from image_to_prompts.models import metrics
+    from image_to_prompts.predict import retrieval
+
+    validates = (known.frame["fold"] == fold).to_numpy()
+    train, frame = known.targets[~validates], known.frame[validates]
+    towers = []
+    for name, features in known.arrays.items():
+        dual.save(work / name, dual.fit(features[~validates], train), known.about[name]["backbone"])
+        towers.append(dual.Dual(work / name))
+        said = towers[-1].images(features[validates])
+        embeddings.write(work / "pairs", name, said, frame[["image_name"]], towers[-1].about)
+    embeddings.write(work / "pairs", embeddings.PROMPTS, known.targets[validates], frame, {})
+    texts = (run.train_metadata, run.bank.with_name("new.csv"))
+    values = {"texts": texts, "encoders": (f"dual:{work / next(iter(known.arrays))}",), "out": work / "bank"}
+    embed.run(profiles.default_config("embed", run, "embedded", **values))
+    ways = {
+        "no pairs": retrieval.Retrieval(work / "bank"),
+        "retrieval and head": retrieval.Retrieval(work / "bank", [work / "pairs"]),
+        "with a second tower": retrieval.Retrieval(work / "bank", [work / "pairs"], towers[1].about["encoder"]),
+    }
+    first = known.arrays[next(iter(known.arrays))][~validates]
+    weight, bias = metrics.ridge(first, train)
+    found: dict[str, dict[str, float]] = {}
+    for which, table in asked.items():
+        features, others = table.arrays.values()
+        seen = [towers[0].images(features), towers[1].images(others)]
+        k = metrics.best_k(known.arrays[next(iter(known.arrays))][validates], known.targets[validates], first, train)
+        predicted = {"constant": np.broadcast_to(train.mean(0), table.targets.shape)}
+        predicted["kNN"] = metrics.nearest_mean(features, first, train, k)
+        predicted["ridge on the features"] = features @ weight + bias
+        predicted |= {name: way(seen if way.second else seen[:1]) for name, way in ways.items()}
+        both = ways["retrieval and head"]
+        predicted["text head alone"] = both.head(both.bank.queries(seen[0]))
+        both.how, kept = retrieval.replace(both.how, head=0.0), both.how
+        predicted["retrieval alone"], both.how = both(seen[:1]), kept
+        for name, vectors in predicted.items():
+            found.setdefault(name, {})[which] = metrics.mean_cosine(vectors, table.targets)
+    return found
+
+
+def bench_pca(options: argparse.Namespace) -> None:
+    from image_to_prompts.encode import banks
+    from image_to_prompts.models import text_encoder
+
+    vectors = text_encoder.encode(read(REAL, 60_000), fast=True)
+    part = np.random.default_rng(0).permutation(len(vectors))
+    queries, sample = vectors[part[:1000]], vectors[part[1000:21_000]]
+    found = {}
+    for dimensions in (256, 192, 128, 64):
+        found[str(dimensions)] = share = banks.kept_share(vectors, banks.principal(sample, dimensions), queries)
+        print(f"{len(vectors):,} real prompts, 384 to {dimensions} numbers: {share:.3f} of the 60 nearest")
+    record(__file__, "pca", {"prompts": len(vectors), "kept share of the 60 nearest": found})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["nearest", "bank"])
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--run", type=Path, default=Path("runs/default"))
     options = parser.parse_args()
     for part in options.parts:
-        {"nearest": bench_nearest, "bank": bench_bank}[part](options)
+        {"nearest": bench_nearest, "bank": bench_bank, "scenes": bench_scenes, "pca": bench_pca}[part](options)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Kernel:
         pairs: Whether it reads `PAIRS`.
         models: Kaggle models, `owner/model/framework/variation/version`.
         competition: Whether it reads the competition's files; without internet it submits.
+        bank: Whether it reads the output of `BANK` if it is there.
     """
 
     gpu: bool
@@ -47,6 +48,7 @@ class Kernel:
     pairs: bool = False
     models: tuple[str, ...] = ()
     competition: bool = False
+    bank: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ STAGES = (
             also=("finetune", "ensemble"),
             datasets=("weights", "metadata", "embeddings"),
             competition=True,
+            bank=True,
         ),
     ),
     Stage(
@@ -161,10 +164,14 @@ STAGES = (
             images=True,
             models=DIFFUSION,
             competition=True,
+            bank=True,
         ),
     ),
 )
-BENCHMARK = Kernel(gpu=True, models=DIFFUSION)  # outside the chain: benchmarks/gpu.py
+# Outside the chain: benchmarks/gpu.py, and a bank of prompts.
+BENCHMARK = Kernel(gpu=True, models=DIFFUSION)
+BANK = Kernel(gpu=True, datasets=("metadata",))
+BANK_SLUG = "image-to-prompts-bank"
 # The stand-ins of the embedded profile. Only this table names them, so that no stage depends on them.
 EMBEDDED = {
     "prompt": "embedded.grammar:prompt",

@@ -98,10 +98,11 @@ def build_notebooks() -> None:
 
 def kernel_files(stage: Any) -> dict[str, str]:
     """Name and text of each file of a stage's kernel folder."""
+    from image_to_prompts.pipeline import BANK_SLUG
     from image_to_prompts.pipeline import stage as stage_called
 
     read = (*stage.kernel.after, *stage.kernel.also)
-    before = [stage_called(name).slug for name in read]
+    before = [stage_called(name).slug for name in read] + ([BANK_SLUG] if stage.kernel.bank else [])
     return _kernel(stage.slug, read_source(stage.notebook), stage.kernel, before)
 
 
@@ -161,10 +162,10 @@ def _kernel(slug: str, notebook: Any, asks: Any, before: list[str]) -> dict[str,
 
 def kernels() -> dict[str, dict[str, str]]:
     """Files of every kernel, by folder."""
-    from image_to_prompts.pipeline import STAGES
+    from image_to_prompts.pipeline import BANK, BANK_SLUG, STAGES
 
     built = {stage.slug: kernel_files(stage) for stage in STAGES}
-    return {**built, "benchmark": benchmark_files()}
+    return {**built, "bank": _kernel(BANK_SLUG, read_source("bank"), BANK, []), "benchmark": benchmark_files()}
 
 
 def build_kernels() -> None:

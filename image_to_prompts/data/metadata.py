@@ -1,5 +1,6 @@
 """Metadata CSVs: `image_name,prompt` first, then optional columns; one reader, one writer, one set of row keys."""
 
+import csv
 import hashlib
 import io
 import re
@@ -107,6 +108,15 @@ def read(path: Path, unique: bool = True, called: Mapping[str, str] = MappingPro
     if "fold" in frame:
         frame["fold"] = _integers(frame["fold"], path, "fold")
     return frame
+
+
+def has_prompts(path: Path) -> bool:
+    """Whether a file is a CSV with a column of prompts, by its first line."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return "prompt" in next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
 
 
 def is_name(text: str) -> bool:

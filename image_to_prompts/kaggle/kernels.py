@@ -43,7 +43,7 @@ class Kernel:
 
     @property
     def stage(self) -> Stage | None:
-        """The stage that it runs; None of the benchmark."""
+        """The stage that it runs; None of the bank and the benchmark."""
         return next((one for one in STAGES if one.slug == self.folder.name), None)
 
     @property

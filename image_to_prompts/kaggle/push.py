@@ -53,7 +53,7 @@ class Push(Command):
     """Sends kernels to Kaggle, which runs them."""
 
     stage: Positional[str] = ""
-    """Stage whose kernel to push, or benchmark."""
+    """Stage whose kernel to push, or bank, or benchmark."""
     all: bool = False
     """Push all stages, in order."""
     dry_run: bool = False
@@ -170,7 +170,7 @@ def chosen(folder: Path, stage: str, every: bool) -> list[Kernel]:
         raise UserError("name a stage or give --all")
     if every:
         return [kernel for kernel in found if kernel.stage]
-    names = {"benchmark": "benchmark"} | {each.name: each.slug for each in STAGES}
+    names = {"bank": "bank", "benchmark": "benchmark"} | {each.name: each.slug for each in STAGES}
     if stage not in names:
         raise UserError(f"unknown stage {stage!r}; choose one of {', '.join(names)}")
     kernel = [kernel for kernel in found if kernel.folder.name == names[stage]]

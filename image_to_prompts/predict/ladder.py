@@ -3,7 +3,6 @@
 A submission kernel so scores on its first push, before anything is trained.
 """
 
-import csv
 import hashlib
 import logging
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..data import metadata
 from ..encode import embeddings, encoders
 from ..models import metrics, text_encoder, weights
 from ..run.engine import EngineConfig
@@ -89,19 +89,11 @@ def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
         said = partial(interrogator, caption, ranker)
         own = "" if (caption, ranker) == (weights.CAPTION, weights.RANKER) else f" {caption} {ranker}"
         rungs.append(Rung(f"CLIP Interrogator{own}", {f"interrogator{own}": said}, [1.0], files))
-    csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if _has_prompts(path)]
+    csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if metadata.has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"
         rungs.append(Rung(what, {"mean": partial(prompt_mean, csvs)}, [1.0], csvs))
     return rungs
-
-
-def _has_prompts(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return "prompt" in next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return False
 
 
 def climb(

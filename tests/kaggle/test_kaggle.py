@@ -17,7 +17,7 @@ from kaggle_stub import ME, sign_in
 
 from image_to_prompts.encode import embeddings
 from image_to_prompts.kaggle import folders, kernels, remote
-from image_to_prompts.pipeline import COMPETITION, IMAGES, PAIRS, STAGES
+from image_to_prompts.pipeline import BANK_SLUG, COMPETITION, IMAGES, PAIRS, STAGES
 from image_to_prompts.run.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,12 +29,14 @@ def change(folder, name, **fields):
 
 
 def test_every_stage_has_a_kernel_that_reads_its_predecessor(chain):
-    *found, benchmark = kernels.find(chain)
-    assert benchmark.folder.name == "benchmark" and not benchmark.submits
+    *found, bank, benchmark = kernels.find(chain)
+    assert [one.folder.name for one in (bank, benchmark)] == ["bank", "benchmark"]
+    assert not (bank.submits or benchmark.submits)
     assert [kernel.folder.name for kernel in found] == [stage.notebook.replace("_", "-") for stage in STAGES]
     reads = [kernel.metadata["kernel_sources"] for kernel in found]
     ids = {stage.name: kernel.id for stage, kernel in zip(STAGES, found, strict=True)}
-    assert reads == [[ids[name] for name in (*stage.kernel.after, *stage.kernel.also)] for stage in STAGES]
+    named = [[ids[name] for name in (*stage.kernel.after, *stage.kernel.also)] for stage in STAGES]
+    assert reads == [some + [bank.id] * stage.kernel.bank for some, stage in zip(named, STAGES, strict=True)]
     assert all(STAGES[0] is stage or reads[stage.number - 1] for stage in STAGES)
     assert [kernel.folder.name for kernel in found if kernel.submits] == ["07-infer-submission"]
     assert all(kernel.submits == (not kernel.metadata["enable_internet"]) for kernel in found)
@@ -125,8 +127,9 @@ def test_push_all_sends_what_the_folders_say(kaggle):
     code, out, err = kaggle("push", "--all", "--wait")
     assert code == 0, err
     assert out.count("version 3 pushed") == len(STAGES)
-    code, out, err = kaggle("push", "benchmark")
-    assert code == 0, err
+    for other in ("bank", "benchmark"):
+        code, out, err = kaggle("push", other)
+        assert code == 0, err
     sent = kaggle.stub.asked("SaveKernel")
     for kernel, request in zip(kernels.find(kaggle.chain), sent, strict=True):
         said = kernel.metadata
@@ -146,7 +149,7 @@ def test_sources_that_are_not_there_are_left_out_or_refused(kaggle, answer):
     stub = kaggle.stub
     stub.not_found = (answer, {"code": answer, "message": "Permission denied or not found"})
     stub.datasets = {f"{ME}/image-to-prompts-wheels", f"{ME}/image-to-prompts-metadata"}
-    stub.absent = {"04-finetune-convnext", "06-train-ensemble"}
+    stub.absent = {"04-finetune-convnext", "06-train-ensemble", BANK_SLUG}
     code, _, err = kaggle("push", "infer")
     assert code == 0, err
     (sent,) = stub.asked("SaveKernel")
@@ -196,7 +199,11 @@ def test_sessions_of_training_alternate(kaggle):
     render = f"{ME}/03-render-images"
     assert [one["kernelDataSources"] for one in sent] == [[render], [render, first], [render, other], [render, first]]
     assert kaggle("push", "infer")[0] == 0
-    assert kaggle.stub.asked("SaveKernel")[-1]["kernelDataSources"] == [other, f"{ME}/06-train-ensemble"]
+    assert kaggle.stub.asked("SaveKernel")[-1]["kernelDataSources"] == [
+        other,
+        f"{ME}/06-train-ensemble",
+        f"{ME}/{BANK_SLUG}",
+    ]
     kaggle.stub.replies["GetKernelSessionStatus"] = {"status": "RUNNING"}
     code, _, err = kaggle("push", "finetune", "--continue")
     assert code == 2 and f"{other} is running" in err
@@ -216,7 +223,9 @@ def test_sessions_of_rendering_get_what_was_published(kaggle):
 def test_a_push_that_waits_asks_until_the_kernel_is_complete(kaggle):
     answers = [{"status": "QUEUED"}, (502, {"code": 502, "message": "Bad gateway"}), {"status": "RUNNING"}]
     complete = {"status": "COMPLETE"}
-    kaggle.stub.replies["GetKernelSessionStatus"] = lambda asked: answers.pop(0) if answers else complete
+    kaggle.stub.replies["GetKernelSessionStatus"] = lambda asked: (
+        answers.pop(0) if answers and BANK_SLUG not in str(asked) else complete
+    )
     code, _, err = kaggle("push", "--all", "--wait")
     assert code == 0 and not answers and "asking again" in err, err
     assert len(kaggle.stub.asked("SaveKernel")) == len(STAGES)

@@ -156,13 +156,27 @@ def machine(image, tmp_path):
 
 
 def test_the_submission_kernel_scores_before_and_after_anybody_trained(
-    machine, competition, small_run, small_checkpoint, tmp_path
+    machine, competition, small_run, small_checkpoint, tiny_encoders, tmp_path
 ):
     """Today's layout of mounts; test_mounts.py has the others."""
     shutil.copytree(competition, machine.inputs / "competitions" / "c")
     said = machine.run("07-infer-submission")
     assert "7 images" in said and "predicted by the mean embedding" in said and ": competition" in said
     assert submission.check(machine.working / "submission.csv", competition / "images") == 7
+
+    clip = shutil.copytree(
+        tiny_encoders["clip"], machine.inputs / "datasets" / "ada" / "image-to-prompts-weights" / "clip"
+    )
+    shutil.copy(small_run.metadata, machine.inputs / "datasets" / "ada" / "prompts.csv")
+    said = machine.run("bank", tower=f"open_clip:{clip}")
+    bank, left = machine.working / "banks" / "prompts", machine.inputs / "notebooks" / "ada" / "image-to-prompts-bank"
+    rows = len(metadata.read(small_run.metadata))
+    assert f"{rows} prompts, 24 numbers each, in 1 shards" in said
+    shutil.move(bank, left / "banks" / "prompts")
+    said = machine.run("07-infer-submission")
+    assert "predicted by bank of prompts" in said and "no text head" in said
+    assert submission.check(machine.working / "submission.csv", competition / "images") == 7
+    shutil.rmtree(left)
 
     embeddings = machine.inputs / "datasets" / "ada" / "image-to-prompts-embeddings" / "embeddings"
     embed.run(embed.Config(images=(small_run.images,), out=embeddings, image_size=64, encoders=("classes",)))
