@@ -80,7 +80,7 @@ class Dual:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts, float32 (n, 128)."""
-        found = text_encoder.encode_once(texts)
+        found = text_encoder.encode(texts, fast=True)
         return metrics.unit(metrics.in_fixed_rows(lambda rows: self._mapped("text", rows), [found]))
 
     def _mapped(self, side: str, rows: list[np.ndarray]) -> np.ndarray:

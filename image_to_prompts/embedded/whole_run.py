@@ -115,7 +115,7 @@ def run(config: Config) -> str:
     chain("ensemble", rows=lambda _: train, **few)
 
     models = (of.checkpoint, of.ensemble)
-    pairs = _bank(chain, 1500 if config.quick else 12_000)
+    pairs = _bank(chain, 1500 if config.quick else 9000)
     every: dict[str, Any] = {"checkpoint": models, "key": of.test_metadata, "bank": (of.train_metadata, of.bank)}
     every["pairs"] = (pairs,)
     outs = {"test": of.submission, "test-openmoji": of.submission.with_name("openmoji.csv")}
@@ -174,7 +174,7 @@ def _bank(chain: Chain, count: int) -> Path:
         embeddings.write(pairs, embeddings.PROMPTS, targets[validates], names, {"encoder": text_encoder.NAME})
         written = metadata.read_prompts(of.prompts.with_name("bank.csv"))
         held_out = text_encoder.encode(metadata.read_prompts(of.test_metadata)["prompt"].tolist())
-        far = ~near(text_encoder.encode_once(written["prompt"].tolist()), held_out, dataset.NEAR)
+        far = ~near(text_encoder.encode(written["prompt"].tolist(), fast=True), held_out, dataset.NEAR)
         metadata.write_table(new, written[far])
         stamp.write([*outputs, new])
         chain.note("dual encoder", begun, len(features))
