@@ -164,6 +164,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     settings = {"images": [names, images.contents(files)], "key": bool(truth), "bank": bool(bank)}
     settings |= {"weights": weights, "views": config.views, "rungs": [rung.what for rung in rungs]}
     settings |= {"looks": [config.second_size, colours]} if config.second_size or colours else {}
+    settings |= {"second_tower": config.second_tower} if config.second_tower else {}
     inputs = [*(path for rung in rungs for path in rung.inputs), *filter(None, (config.key, *csvs))]
     stamp = Stamp(config.out.with_name(f".{config.out.stem}.done"), "infer", settings, inputs)
     scores_path, nearest_path = config.out.with_suffix(".json"), config.out.with_name(f"{config.out.stem}.prompts.csv")

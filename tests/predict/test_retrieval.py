@@ -190,6 +190,10 @@ def test_a_bank_alone_makes_a_submission(bank, pictures, tmp_path, command):
     found = infer.submission.read(tmp_path / "s.csv", [str(n) for n in range(6)])
     seen = predictors.predict(predictors.load(bank), sorted(pictures.iterdir()), predictors.Viewing())
     assert np.allclose(found, seen.vectors, atol=1e-6)
+    assert command(*words, "--key", key)[2].endswith("is up to date\n")
+    judged = command(*words, "--key", key, "--second-tower", banks.open_bank(bank).tower)
+    assert judged[0] == 0 and "is up to date" not in judged[2]
+    assert not np.allclose(infer.submission.read(tmp_path / "s.csv", [str(n) for n in range(6)]), found)
     nearest = command(*words, key, "--out", tmp_path / "t.csv")
     assert nearest[0] == 0 and (tmp_path / "t.prompts.csv").is_file(), "a CSV beside it names nearest prompts"
 
