@@ -52,7 +52,8 @@ class Main:
     encoders: Annotated[tuple[str, ...], AtLeast(1)] = (
         *("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite2", "classes"),
     )
-    """open_clip:<model or folder>, timm:<model>, transformers:<model or folder>, interrogator, classes."""
+    """open_clip:<model or folder>, timm:<model>, transformers:<model or folder>, interrogator, classes,
+    caption:<model, folder or address of a server>."""
     image_size: Positive = 224
     """Side of the backbones' input in px."""
     batch_size: Positive = 32
@@ -75,7 +76,7 @@ class Bank:
 
 @dataclass
 class Texts:
-    """What the interrogator says."""
+    """What the interrogator and captioners say."""
 
     mode: Literal["fast", "classic", "best"] = "fast"
     """How the interrogator puts its text together."""
@@ -83,6 +84,8 @@ class Texts:
     """Folder of own term lists (artists.txt, flavors.txt, mediums.txt, movements.txt, trendings.txt)."""
     artists: bool = True
     """Let the interrogator name artists."""
+    samples: Positive = 1
+    """Captions an image, of encoders caption:...: the first is the likeliest, the others are drawn."""
 
 
 @dataclass
@@ -120,7 +123,7 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
     of_banks = [one.name for one in fields(Bank)]
     settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size", "max_hours", *of_banks)
     settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
-    models = {name: name.partition(":")[2] for name in config.encoders}
+    models = {name.replace("caption:", "transformers:", 1): name.partition(":")[2] for name in config.encoders}
     places = [backbones.locate(name) for name, model in models.items() if model and Path(model).is_dir()]
     given = weights.interrogator(config.caption, config.ranker)
     places += [weights.locate(name, folder) for name, folder in given if folder]

@@ -2,6 +2,7 @@
 
 open_clip:<model or folder>, timm:<model>, transformers:<model or folder>   features of a backbone
 interrogator   a BLIP caption and the terms that CLIP ranks highest: CLIP Interrogator, batched and offline
+caption:<model or address>   captions by a model of transformers, or by a server: see `captions`
 classes        its stand-in in the embedded profile: ImageNet classes, and the grammar's words that are nearest to them
 dual:<folder>  stand-in of a CLIP in the embedded profile: one space for images and texts
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from .. import pipeline
 from ..data.rows import Fit, ImageRows, load
-from ..models import text_encoder
+from ..models import metrics, text_encoder
 from ..run.devices import local_device, within_memory
 from ..run.errors import UserError
 
@@ -73,6 +74,11 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     from . import interrogator
     from .backbone import BackboneEncoder
 
+    samples = settings.pop("samples", 1)
+    if name.startswith("caption:"):
+        from . import captions
+
+        return captions.build(name.partition(":")[2], samples)
     if name == "interrogator":  # its models look at images of their own sizes
         return interrogator.load(**settings)
     if name == "classes":
@@ -166,9 +172,19 @@ def _encoded(parts: list[np.ndarray | list[str]], where: np.ndarray, count: int)
         texts = [""] * count
         for row, text in zip(where, said, strict=True):
             texts[row] = text
-        found = text_encoder.encode(said)
+        found = _mean_of_lines(said)
     else:
         found = np.concatenate(parts)
     vectors = np.full((count, found.shape[1]), np.nan, np.float32)
     vectors[where] = found
     return Encoded(vectors, texts)
+
+
+def _mean_of_lines(said: list[str]) -> np.ndarray:
+    """The embedding of each text, float32 (n, 384); of one of several lines the unit vector of their mean."""
+    lines = [text.split("\n") for text in said]
+    vectors = text_encoder.encode([line for some in lines for line in some])
+    if len(vectors) == len(said):
+        return vectors
+    ends = np.cumsum(list(map(len, lines)))
+    return metrics.unit(np.stack([part.mean(0) for part in np.split(vectors, ends[:-1])]))
