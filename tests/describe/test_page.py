@@ -125,7 +125,7 @@ class Visit:
         return self.page.evaluate(f"document.querySelector('#{name} textarea, #{name} input')?.value ?? ''")
 
     def wait(self, condition):
-        self.page.wait_for_function(condition, timeout=60_000)
+        self.page.wait_for_function(condition, timeout=180_000)
 
     def described(self):
         self.wait("document.querySelector('#prompt textarea')?.value.length > 0")
