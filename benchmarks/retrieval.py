@@ -1,4 +1,4 @@
-"""A thousand queries over a million prompts: FAISS's flat index, and ours from memory-mapped files.
+"""A thousand queries over a million prompts: FAISS's flat index, and ours from files; what a bank predicts.
 
 python benchmarks/retrieval.py [nearest] [bank] [scenes] [pca] [--count 1000000] [--queries 1000] [--rounds 5]
     [--run runs/default]
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +199,21 @@ def _scenes(run: Any, fold: int, known: Any, asked: dict[str, Any], work: Path) 
         "retrieval and head": retrieval.Retrieval(work / "bank", [work / "pairs"]),
         "with a second tower": retrieval.Retrieval(work / "bank", [work / "pairs"], towers[1].about["encoder"]),
     }
-    first = known.arrays[next(iter(known.arrays))][~validates]
+    every = next(iter(known.arrays.values()))
+    first = every[~validates]
     weight, bias = metrics.ridge(first, train)
+    k = metrics.best_k(every[validates], known.targets[validates], first, train)
+    both = ways["retrieval and head"]
     found: dict[str, dict[str, float]] = {}
     for which, table in asked.items():
         features, others = table.arrays.values()
         seen = [towers[0].images(features), towers[1].images(others)]
-        k = metrics.best_k(known.arrays[next(iter(known.arrays))][validates], known.targets[validates], first, train)
         predicted = {"constant": np.broadcast_to(train.mean(0), table.targets.shape)}
         predicted["kNN"] = metrics.nearest_mean(features, first, train, k)
         predicted["ridge on the features"] = features @ weight + bias
         predicted |= {name: way(seen if way.second else seen[:1]) for name, way in ways.items()}
-        both = ways["retrieval and head"]
         predicted["text head alone"] = both.head(both.bank.queries(seen[0]))
-        both.how, kept = retrieval.replace(both.how, head=0.0), both.how
+        both.how, kept = replace(both.how, head=0.0), both.how
         predicted["retrieval alone"], both.how = both(seen[:1]), kept
         for name, vectors in predicted.items():
             found.setdefault(name, {})[which] = metrics.mean_cosine(vectors, table.targets)

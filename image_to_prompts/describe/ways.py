@@ -138,7 +138,8 @@ class Describer:
 
     @cached_property
     def _searching(self) -> predictors.Searching:
-        return predictors.Searching(tuple(Run(self.config.run).stored_embeddings()))
+        needed = any(map(is_bank, self.folders))  # on Kaggle the search goes through all that is attached
+        return predictors.Searching(tuple(Run(self.config.run).stored_embeddings()) if needed else ())
 
     @cached_property
     def index(self) -> "nearest.Index":

@@ -71,31 +71,29 @@ def run(config: "Config") -> dict[str, tuple[int, int]]:
     outputs = [config.out / name for n in range(len(shards)) for name in banks.files(n)]
     stamp.claim([*outputs, *(config.out / name for name in names)])
     work, deadline = stamp.work_folder(), Deadline(config.max_hours)
-    _check_room(config, prompts, _tower(tower))
+    width = _check_room(config, prompts, _tower(tower))
     projection = _projection(config.dimensions, prompts, _tower(tower), work) if config.dimensions else None
-    width = (_tower(tower).embed(prompts[:1]) if projection is None else projection).shape[1]
-    done = 0
+    digests: dict[str, str] = {}
+    finished: list[int] = []
     with progress_to(len(prompts), "embed prompts") as advance:
         for number, shard in enumerate(shards):
-            if not _shard(config, projection, shard, work / str(number), number, deadline.passed):
+            known = _shard(config, projection, shard, work / str(number), number, deadline.passed, advance)
+            if not known:
                 break
-            done += len(shard)
-            advance(len(shard))
+            digests |= known
+            finished.append(len(shard))
+    done = sum(finished)
     if not done:
         said = f"--max-hours {config.max_hours:g}: not enough for {len(shards[0]):,} prompts"
         raise UserError(f"{said}; what is done stays, and the same command goes on from here")
     if process_state().is_main_process:
+        sources = [path.name for path in config.texts]
         about = {"tower": tower, "weights": weights, "projected": projection is not None, "width": width}
-        about |= {
-            "shards": [len(shard) for shard in shards][: -(-done // rows)],
-            "sources": [path.name for path in config.texts],
-        }
-        about["sha256"] = {path.name: sha256(path) for path in outputs if path.is_file()}
+        about |= {"shards": finished, "sources": sources, "sha256": digests}
         if projection is not None:
             write_array(config.out / banks.PROJECTION, projection)
-        banks.write_about(
-            config.out, about, README.format(rows=done, **{**about, "sources": ", ".join(about["sources"])})
-        )
+        said = README.format(rows=done, sources=", ".join(sources), width=width, tower=tower, weights=weights)
+        banks.write_about(config.out, about, said)
         if done == len(prompts):
             stamp.write([*outputs, *(config.out / name for name in names)])
         else:
@@ -116,15 +114,19 @@ def _tower(name: str) -> text_tower.TextTower:
     return text_tower.build(name)
 
 
-def _check_room(config: "Config", prompts: Sequence[str], tower: text_tower.TextTower) -> None:
-    """Says how long it will take and how large it becomes; raises UserError if there is no room for it."""
+def _check_room(config: "Config", prompts: Sequence[str], tower: text_tower.TextTower) -> int:
+    """Says how long it will take and how large it becomes; raises UserError if there is no room for it.
+
+    Returns:
+        Numbers a prompt.
+    """
     begun = time.perf_counter()
     trial = prompts[:: -(-len(prompts) // TRIAL)]
     width = tower.embed(trial).shape[1]
     if config.dimensions > width:
         raise UserError(f"--dimensions {config.dimensions}: the tower gives {width} numbers; give fewer")
-    seconds = (time.perf_counter() - begun) / len(trial)
-    size = 2 * ((config.dimensions or width) + text_encoder.DIMENSION) + sum(map(len, trial)) / len(trial)
+    seconds, kept = (time.perf_counter() - begun) / len(trial), config.dimensions or width
+    size = 2 * (kept + text_encoder.DIMENSION) + sum(map(len, trial)) / len(trial)
     log.info("%s", Estimate("prompts", len(prompts), len(prompts), seconds, size))
     there = sum(file.stat().st_size for file in config.out.glob("*-????.*"))  # of a run that was stopped
     room = (shutil.disk_usage(config.out).free + there) / 1e9
@@ -132,6 +134,7 @@ def _check_room(config: "Config", prompts: Sequence[str], tower: text_tower.Text
     if (needed := len(prompts) * size / 1e9) > room:
         said = f"{config.out}: {len(prompts):,} prompts need {needed:.1f} GB, there are {room:.1f} GB"
         raise UserError(f"{said}; give fewer, or fewer numbers of each: --dimensions 192")
+    return kept
 
 
 def _projection(dimensions: int, prompts: Sequence[str], tower: text_tower.TextTower, work: Path) -> np.ndarray:
@@ -157,21 +160,27 @@ def _shard(
     work: Path,
     number: int,
     over: Callable[[], bool],
-) -> bool:
-    """Makes a shard, unless that was done before; False if the time was over first."""
-    record = work.with_suffix(".json")
+    advance: Callable[[int], object],
+) -> dict[str, str]:
+    """Makes a shard, unless that was done before; returns its files' SHA-256, nothing if the time was over first."""
+    record, left = work.with_suffix(".json"), len(texts)
     known = read_json(record)
     if known and all((config.out / name).is_file() and sha256(config.out / name) == known[name] for name in known):
-        return True
+        advance(left)
+        return known
     start = partial(_start, config.encoders[0], projection)
 
     def make(blocks: Iterable[range]) -> Iterator[dict[str, np.ndarray]]:
+        nonlocal left
         for found in over_blocks(config, start, (texts[rows.start : rows.stop] for rows in blocks)):
+            advance(len(found[0]))
+            left -= len(found[0])
             yield {"vectors": found[0], "targets": found[1]}
 
     blocks = resume.blocks(make_folder(work), len(texts), BLOCK, make, over)
     if len(blocks) * BLOCK < len(texts):
-        return False
+        return {}
+    advance(left)  # blocks of an earlier run, or of other processes
     if process_state().is_main_process:
         found = [load_file(block) for block in blocks]
         vectors, targets = (np.concatenate([block[name] for block in found]) for name in ("vectors", "targets"))
@@ -179,7 +188,7 @@ def _shard(
         write_json(record, {name: sha256(config.out / name) for name in banks.files(number)})
         shutil.rmtree(work)
     process_state().wait_for_everyone()
-    return True
+    return read_json(record)
 
 
 def _start(name: str, projection: np.ndarray | None) -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:

@@ -158,8 +158,10 @@ def _bank(chain: Chain, count: int) -> Path:
 
     of, begun = chain.run, time.perf_counter()
     pairs, folder, new = of.bank.with_name("pairs"), of.checkpoints / "dual", of.bank.with_name("new.csv")
-    chain("generate", "bank", count=count, seed=SEED, out=of.prompts.with_name("bank.csv"))
-    stamp = Stamp(of.bank.with_name(".pairs.done"), "run", {}, [*embeddings.files(of.embeddings), of.test_metadata])
+    all_new = of.prompts.with_name("bank.csv")
+    chain("generate", "bank", count=count, seed=SEED, out=all_new)
+    inputs = [*embeddings.files(of.embeddings), of.test_metadata, all_new]
+    stamp = Stamp(of.bank.with_name(".pairs.done"), "run", {}, inputs)
     if not stamp.is_current():
         outputs = [folder / name for name in ("dual.json", "dual.safetensors")]
         outputs += [pairs / f"{name}{end}" for name in ("dual", embeddings.PROMPTS) for end in embeddings.ENDS]
@@ -172,7 +174,7 @@ def _bank(chain: Chain, count: int) -> Path:
         names = table.frame[validates]
         embeddings.write(pairs, "dual", encoder.images(features[validates]), names[["image_name"]], encoder.about)
         embeddings.write(pairs, embeddings.PROMPTS, targets[validates], names, {"encoder": text_encoder.NAME})
-        written = metadata.read_prompts(of.prompts.with_name("bank.csv"))
+        written = metadata.read_prompts(all_new)
         held_out = text_encoder.encode(metadata.read_prompts(of.test_metadata)["prompt"].tolist())
         far = ~near(text_encoder.encode(written["prompt"].tolist(), fast=True), held_out, dataset.NEAR)
         metadata.write_table(new, written[far])

@@ -17,9 +17,9 @@ import numpy as np
 
 from ..models import metrics
 from ..run.errors import UserError
-from ..run.files import atomic_path, write_array, write_json, write_text
+from ..run.files import write_array, write_json, write_text
 from ..run.folders import BANK, read_json
-from ..search.nearest import Parts, Stored
+from ..search.nearest import Parts, Stored, nearest, read_texts, write_texts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,8 +95,6 @@ def kept_share(vectors: np.ndarray, projection: np.ndarray, queries: np.ndarray,
         queries: float32 (m, width).
         count: How many of the nearest.
     """
-    from ..search.nearest import nearest
-
     before, _ = nearest(queries, vectors, count)
     after, _ = nearest(projected(queries, projection), projected(vectors, projection), count)
     return float(np.mean([len(np.intersect1d(*rows)) / len(rows[0]) for rows in zip(before, after, strict=True)]))
@@ -109,14 +107,10 @@ def files(number: int) -> list[str]:
 
 def write_shard(folder: Path, number: int, vectors: np.ndarray, targets: np.ndarray, texts: Sequence[str]) -> None:
     """Writes the files of a shard, each atomically."""
-    import pyarrow as pa
-
     names = files(number)
     write_array(folder / names[0], vectors.astype(np.float16))
     write_array(folder / names[1], targets.astype(np.float16))
-    table = pa.table({"prompt": pa.array(texts, pa.large_string())})
-    with atomic_path(folder / names[2]) as part, pa.ipc.new_file(str(part), table.schema) as file:
-        file.write_table(table)
+    write_texts(folder / names[2], texts)
 
 
 def write_about(folder: Path, about: dict[str, Any], readme: str) -> None:
@@ -138,8 +132,8 @@ def open_bank(folder: Path) -> Bank:
         shards, rows = range(len(about["shards"])), about["shards"]
         names = [[folder / name for name in files(number)] for number in shards]
         vectors, targets = Parts([Stored(one[0]) for one in names]), Parts([Stored(one[1]) for one in names])
-        read = [pa.ipc.open_file(pa.memory_map(str(one[2]))).read_all()["prompt"] for one in names]
-        texts = pa.chunked_array([chunk for column in read for chunk in column.chunks], pa.large_string())
+        chunks = [chunk for one in names for chunk in read_texts(one[2]).chunks]
+        texts = pa.chunked_array(chunks, pa.large_string())
         projection = np.load(folder / PROJECTION, allow_pickle=False) if about["projected"] else None
         found = Bank(folder, about["tower"], about["weights"], texts, vectors, targets, projection)
     except KeyError as error:

@@ -54,12 +54,12 @@ class Main:
     """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
     second_size: NotNegative = 0
     """Let checkpoints of finetune look a second time, at inputs of this side in px; 0: not."""
+    own_colours: bool = False
+    """Let them look a further time, with colours normalised by the mean and deviation of these images."""
     pairs: tuple[Path, ...] = ()
     """Folders of embed, of images with known prompts, to fit a bank's settings on; left out: the run's, or attached."""
     second_tower: str = ""
     """open_clip:<model> that judges the prompts which a bank's own tower found."""
-    own_colours: bool = False
-    """Let them look a further time, with colours normalised by the mean and deviation of these images."""
     fallback: bool = False
     """Where none is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
     max_hours: Amount = 0.0
@@ -153,7 +153,8 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     csvs = [path for path in config.bank if not is_bank(path)]
     bank = [prompt for path in csvs for prompt in metadata.read_prompts(path)["prompt"]]
     banks = [path for path in config.bank if is_bank(path)] or ([] if config.checkpoint else Run(config.run).banks())
-    searching = predictors.Searching(config.pairs or tuple(Run(config.run).stored_embeddings()), config.second_tower)
+    stored = Run(config.run).stored_embeddings() if banks and not config.pairs else config.pairs
+    searching = predictors.Searching(tuple(stored), config.second_tower)
     folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback or bool(banks))
     folders += banks
     weights = predictors.blend_weights(folders, config.blend, searching) if folders else []

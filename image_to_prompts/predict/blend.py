@@ -10,7 +10,7 @@ import pandas as pd
 from ..models import metrics
 from ..run.folders import is_bank, is_embeddings
 from ..training import by_source
-from . import knn, retrieval
+from . import knn
 
 log = logging.getLogger(__name__)
 LEAST_TO_FIT = 20  # images on which weights are fitted
@@ -38,13 +38,16 @@ def fitted(folders: list[Path], pairs: Sequence[Path] = (), second: str = "") ->
     known = pd.DataFrame(targets, frame["image_name"])
     names = _common(found)
     for folder in (one for one in folders if one not in found):
-        said = knn.validation(folder, known.loc[names]) if is_embeddings(folder) else None
-        if said is None:
-            said = retrieval.validation(folder, known.loc[names], pairs, second)
-            if len(said) < LEAST_TO_FIT:
-                log.warning("%s: left out of the blend: no vectors of images that were validated; or --blend", folder)
-                continue
-        found[folder] = said
+        if is_embeddings(folder):
+            found[folder] = knn.validation(folder, known.loc[names])
+            continue
+        from . import retrieval
+
+        said = retrieval.validation(folder, known.loc[names], pairs, second)
+        if len(said) >= LEAST_TO_FIT:
+            found[folder] = said
+        else:
+            log.warning("%s: left out of the blend: no vectors of images that were validated; or --blend", folder)
     if len(found) == 1:
         return [float(folder in found) for folder in folders]
     names = _common(found)

@@ -10,7 +10,7 @@ shifted to where texts lie (as the seventh team did).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -23,6 +23,8 @@ from ..encode import banks, embeddings, encoders, text_tower
 from ..encode.encoders import Encoder
 from ..models import metrics
 from ..run.errors import UserError
+from ..run.folders import BANK
+from ..run.resume import fingerprint
 from ..search.nearest import nearest
 from ..training.dataset import NEAR
 
@@ -35,8 +37,6 @@ HEADS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # share of the text head
 LEAST = {"open_clip:ViT-H-14": 0.29}  # cosine that the fourth team asked of its second tower; of others: half are kept
 FOR_HEAD = 100_000  # rows of the bank from which the text head is made
 MEANS = 20_000  # and the bank's means
-
-
 Known = tuple[pd.Series, np.ndarray, np.ndarray | None, np.ndarray]  # names, vectors by both towers, targets
 
 
@@ -140,8 +140,7 @@ class Retrieval:
         self.how = Settings()
         if second:
             self.how = Settings(least=LEAST[second]) if second in LEAST else Settings(keep=0.5)
-        some = np.arange(0, len(self.bank.targets), -(-len(self.bank.targets) // MEANS))
-        self.mean = metrics.unit(self.bank.targets[some].astype(np.float32).mean(0))
+        self.mean = metrics.unit(self.bank.targets[_spaced(self.bank.targets, MEANS)].astype(np.float32).mean(0))
         self.head: Head | None = None
         self.known = _known(pairs, self.bank.tower, second)
         if self.known is None:
@@ -155,7 +154,7 @@ class Retrieval:
     def _fit(self, known: Known) -> None:
         """Fits settings and text head on known pairs."""
         names, features, others, targets = known
-        part = np.arange(0, len(names), -(-len(names) // MOST_PAIRS))
+        part = _spaced(names, MOST_PAIRS)
         queries, truth = self.bank.queries(features[part]), targets[part]
         given = None if others is None else others[part]
         cosines, found, second = self._candidates(queries, given, truth)
@@ -180,7 +179,7 @@ class Retrieval:
 
     def _fitted_head(self, queries: np.ndarray, truth: np.ndarray) -> Head:
         """A ridge regression on the bank; shift and penalty are chosen on images, float32 (n, d), and their targets."""
-        part = np.arange(0, len(self.bank.vectors), -(-len(self.bank.vectors) // FOR_HEAD))
+        part = _spaced(self.bank.vectors, FOR_HEAD)
         vectors, targets = self.bank.vectors[part].astype(np.float32), self.bank.targets[part].astype(np.float32)
         shift = (vectors.mean(0) - queries.mean(0)).astype(np.float32)
         weight, bias = metrics.ridge(vectors, targets, (metrics.unit(queries + shift), truth))
@@ -216,6 +215,11 @@ class Retrieval:
         return metrics.blend([retrieved, self.head(queries)], [1 - self.how.head, self.how.head])
 
 
+def _spaced(rows: Sized, most: int) -> np.ndarray:
+    """Numbers of at most so many rows, evenly spaced."""
+    return np.arange(0, len(rows), -(-len(rows) // most))
+
+
 def _mean(weights: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Weighted means, float32 (n, 384), a row at a time: so none depends on its company."""
     return np.stack([row @ targets for row, targets in zip(weights, found, strict=True)])
@@ -234,14 +238,22 @@ def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
     return None
 
 
-_fitted = lru_cache(maxsize=1)(Retrieval)  # the blend's weights and the predictions need the same
+@lru_cache(maxsize=1)
+def _kept(contents: str, folder: Path, pairs: tuple[Path, ...], second: str) -> Retrieval:
+    return Retrieval(folder, pairs, second)
+
+
+def _fitted(folder: Path, pairs: Sequence[Path], second: str) -> Retrieval:
+    """The last one again, which the blend's weights and the predictions need both, while its files are the same."""
+    inputs = [folder / BANK, *(file for one in pairs for file in embeddings.files(one))]
+    return _kept(fingerprint({}, inputs), folder, tuple(pairs), second)
 
 
 def neighbours(
     folder: Path, pairs: Sequence[Path] = (), second: str = ""
 ) -> tuple[np.ndarray, list[Encoder], Callable[[list[np.ndarray]], np.ndarray]]:
     """`mean`, `encoders` and `finish` of a `predictors.Predictor`; arguments and errors as of `Retrieval`."""
-    made = _fitted(folder, tuple(pairs), second)
+    made = _fitted(folder, pairs, second)
     return made.mean, [encoders.build(made.bank.tower, 0), *([made.second.encoder] if made.second else [])], made
 
 
@@ -255,7 +267,7 @@ def validation(folder: Path, asked: pd.DataFrame, pairs: Sequence[Path], second:
     Returns:
         float32 (m, 384) by name, of the images that have vectors.
     """
-    made = _fitted(folder, tuple(pairs), second)
+    made = _fitted(folder, pairs, second)
     if made.known is None:
         return pd.DataFrame(index=[])
     names, features, others, targets = made.known

@@ -91,8 +91,7 @@ def open_index(csvs: Sequence[Path]) -> Index:
                 stamp.claim([texts, vectors])
                 build(_prompts(csvs), texts, vectors)
                 stamp.write([texts, vectors])
-            column = pa.ipc.open_file(pa.memory_map(str(texts))).read_all()["prompt"].combine_chunks()
-            return Index(column, np.load(vectors, mmap_mode="c"))
+            return Index(read_texts(texts).combine_chunks(), np.load(vectors, mmap_mode="c"))
     except OSError as error:  # a cache may do without a disk
         log.warning("%s: the index is not kept: %s (%s names another folder)", folder, error, text_cache.FOLDER)
         prompts = _prompts(csvs)
@@ -108,13 +107,25 @@ def _prompts(csvs: Sequence[Path]) -> list[str]:
 
 def build(prompts: list[str], texts: Path, vectors: Path) -> None:
     """Writes the two files of an index."""
-    import pyarrow as pa
-
     blocks = (text_encoder.encode(prompts[start : start + BLOCK]) for start in range(0, len(prompts), BLOCK))
     write_blocks(vectors, (len(prompts), text_encoder.DIMENSION), np.dtype(np.float32), blocks)
+    write_texts(texts, prompts)
+
+
+def write_texts(path: Path, prompts: Sequence[str]) -> None:
+    """Writes prompts as an Arrow file, atomically."""
+    import pyarrow as pa
+
     table = pa.table({"prompt": pa.array(prompts, pa.large_string())})
-    with atomic_path(texts) as part, pa.ipc.new_file(str(part), table.schema) as file:
+    with atomic_path(path) as part, pa.ipc.new_file(str(part), table.schema) as file:
         file.write_table(table)
+
+
+def read_texts(path: Path) -> pa.ChunkedArray:
+    """What `write_texts` wrote, mapped into memory; raises OSError or pyarrow's ArrowInvalid for a damaged file."""
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["prompt"]
 
 
 class Stored:

@@ -47,14 +47,12 @@ def bank(tower, tmp_path):
     return tmp_path / "bank"
 
 
-def write_pairs(folder, tower, world_noise=0.3, rows=80, also=None):
+def write_pairs(folder, tower, world_noise=0.3, also=None):
     """Images whose vectors the same map makes of their prompts' embeddings, which are near to some of the bank's."""
-    known = units(150, 384, 0)
-    targets = metrics.unit(known[:rows] + known[rows : 2 * rows][::-1][:rows] if rows <= 75 else known[:rows])
-    targets = metrics.unit(targets + 0.8 * units(rows, 384, 5))
+    targets = metrics.unit(units(150, 384, 0)[:80] + 0.8 * units(80, 384, 5))
     world = np.random.default_rng(1).standard_normal((384, WIDTH))
-    vectors = metrics.unit(metrics.unit(targets @ world) + world_noise * units(rows, WIDTH, 3))
-    names = pd.DataFrame({"image_name": [f"{row}.png" for row in range(rows)]})
+    vectors = metrics.unit(metrics.unit(targets @ world) + world_noise * units(80, WIDTH, 3))
+    names = pd.DataFrame({"image_name": [f"{row}.png" for row in range(80)]})
     embeddings.write(folder, "tower", 3 * vectors, names, {"backbone": {"name": tower}})
     for name, array in (also or {}).items():
         embeddings.write(folder, "second", array, names, {"backbone": {"name": name}})
@@ -162,6 +160,16 @@ def test_a_second_tower_looks_at_images_and_texts(bank, tower, tmp_path):
     assert np.allclose(cosines, [expected[:3, 0], expected[1:, 1]], atol=1e-6)
     found = made([vectors[:4], vectors[4:8]])
     assert found.shape == (4, 384) and np.isfinite(found).all()
+
+
+def test_a_bank_made_anew_is_not_taken_for_the_old_one(bank, tmp_path):
+    before = predictors.load(bank)
+    assert np.array_equal(predictors.load(bank).mean, before.mean)
+    targets = units(60, 384, 8)
+    banks.write_shard(bank, 0, units(60, WIDTH, 9), targets, [f"other {row}" for row in range(60)])
+    about = banks.read_json(bank / "bank.json")
+    banks.write_about(bank, {**about, "shards": [60]}, "")
+    assert np.allclose(predictors.load(bank).mean, metrics.unit(targets.mean(0)), atol=1e-3)
 
 
 def test_a_bank_of_other_weights_gets_a_line(bank, tower):
