@@ -171,9 +171,8 @@ class Case:
     def words(self) -> list[str]:
         flags, inputs = WORDS[self.target]
         words = [stage_of(self.target), "--run", str(self.run)]
-        words += [
-            word.replace("RUN", str(self.run)).replace("CLIP", str(self.inputs["clip"])) for word in flags.split()
-        ]
+        clip = str(self.inputs.get("clip"))
+        words += [word.replace("RUN", str(self.run)).replace("CLIP", clip) for word in flags.split()]
         for flag, name in inputs.items():
             if flag:
                 words += [flag, str(self.inputs[name])]
