@@ -213,7 +213,7 @@ def _scenes(run: Any, fold: int, known: Any, asked: dict[str, Any], work: Path) 
         predicted["ridge on the features"] = features @ weight + bias
         predicted |= {name: way(seen if way.second else seen[:1]) for name, way in ways.items()}
         predicted["text head alone"] = both.head(both.bank.queries(seen[0]))
-        both.how, kept = replace(both.how, head=0.0), both.how
+        both.how, kept = replace(both.how, weights=(1.0, 0.0)), both.how
         predicted["retrieval alone"], both.how = both(seen[:1]), kept
         for name, vectors in predicted.items():
             found.setdefault(name, {})[which] = metrics.mean_cosine(vectors, table.targets)

@@ -44,7 +44,8 @@ class Models:
     """The models of CLIP Interrogator."""
 
     caption: str = weights.CAPTION
-    """Its BLIP model: blip-large, or a folder."""
+    """Its BLIP model: blip-large, or a folder. In its place any image-to-text model of transformers (folder or
+    owner/name), or a server that speaks OpenAI's protocol: http://127.0.0.1:11434/v1, to which the images go."""
     ranker: str = weights.RANKER
     """Its CLIP model: open_clip:<model>, or a folder with open_clip_config.json."""
 

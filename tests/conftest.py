@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each would be in each other's way
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import caption_stub
 import chaos_report
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -121,6 +122,13 @@ def refused(command):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def caption_server():
+    """The address of a server that captions images; see `caption_stub`."""
+    with caption_stub.serve() as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

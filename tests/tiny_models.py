@@ -115,6 +115,57 @@ def save_blip(folder: Path) -> Path:
     return folder
 
 
+def save_captioner(kind: str, folder: Path) -> Path:
+    """GIT, BLIP-2 or Florence-2 with random weights, and its processor, for images of 32 px."""
+    import torch
+    import transformers
+
+    save_tokenizer(folder / "raw")
+    end, small = "<|endoftext|>", {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    files = [str(folder / "raw" / name) for name in ("vocab.json", "merges.txt")]
+    words = transformers.GPT2TokenizerFast(
+        *files, unk_token=end, bos_token=end, eos_token=end, pad_token=end, extra_special_tokens={"image_token": "<i>"}
+    )
+    numbers = {"vocab_size": len(words), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    vision = {**small, "hidden_size": 16, "image_size": 32, "patch_size": 8}
+    square = {"height": 32, "width": 32}
+    torch.manual_seed(2)
+    if kind == "git":
+        config = transformers.GitConfig(vision_config=vision, hidden_size=16, **small, **numbers)
+        model = transformers.GitForCausalLM(config)
+        pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
+        processor = transformers.GitProcessor(pixels, words)
+    elif kind == "blip2":
+        asks = {"vocab_size": 9, "hidden_size": 16, "encoder_hidden_size": 16, "cross_attention_frequency": 1, **small}
+        says = {"model_type": "opt", "hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, **numbers}
+        says |= {"num_hidden_layers": 1, "num_attention_heads": 2}
+        parts = {"vision_config": vision, "qformer_config": asks, "text_config": says}
+        config = transformers.Blip2Config(**parts, num_query_tokens=4, image_token_index=words.image_token_id)
+        model = transformers.Blip2ForConditionalGeneration(config)
+        pixels = transformers.BlipImageProcessor(size=square)
+        processor = transformers.Blip2Processor(pixels, words, num_query_tokens=4)
+    else:
+        sees = {"embed_dim": [8, 8], "depths": [1, 1], "patch_size": [7, 3], "patch_stride": [4, 2]}
+        sees |= {"num_heads": [1, 1], "num_groups": [1, 1], "patch_padding": [3, 1], "patch_prenorm": [False, True]}
+        says = {"model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, **numbers}
+        says |= {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _LAYER.items()}
+        says |= {"decoder_start_token_id": 0, "forced_eos_token_id": 0}
+        parts = {"vision_config": {**sees, "window_size": 4, "projection_dim": 16}, "text_config": says}
+        config = transformers.Florence2Config(**parts, image_token_id=words.image_token_id)
+        model = transformers.Florence2ForConditionalGeneration(config)
+        pixels = transformers.CLIPImageProcessor(size=square, do_center_crop=False, image_seq_length=17)
+        processor = transformers.Florence2Processor(pixels, words)
+    with torch.no_grad():  # larger weights, so that images tell captions apart
+        for parameter in (one for one in model.parameters() if one.ndim > 1):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+_LAYER = {"attention_heads": 2, "ffn_dim": 32}
+
+
 def save_clip(folder: Path) -> Path:
     """An open_clip model, both towers, with random weights, for images of 32 px."""
     import json

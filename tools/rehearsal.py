@@ -158,6 +158,7 @@ def convnext(folder: Path, layout: str) -> None:
     write(folder / layout, random_of(on_meta(lambda: ConvNextForImageClassification(config))))
 
 
+BANK_TOWERS = ("open_clip:ViT-L-14", "open_clip:ViT-bigG-14")
 CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 MODELS: dict[str, tuple[Callable[[Path, str], None], tuple[str, ...], str]] = {
     "magicprompt": (magicprompt, ("model.safetensors", "pytorch_model.bin"), "generate"),
@@ -165,6 +166,7 @@ MODELS: dict[str, tuple[Callable[[Path, str], None], tuple[str, ...], str]] = {
     "open_clip:ViT-B-32-quickgelu": (open_clip_of("ViT-B-32-quickgelu"), CLIP_FILES, "embed"),
     "blip-large": (blip, ("model.safetensors", "pytorch_model.bin"), "describe, embed, infer"),
     "open_clip:ViT-H-14": (open_clip_of("ViT-H-14"), CLIP_FILES, "describe, embed, infer"),
+    **{name: (open_clip_of(name.partition(":")[2]), CLIP_FILES, "embed --texts, infer --bank") for name in BANK_TOWERS},
     "open_clip:convnext_xxlarge": (open_clip_of("convnext_xxlarge"), CLIP_FILES, "finetune, embed"),
     "stable-diffusion-2": (
         stable_diffusion,
@@ -197,8 +199,13 @@ def load(name: str) -> list[Any]:
 
         found = weights.locate(name)
         return [interrogator.captioner(found)[0] if name == weights.CAPTION else text_tower.towers(name, found)[0]]
-    built = encoders.build(name, 512 if "xxlarge" in name else 224)
-    return [built.model]  # type: ignore[attr-defined]
+    built: Any = encoders.build(name, 512 if "xxlarge" in name else 224)
+    if name in BANK_TOWERS:
+        from image_to_prompts.encode import text_tower
+
+        texts: Any = text_tower.build(name)
+        return [built.model, texts.clip]
+    return [built.model]
 
 
 def child(name: str) -> None:

@@ -28,7 +28,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import profiles
-from ..models import doubt, layouts, text_encoder, weights
+from ..models import layouts, text_encoder, weights
 from ..predict import predictors
 from ..predict.predictors import Viewing
 from ..profiles import Models, StageConfig
@@ -36,7 +36,7 @@ from ..run.bounds import Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError
 from ..run.files import shown
-from ..run.folders import BANK, Run, default_run, profile_of
+from ..run.folders import Run, default_run, profile_of
 from ..run.progress import progress_to
 from ..run.resume import alone, fingerprint
 from . import files as outputs
@@ -53,6 +53,7 @@ WAYS = {
     "checkpoint": "from the checkpoint",
     "bank": "from a bank of prompts",
     "interrogator": "from CLIP Interrogator",
+    "caption": "captioned",
     "guess": "guessed",
 }
 
@@ -281,13 +282,15 @@ def _fingerprint(describer: Describer) -> str:
     from . import phrases
 
     config, folders, csvs = describer.config, describer.folders, describer.csvs
-    names = ("model.safetensors", "config.json", doubt.FILE, "validation.safetensors", BANK)
     settings = {name: getattr(config, name) for name in ("views", "artists", "most_words", "profile")}
     settings |= {"method": METHOD, "phrases": phrases.lists(config.vocabulary)}
     at_hand = weights.interrogator_at_hand(config.caption, config.ranker)
     settings["interrogator"] = [layouts.digest(path) if path else "" for path in at_hand]
+    settings |= {"caption": config.caption} if weights.is_address(config.caption) else {}
     settings["encoder"] = layouts.digest(weights.locate(text_encoder.NAME))
-    return fingerprint(settings, [*(folder / name for folder in folders for name in names), *csvs])[:16]
+    inputs = [path for folder in folders for path in predictors.inputs(folder, describer.searching)]
+    inputs += [folder / "validation.safetensors" for folder in folders]  # on which a blend's weights are fitted
+    return fingerprint(settings, [*inputs, *csvs])[:16]
 
 
 # `from image_to_prompts import describe` gives this module; called, it describes images.

@@ -32,7 +32,7 @@ class Description:
     Attributes:
         path: The image.
         prompt: Its prompt; "" if there is none.
-        source: Where the prompt comes from: `file`, `checkpoint`, `interrogator` or `guess`; "" if there is none.
+        source: Where the prompt comes from: `file`, `checkpoint`, `bank`, `interrogator`, `caption`, `guess`; "": none.
         familiar: Whether the image is like those that the checkpoint was trained on; None where nobody can tell.
         cosine: Of the prompt's embedding with the predicted one; None unless a checkpoint predicted one.
         nearest: The nearest known prompts with their cosines, best first.

@@ -16,7 +16,7 @@ from PIL import Image
 
 from .. import pipeline
 from ..data import metadata
-from ..models import text_encoder
+from ..models import text_encoder, weights
 from ..predict import predictors
 from ..render import store
 from ..run.errors import UserError
@@ -34,6 +34,7 @@ SOURCES = {
     "checkpoint": "predicted",
     "bank": "from prompts that people wrote",
     "interrogator": "by CLIP Interrogator",
+    "caption": "a caption",
     "guess": "a guess",
 }
 AT_ONCE = 8  # pictures between two looks at the list
@@ -115,10 +116,13 @@ class Session:
     def introduction(self) -> str:
         """What the page is for, and what its model knows."""
         model = f"The model here {self.known}." if self.known else "There is no model here that knows pictures yet."
+        caption = self.describer.config.caption
+        private = "No picture leaves the machine on which this page runs."
+        if weights.is_address(caption):
+            private = f"Pictures without a prompt are sent to {escape(caption)}."
         return (
             "A prompt is the text from which Stable Diffusion made a picture. If it is in the file it is shown; "
-            f"otherwise the model says what it can. {model} PNG, JPEG or WebP, up to {gate.MEGABYTES} MB. No picture "
-            "leaves the machine on which this page runs."
+            f"otherwise the model says what it can. {model} PNG, JPEG or WebP, up to {gate.MEGABYTES} MB. {private}"
         )
 
     def source(self, found: Description) -> str:
@@ -134,6 +138,8 @@ class Session:
             return "<b>Put together from prompts that people wrote</b>: the nearest of many, which can be wrong"
         if found.source == "interrogator":
             return "<b>By CLIP Interrogator</b>: a caption, and terms that CLIP finds fitting"
+        if found.source == "caption":
+            return f"<b>A caption</b> by {escape(self.describer.config.caption)}, not a prompt that somebody wrote"
         why = f"this model {self.known}" if self.known else "there is no model here that knows pictures"
         return f"<b>A guess, not a prompt</b>: {why}. Things that may be in the picture:"
 

@@ -102,7 +102,7 @@ class Describer:
                 if not text:
                     found[file] = Description(file, "", error=images.why_broken(file))
                     continue
-                text = text if source == "interrogator" else ", ".join(text.split(", ")[:CLASSES])
+                text = ", ".join(text.split(", ")[:CLASSES]) if source == "guess" else text
                 found[file] = replace(found[file], prompt=text, source=source)
         return [found[file] for file in files]
 
@@ -130,14 +130,15 @@ class Describer:
 
     @cached_property
     def _predictors(self) -> list[predictors.Predictor]:
-        return [predictors.load(folder, searching=self._searching) for folder in self.folders]
+        return [predictors.load(folder, searching=self.searching) for folder in self.folders]
 
     @cached_property
     def _weights(self) -> list[float]:
-        return predictors.blend_weights(self.folders, (), self._searching)
+        return predictors.blend_weights(self.folders, (), self.searching)
 
     @cached_property
-    def _searching(self) -> predictors.Searching:
+    def searching(self) -> predictors.Searching:
+        """Where the settings of banks come from."""
         needed = any(map(is_bank, self.folders))  # on Kaggle the search goes through all that is attached
         return predictors.Searching(tuple(Run(self.config.run).stored_embeddings()) if needed else ())
 
@@ -163,7 +164,7 @@ class Describer:
 
     @cached_property
     def _speaker(self) -> tuple[encoders.Encoder, str]:
-        """What says something without a checkpoint: CLIP Interrogator if its weights are there, or ImageNet classes.
+        """What says something without a checkpoint: a captioner, CLIP Interrogator if it is there, or ImageNet classes.
 
         Raises:
             UserError: If weights that the user named are nowhere or damaged.
@@ -174,7 +175,8 @@ class Describer:
             from ..models import hub
 
             with hub.without_network(self.config.profile == "embedded"):
-                return encoders.build("interrogator", 0, **chosen), "interrogator"
+                source = "caption" if weights.captions_alone(config.caption) else "interrogator"
+                return encoders.build("interrogator", 0, **chosen), source
         except UserError as error:
             if (config.caption, config.ranker) != (weights.CAPTION, weights.RANKER):
                 raise

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from ..data.rows import Fit
-from ..models import backbones, layouts
+from ..models import backbones, layouts, weights
 from ..run.devices import mixed_precision, process_state, type_of
 from ..run.errors import UserError
 
@@ -42,7 +42,7 @@ def build(name: str, samples: int) -> "Captioner | Endpoint":
     Raises:
         UserError: If the weights are nowhere or of another kind of model, or no server answers.
     """
-    return Endpoint(name, samples) if name.startswith(("http://", "https://")) else Captioner(name, samples)
+    return Endpoint(name, samples) if weights.is_address(name) else Captioner(name, samples)
 
 
 class Captioner:
@@ -61,8 +61,9 @@ class Captioner:
         self.type = type_of(mixed_precision(self.device)) if self.device.type == "cuda" else torch.float32
         self.model, self.samples = model.to(self.device, self.type).eval(), samples
         self.task = TASKS.get(model.config.model_type)
-        size = dict(self.processor.image_processor.size)
-        self.fits: tuple[Fit, ...] = (Fit(size.get("height") or size["shortest_edge"], squash=True),)
+        pixels = self.processor.image_processor
+        size, crop = dict(pixels.size), getattr(pixels, "do_center_crop", False)
+        self.fits: tuple[Fit, ...] = (Fit(size.get("height") or size["shortest_edge"], squash=not crop),)
         self.about: dict[str, Any] = {"encoder": f"caption:{name}", "image_size": 0, "settings": {"samples": samples}}
 
     def see(self, squares: list[torch.Tensor]) -> list[str]:
@@ -125,9 +126,12 @@ class Endpoint:
         asked = {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": TOKENS}
         answer = self._answer("chat/completions", {**asked, "seed": number, "temperature": float(number > 0)})
         try:
-            return " ".join(str(answer["choices"][0]["message"]["content"]).split())
-        except (KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{self.address}: answered without a text: {str(answer)[:100]}") from error
+            text = " ".join(str(answer["choices"][0]["message"]["content"] or "").split())
+        except (KeyError, IndexError, TypeError):
+            text = ""
+        if not text:
+            raise UserError(f"{self.address}: answered without a text: {str(answer)[:100]}")
+        return text
 
     def _answer(self, what: str, asked: dict[str, Any] | None = None) -> dict[str, Any]:
         data = None if asked is None else json.dumps(asked).encode()

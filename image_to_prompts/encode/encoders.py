@@ -1,7 +1,8 @@
 """What tells something of an image without any training: backbones give vectors, interrogators give texts.
 
 open_clip:<model or folder>, timm:<model>, transformers:<model or folder>   features of a backbone
-interrogator   a BLIP caption and the terms that CLIP ranks highest: CLIP Interrogator, batched and offline
+interrogator   a BLIP caption and the terms that CLIP ranks highest: CLIP Interrogator, batched and offline; of another
+               captioner than BLIP its caption alone
 caption:<model or address>   captions by a model of transformers, or by a server: see `captions`
 classes        its stand-in in the embedded profile: ImageNet classes, and the grammar's words that are nearest to them
 dual:<folder>  stand-in of a CLIP in the embedded profile: one space for images and texts
@@ -70,7 +71,7 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     Raises:
         UserError: If the name is unknown, or the weights are nowhere or damaged.
     """
-    from ..models import backbones
+    from ..models import backbones, weights
     from . import interrogator
     from .backbone import BackboneEncoder
 
@@ -80,6 +81,8 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
 
         return captions.build(name.partition(":")[2], samples)
     if name == "interrogator":  # its models look at images of their own sizes
+        if weights.captions_alone(caption := settings.get("caption", weights.CAPTION)):
+            return build(f"caption:{caption}", 0, samples=samples)
         return interrogator.load(**settings)
     if name == "classes":
         return pipeline.embedded("classes")(image_size)

@@ -51,7 +51,14 @@ LOOSE = (
     "max_hours",
     "save_minutes",
 )
-OF_RECIPES = ("warm_up", "layer_decay", "lowest_rate", "ema", "one_seed", "train_from")
+BEFORE_RECIPES = {  # how all was trained before these could be chosen
+    "warm_up": 0,
+    "layer_decay": 1.0,
+    "lowest_rate": 0.0,
+    "ema": 0.0,
+    "one_seed": False,
+    "train_from": -1,
+}
 SOURCES = 5  # the largest, named in a checkpoint
 COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
@@ -224,7 +231,7 @@ def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
 
 def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> Stamp:
     """The stamp: settings, names and contents of the images, tables and what the training starts from."""
-    unused = [name for name in OF_RECIPES if getattr(config, name) == getattr(loop.Schedule, name)]
+    unused = [name for name, value in BEFORE_RECIPES.items() if getattr(config, name) == value]
     settings = config.settings(*LOOSE, *unused)  # what was trained before there were recipes is not trained again
     settings |= {"images": loaded["image_name"].tolist(), "contents": contents(loaded["path"].tolist())}
     if any(table.is_dir() for table in tables):

@@ -110,14 +110,29 @@ def named(name: str) -> Weights:
 
         return Weights(layout="timm", hub=tuple(filter(None, [timm.get_pretrained_cfg(model).hf_hub_id])))
     if library == "open_clip":
-        import open_clip
-
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        pages = [open_clip.get_pretrained_cfg(model, tag).get("hf_hub") for tag in tags]
-        return Weights(layout="open_clip", hub=tuple(page.rstrip("/") for page in pages if page)[:1])
+        return Weights(layout="open_clip", hub=_pages(model)[:1])
     if library == "transformers":
         return Weights(hub=(model,) if model.count("/") == 1 else ())
     raise UserError(f"unknown model {name!r}; `image-to-prompts weights` lists them")
+
+
+def _pages(model: str) -> tuple[str, ...]:
+    """Repositories of weights that were trained with an open_clip model's own activation; of LAION-2B's first.
+
+    Raises:
+        UserError: If all of them need the other one, which the model has under another name.
+    """
+    import open_clip
+
+    quick = (open_clip.get_model_config(model) or {}).get("quick_gelu", False)
+    tags = sorted(open_clip.list_pretrained_tags_by_model(model), key=lambda tag: "laion2b" not in tag)
+    known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    # OpenAI's ViT-L-14 is listed as ViT-L-14, too, but with GELU instead of QuickGELU it is no longer what it was.
+    fitting = [one for one in known if quick or not one.get("quick_gelu")]
+    if known and not fitting and f"{model}-quickgelu" in open_clip.list_models():
+        said = f"open_clip:{model}: its weights were trained with QuickGELU"
+        raise UserError(f"{said}; write open_clip:{model}-quickgelu")
+    return tuple(one["hf_hub"].rstrip("/") for one in fitting if one.get("hf_hub"))
 
 
 Place = Callable[[str, "Weights"], "Path | str"]
@@ -192,7 +207,8 @@ def _given(name: str, weights: Weights, path: Path) -> Path:
 def weights_folder(name: str, weights: Weights) -> Path | str:
     """The folder of weights."""
     own = home() / own_folder(name)
-    found = layouts.inside(own, weights.form, weights.single_files) if own.is_dir() else None
+    mine = own.is_dir() and is_of(name, weights, own, home())
+    found = layouts.inside(own, weights.form, weights.single_files) if mine else None
     return found or next(iter(below(home(), name, weights)), str(home()))
 
 
@@ -317,8 +333,27 @@ def all_of(*makes: Callable[[], T]) -> list[T]:
     return found
 
 
+def is_address(caption: str) -> bool:
+    """Whether captions come from a server."""
+    return caption.startswith(("http://", "https://"))
+
+
+def captions_alone(caption: str) -> bool:
+    """Whether a captioner speaks without a ranker: a server, or another model than CLIP Interrogator's BLIP."""
+    if Path(caption).is_dir():
+        return folders.read_json(Path(caption) / "config.json").get("model_type", "blip") != "blip"
+    on_hub = caption.count("/") == 1 and not Path(caption).is_absolute()  # owner/name
+    return caption not in WEIGHTS and (is_address(caption) or on_hub)
+
+
 def interrogator(caption: str, ranker: str) -> list[tuple[str, Path | None]]:
-    """The two models of CLIP Interrogator, as `locate` takes them: names, and folders that the user gave."""
+    """The two models of CLIP Interrogator, as `locate` takes them: names, and folders that the user gave.
+
+    Of a captioner that speaks alone it is that, of a server nothing.
+    """
+    if captions_alone(caption):
+        mine = Path(caption) if Path(caption).is_dir() else None
+        return [] if is_address(caption) else [(f"transformers:{caption}", mine)]
     tower = ranker.removeprefix("open_clip:")
     given = ranker == tower or Path(tower).is_dir()
     return [

@@ -88,7 +88,8 @@ def ladder(run: Run, caption: str, ranker: str) -> list[Rung]:
         files = [path for path in found if path and path.is_file()]
         said = partial(interrogator, caption, ranker)
         own = "" if (caption, ranker) == (weights.CAPTION, weights.RANKER) else f" {caption} {ranker}"
-        rungs.append(Rung(f"CLIP Interrogator{own}", {f"interrogator{own}": said}, [1.0], files))
+        what = f"captions by {caption}" if weights.captions_alone(caption) else f"CLIP Interrogator{own}"
+        rungs.append(Rung(what, {f"interrogator{own}": said}, [1.0], files))
     csvs = [path for path in [*kaggle_inputs("*.csv"), run.metadata] if metadata.has_prompts(path)]
     if csvs:
         what = f"the mean embedding of the prompts in {len(csvs)} CSV files"

@@ -2,19 +2,20 @@
 
 The competition's fourth team averaged the embeddings of the 60 prompts whose CLIP vectors are nearest to the image's,
 without those that a second CLIP finds unlike it: .612 with 56 million prompts. How many are taken, how they are
-weighed and how many the second tower keeps is fitted on images with known prompts, where there are any; so is the
-share of a text head: a ridge regression from the bank's vectors to its embeddings, applied to image vectors that are
-shifted to where texts lie (as the seventh team did).
+weighed and how many the second tower keeps is fitted on images with known prompts, where there are any. So are the
+shares of a text head, a ridge regression from the bank's vectors to its embeddings, applied to image vectors that are
+shifted to where texts lie (as the seventh team did), and of the captions that these images have.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from ..models import metrics
 from ..run.errors import UserError
 from ..run.folders import BANK
 from ..run.resume import fingerprint
+from ..search.near_pairs import near
 from ..search.nearest import nearest
 from ..training.dataset import NEAR
 
@@ -33,11 +35,31 @@ MOST_PAIRS = 1000  # on which the settings are fitted
 COUNTS = (10, 20, 40, 60, 100, 200)
 TEMPERATURES = (np.inf, 0.2, 0.1, 0.05, 0.02, 0.01)  # of cosines' weights; at the first all weigh the same
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the prompts that a second tower keeps
-HEADS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # share of the text head
+LEAST_SHARE = 0.02  # in a prediction; what gets less is left out
 LEAST = {"open_clip:ViT-H-14": 0.29}  # cosine that the fourth team asked of its second tower; of others: half are kept
 FOR_HEAD = 100_000  # rows of the bank from which the text head is made
 MEANS = 20_000  # and the bank's means
-Known = tuple[pd.Series, np.ndarray, np.ndarray | None, np.ndarray]  # names, vectors by both towers, targets
+
+
+@dataclass(frozen=True)
+class Known:
+    """Images with known prompts.
+
+    Attributes:
+        names: n names.
+        features: float32 (n, d) by the bank's tower.
+        others: float32 (n, d) by the second tower; None without one.
+        said: By array, float32 (n, 384): the embeddings of what captioners said.
+        captioners: By array, encoders that say it.
+        targets: float32 (n, 384).
+    """
+
+    names: pd.Series
+    features: np.ndarray
+    others: np.ndarray | None
+    said: dict[str, np.ndarray]
+    captioners: dict[str, Encoder]
+    targets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,14 +71,14 @@ class Settings:
         temperature: The smaller, the more the nearest weigh.
         keep: Share of them that the second tower keeps.
         least: Cosine below which it drops one; the best stays.
-        head: Share of the text head in the prediction.
+        weights: Of the mean of the prompts, the text head and each captioner in the prediction.
     """
 
     count: int = banks.KEPT
     temperature: float = np.inf
     keep: float = 1.0
     least: float = -1.0
-    head: float = 0.0
+    weights: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)
@@ -142,6 +164,7 @@ class Retrieval:
             self.how = Settings(least=LEAST[second]) if second in LEAST else Settings(keep=0.5)
         self.mean = metrics.unit(self.bank.targets[_spaced(self.bank.targets, MEANS)].astype(np.float32).mean(0))
         self.head: Head | None = None
+        self.captioners: dict[str, Encoder] = {}
         self.known = _known(pairs, self.bank.tower, second)
         if self.known is None:
             said = (
@@ -153,10 +176,9 @@ class Retrieval:
 
     def _fit(self, known: Known) -> None:
         """Fits settings and text head on known pairs."""
-        names, features, others, targets = known
-        part = _spaced(names, MOST_PAIRS)
-        queries, truth = self.bank.queries(features[part]), targets[part]
-        given = None if others is None else others[part]
+        part = _spaced(known.names, MOST_PAIRS)
+        queries, truth = self.bank.queries(known.features[part]), known.targets[part]
+        given = None if known.others is None else known.others[part]
         cosines, found, second = self._candidates(queries, given, truth)
         score = {}
         kept = SHARES if self.second else (1.0,)
@@ -166,21 +188,32 @@ class Retrieval:
         how = max(score, key=score.__getitem__)
         retrieved = metrics.unit(_mean(shares(cosines, second, how), found))
         self.head = self._fitted_head(queries, truth)
-        said = self.head(queries)
-        with_head = {
-            share: metrics.mean_cosine(metrics.blend([retrieved, said], [1 - share, share]), truth) for share in HEADS
-        }
-        self.how = replace(how, head=max(with_head, key=with_head.__getitem__))
+        parts = {"prompts": retrieved, "text head": self.head(queries)}
+        parts |= {name: vectors[part] for name, vectors in known.said.items()}
+        fitted = metrics.fit_weights(list(parts.values()), truth)
+        fitted[fitted < LEAST_SHARE] = 0
+        weights = dict(zip(parts, (fitted / fitted.sum()).tolist(), strict=True))
+        self.captioners = {name: one for name, one in known.captioners.items() if weights[name]}
+        used = [name for name in parts if name not in known.said or weights[name]]
+        self.how = replace(how, weights=tuple(weights[name] for name in used))
+        alone = ", ".join(
+            f"{name} {metrics.mean_cosine(one, truth):.4f} ({weights[name]:.2f})" for name, one in parts.items()
+        )
+        together = metrics.mean_cosine(metrics.blend([parts[name] for name in used], self.how.weights), truth)
         log.info(
-            "%s, fitted on %d images: %d prompts, temperature %g, %.4f; text head alone %.4f; with %g of it %.4f",
-            *(self.bank.folder, len(part), how.count, how.temperature, score[how]),
-            *(metrics.mean_cosine(said, truth), self.how.head, with_head[self.how.head]),
+            "%s, fitted on %d images: %d prompts, temperature %g; alone and (share): %s; together %.4f",
+            *(self.bank.folder, len(part), how.count, how.temperature, alone, together),
         )
 
     def _fitted_head(self, queries: np.ndarray, truth: np.ndarray) -> Head:
-        """A ridge regression on the bank; shift and penalty are chosen on images, float32 (n, d), and their targets."""
+        """A ridge regression on the bank; shift and penalty are chosen on images, float32 (n, d), and their targets.
+
+        Prompts near to those of the images are left out, as everywhere where they judge.
+        """
         part = _spaced(self.bank.vectors, FOR_HEAD)
         vectors, targets = self.bank.vectors[part].astype(np.float32), self.bank.targets[part].astype(np.float32)
+        far = ~near(metrics.unit(targets), truth, NEAR)
+        vectors, targets = vectors[far], targets[far]
         shift = (vectors.mean(0) - queries.mean(0)).astype(np.float32)
         weight, bias = metrics.ridge(vectors, targets, (metrics.unit(queries + shift), truth))
         return Head(shift, weight.astype(np.float32), bias.astype(np.float32))
@@ -204,15 +237,21 @@ class Retrieval:
         """Maps what the encoders gave, float32 (n, d) each, to predictions, float32 (n, 384).
 
         Args:
-            arrays: Of the tower and, if there is one, of the second tower.
+            arrays: Of the tower, if there is one of the second tower, and of `captioners`.
             truth: float32 (n, 384) of known prompts: those near to them in the bank are not taken.
         """
         queries = self.bank.queries(arrays[0])
         cosines, found, second = self._candidates(queries, arrays[1] if self.second else None, truth)
-        retrieved = _mean(shares(cosines, second, self.how), found)
-        if not self.head or not self.how.head:
-            return metrics.unit(retrieved)
-        return metrics.blend([retrieved, self.head(queries)], [1 - self.how.head, self.how.head])
+        parts = [_mean(shares(cosines, second, self.how), found)]
+        if self.head:
+            parts += [self.head(queries), *arrays[2 if self.second else 1 :]]
+        return metrics.blend(parts, self.how.weights)
+
+    @property
+    def encoders(self) -> list[Encoder]:
+        """What gives the arrays of a call."""
+        second = [self.second.encoder] if self.second else []
+        return [encoders.build(self.bank.tower, 0), *second, *self.captioners.values()]
 
 
 def _spaced(rows: Sized, most: int) -> np.ndarray:
@@ -226,16 +265,29 @@ def _mean(weights: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 
 def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
-    """Names, vectors by both towers and targets of the images of folders of embeddings; None if there are none."""
+    """The images of the first folder of embeddings that has vectors by both towers; None if none has."""
     for folder in pairs:
         about = {name: embeddings.about(folder, name) for name in embeddings.arrays(folder)}
         of = {one.get("encoder") or one.get("backbone", {}).get("name"): name for name, one in about.items()}
         if tower in of and (not second or second in of):
-            table = embeddings.load(folder, [of[tower], *([of[second]] if second else [])])
+            captioners = dict(_captioners(folder, about))
+            table = embeddings.load(folder, [of[tower], *([of[second]] if second else []), *captioners])
             there = np.all([np.isfinite(array[:, 0]) for array in table.arrays.values()], axis=0)
-            features, *others = (array[there] for array in table.arrays.values())
-            return table.frame["image_name"][there], features, next(iter(others), None), table.targets[there]
+            arrays = {name: array[there] for name, array in table.arrays.items()}
+            others, said = arrays[of[second]] if second else None, {name: arrays[name] for name in captioners}
+            names, targets = table.frame["image_name"][there], table.targets[there]
+            return Known(names, arrays[of[tower]], others, said, captioners, targets)
     return None
+
+
+def _captioners(folder: Path, about: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Encoder]]:
+    """The arrays of captions, and the encoders that say them, of those that can be built."""
+    for name, one in about.items():
+        if str(one.get("encoder")).startswith(("caption:", "interrogator")):
+            try:
+                yield name, encoders.rebuild(one)
+            except UserError as error:
+                log.warning("%s: passed over: %s", folder / name, error)
 
 
 @lru_cache(maxsize=1)
@@ -254,7 +306,7 @@ def neighbours(
 ) -> tuple[np.ndarray, list[Encoder], Callable[[list[np.ndarray]], np.ndarray]]:
     """`mean`, `encoders` and `finish` of a `predictors.Predictor`; arguments and errors as of `Retrieval`."""
     made = _fitted(folder, pairs, second)
-    return made.mean, [encoders.build(made.bank.tower, 0), *([made.second.encoder] if made.second else [])], made
+    return made.mean, made.encoders, made
 
 
 def validation(folder: Path, asked: pd.DataFrame, pairs: Sequence[Path], second: str = "") -> pd.DataFrame:
@@ -270,7 +322,8 @@ def validation(folder: Path, asked: pd.DataFrame, pairs: Sequence[Path], second:
     made = _fitted(folder, pairs, second)
     if made.known is None:
         return pd.DataFrame(index=[])
-    names, features, others, targets = made.known
-    mine = names.isin(asked.index).to_numpy()
-    arrays = [features[mine], *([] if others is None else [others[mine]])]
-    return pd.DataFrame(made(arrays, targets[mine]), names[mine])
+    known = made.known
+    mine = known.names.isin(asked.index).to_numpy()
+    arrays = [known.features, *([] if known.others is None else [known.others])]
+    arrays += [known.said[name] for name in made.captioners]
+    return pd.DataFrame(made([array[mine] for array in arrays], known.targets[mine]), known.names[mine])

@@ -9,7 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_models
 import written_images as written
+from caption_stub import Stub
 from PIL import Image
 
 from image_to_prompts import describe, ensemble, profiles
@@ -240,6 +242,27 @@ def test_without_a_checkpoint_there_is_a_guess_and_it_is_called_one(trained, tmp
         assert all(one.prompt.count(",") == 2 for one in found)
         assert "6 prompts are guesses" in caplog.text and "weights get describe" in caplog.text
     assert not (tmp_path / "bare").exists()
+
+
+def test_a_captioner_of_ones_own_speaks_where_nothing_else_can(
+    trained, tmp_path, command, refused, caption_server, tiny_encoders
+):
+    _, pictures = trained
+    words = ["describe", pictures, "--run", tmp_path / "bare", "--out", tmp_path / "p.csv", "--caption"]
+    code, _, err = command(*words, f"{caption_server}#llava")
+    assert code == 0 and "6 captioned, 1 cannot be read" in err, err
+    table = pd.read_csv(tmp_path / "p.csv", keep_default_na=False)
+    assert sorted(table["source"]) == ["", *["caption"] * 6]
+    assert sum(prompt.startswith("brightness") for prompt in table["prompt"]) == 6 and len(Stub.asked) == 6
+    assert command(*words, f"{caption_server}#llava")[0] == 0 and len(Stub.asked) == 6, "what is done stays"
+    assert command(*words, f"{caption_server}#moondream")[0] == 0 and len(Stub.asked) == 12
+    folder = tiny_models.save_captioner("git", tmp_path / "git")
+    code, _, err = command(*words, folder)
+    assert code == 0 and "captioned" in err, err
+    refused([*words, "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models", "is the server still there?")
+    words = ["infer", "--images", pictures, "--run", tmp_path / "bare", "--out", tmp_path / "s.csv", "--fallback"]
+    code, _, err = command(*words, "--caption", caption_server)
+    assert code == 0 and f"predicted by captions by {caption_server}" in err, err
 
 
 def test_of_a_strange_image_nothing_is_composed(trained, tmp_path, command):

@@ -1,6 +1,8 @@
 """`embed --texts`: the tower's own vectors, in shards, whatever their size; bad input gets a line."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -139,6 +141,20 @@ def test_rays_actors_make_the_same_bank(words, tmp_path, command):
     code, _, err = command(*words[:-1], tmp_path / "ray", "--engine", "ray", "--actors", 2)
     assert code == 0, err
     for one, other in zip(arrays(tmp_path / "bank"), arrays(tmp_path / "ray"), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bank(words, tmp_path, command):
+    """As `accelerate launch --num_processes 2` starts them, with blocks of four prompts and shards of twenty."""
+    start = "import sys; from image_to_prompts.embed import bank; bank.BLOCK, bank.SHARD = 4, 20; "
+    (tmp_path / "start.py").write_text(f"{start}from image_to_prompts.__main__ import main; main(sys.argv[1:])")
+    command(*words)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", tmp_path / "start.py"]
+    done = subprocess.run([*launch, *words[:-1], tmp_path / "two"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("44 prompts") >= 2 and len(list((tmp_path / "two").glob("vectors-*.npy"))) == 3
+    for one, other in zip(arrays(tmp_path / "bank"), arrays(tmp_path / "two"), strict=True):
         assert np.array_equal(one, other)
 
 

@@ -1,13 +1,9 @@
 """Captions: what the model's own code says, the same in any company; a server is asked politely and its end is told."""
 
-import base64
-import io
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import numpy as np
 import pytest
+import tiny_models
+from caption_stub import Stub
 from PIL import Image
 
 from image_to_prompts.data import images
@@ -37,6 +33,22 @@ def test_captions_are_those_of_the_model(tiny_encoders, pictures):
     assert np.allclose(found.vectors, text_encoder.encode(found.texts), atol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "task"), [("git", None), ("blip2", None), ("florence2", "<DETAILED_CAPTION>")])
+def test_other_models_say_what_their_own_code_does(kind, task, tmp_path, pictures):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = tiny_models.save_captioner(kind, tmp_path / kind)
+    (found,) = encoders.encode([encoders.build(f"caption:{folder}", 0)], pictures)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    expected = []
+    for path in pictures:
+        given = processor(images=Image.open(path), return_tensors="pt", **({"text": task} if task else {}))
+        tokens = model.generate(**given, max_new_tokens=60, do_sample=False)
+        expected.append(" ".join(processor.batch_decode(tokens, skip_special_tokens=True)[0].split()))
+    assert found.texts == expected and len(set(expected)) > 1
+
+
 def test_several_captions_are_drawn_alike_in_any_company(tiny_encoders, pictures):
     build = encoders.build(f"caption:{tiny_encoders['blip']}", 0, samples=3)
     (found,) = encoders.encode([build], pictures)
@@ -48,48 +60,9 @@ def test_several_captions_are_drawn_alike_in_any_company(tiny_encoders, pictures
     assert np.allclose(found.vectors, expected, atol=1e-6)
 
 
-class Stub(BaseHTTPRequestHandler):
-    """A server that says how bright the middle of an image is."""
-
-    asked: list = []  # noqa: RUF012
-    broken = 0
-
-    def answer(self, value, code=200):
-        self.send_response(code)
-        self.end_headers()
-        self.wfile.write(json.dumps(value).encode())
-
-    def do_GET(self):
-        self.answer({"data": [{"id": "llava"}, {"id": "moondream"}]} if self.path == "/v1/models" else {}, 200)
-
-    def do_POST(self):
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        type(self).asked.append(asked)
-        if type(self).broken:
-            self.answer({"error": "out of memory"}, 500)
-            return
-        url = asked["messages"][0]["content"][1]["image_url"]["url"]
-        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
-        text = f" brightness {pixels[256, 256, 0]}\nseed {asked['seed']} "
-        self.answer({"choices": [{"message": {"content": text}}]})
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    Stub.asked, Stub.broken = [], 0
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{made.server_port}/v1"
-    made.shutdown()
-    made.server_close()
-
-
-def test_a_server_captions_images(server, small_run, tmp_path, command):
+def test_a_server_captions_images(caption_server, small_run, tmp_path, command):
     words = ["embed", "--run", small_run.folder, "--images", small_run.images, "--out", tmp_path / "e", "--samples", 2]
-    code, _, err = command(*words, "--encoders", f"caption:{server}#moondream")
+    code, _, err = command(*words, "--encoders", f"caption:{caption_server}#moondream")
     assert code == 0 and "captions by moondream" in err, err
     (name,) = embeddings.arrays(tmp_path / "e")
     vectors, names, about = embeddings.read(tmp_path / "e", name)
@@ -105,13 +78,15 @@ def test_a_server_captions_images(server, small_run, tmp_path, command):
     assert asked["model"] == "moondream" and {one["temperature"] for one in Stub.asked} == {0.0, 1.0}
 
 
-def test_what_is_wrong_with_a_server_is_said_at_once(server, small_run, tmp_path, refused):
+def test_what_is_wrong_with_a_server_is_said_at_once(caption_server, small_run, tmp_path, refused):
     words = ["embed", "--run", small_run.folder, "--images", small_run.images, "--out", tmp_path / "e", "--encoders"]
-    refused([*words, f"caption:{server}#gpt"], "has no model 'gpt'", "llava, moondream")
+    refused([*words, f"caption:{caption_server}#gpt"], "has no model 'gpt'", "llava, moondream")
     refused([*words, "caption:http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models", "is the server still there?")
-    refused([*words, f"caption:{server}/other"], "names no model", "#<model>")
-    Stub.broken = 1
-    refused([*words, f"caption:{server}"], "chat/completions", "500", "out of memory")
+    refused([*words, f"caption:{caption_server}/other"], "names no model", "#<model>")
+    Stub.says = ""
+    refused([*words, f"caption:{caption_server}"], "answered without a text")
+    Stub.broken = True
+    refused([*words, f"caption:{caption_server}"], "chat/completions", "500", "out of memory")
 
 
 def test_a_folder_of_another_model_is_refused(tiny_encoders):

@@ -176,6 +176,32 @@ def test_weights_in_a_folder_of_their_name_are_found(mounted, name, folder):
     assert backbones.locate(name) == file
 
 
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("ViT-B-16", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+        ("ViT-L-14", "laion/CLIP-ViT-L-14-laion2B-s32B-b82K"),
+        ("ViT-L-14-quickgelu", "timm/vit_large_patch14_clip_224.openai"),
+        ("ViT-bigG-14", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
+        ("EVA02-L-14-336", "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"),
+    ],
+)
+def test_the_hubs_weights_were_trained_with_the_models_activation(name, repository):
+    assert weights.named(f"open_clip:{name}").hub == (repository,)
+
+
+def test_a_name_whose_weights_need_the_other_activation_gets_the_right_one():
+    with pytest.raises(UserError, match="trained with QuickGELU; write open_clip:ViT-L-14-336-quickgelu"):
+        backbones.locate("open_clip:ViT-L-14-336")
+
+
+def test_weights_of_the_other_activation_in_a_folder_of_the_name_are_not_taken(mounted, tmp_path, monkeypatch):
+    monkeypatch.setenv(weights.FOLDER, str(tmp_path / "home"))
+    mounted("home/open_clip-ViT-L-14", "ViT-L-14-quickgelu")
+    with pytest.raises(UserError, match="not found"):
+        backbones.locate("open_clip:ViT-L-14")
+
+
 def test_a_configuration_beside_the_weights_decides(mounted):
     mounted("CLIP-ViT-H-14-laion2B-s32B-b79K", "ViT-L-14")
     with pytest.raises(UserError, match="not found"):

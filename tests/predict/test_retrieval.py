@@ -103,10 +103,10 @@ def test_pairs_choose_the_settings_and_make_a_head(bank, tower, tmp_path, caplog
     score, before = (metrics.mean_cosine(one([vectors], targets), targets) for one in (made, plain))
     assert score > before + 0.02 and "fitted on 80 images" in caplog.text
     head = metrics.mean_cosine(made.head(made.bank.queries(vectors)), targets)
-    assert f"text head alone {head:.4f}" in caplog.text and head > 0.15
-    assert made.how.head in retrieval.HEADS and made.how.count in retrieval.COUNTS
-    with_head = replace(made.how, head=0.5)
-    made.how = replace(made.how, head=0.0)
+    assert f"text head {head:.4f}" in caplog.text and head > 0.15
+    assert sum(made.how.weights) == pytest.approx(1) and made.how.count in retrieval.COUNTS
+    with_head = replace(made.how, weights=(0.5, 0.5))
+    made.how = replace(made.how, weights=(1.0, 0.0))
     retrieved, made.how = made([vectors]), with_head
     both = metrics.unit(retrieved + made.head(made.bank.queries(vectors)))
     assert np.allclose(made([vectors]), both, atol=1e-6)
@@ -119,6 +119,28 @@ def test_the_head_is_shifted_to_where_texts_lie(bank, tower, tmp_path):
     near, far = (retrieval.Retrieval(bank)._fitted_head(queries, targets) for queries in (vectors, vectors + gap))
     assert np.allclose(near(vectors), far(vectors + gap), atol=1e-5)
     assert not np.allclose(near(vectors), near(vectors + gap), atol=0.05)
+
+
+def test_captions_of_the_pairs_join_where_they_help(bank, tower, tiny_encoders, tmp_path, caplog):
+    """A captioner that says something true gets a share and is asked again; one that says anything is not."""
+    caplog.set_level(logging.INFO)
+    vectors, targets = write_pairs(tmp_path / "pairs", tower)
+    names = pd.DataFrame({"image_name": [f"{row}.png" for row in range(80)]})
+    said = {"true": metrics.unit(targets + 0.8 * units(80, 384, 11)), "false": units(80, 384, 12)}
+    blip = {"encoder": f"caption:{tiny_encoders['blip']}", "image_size": 0, "settings": {"samples": 2}}
+    for name, array in said.items():
+        embeddings.write(tmp_path / "pairs", name, array, names, blip)
+    gone = {"encoder": f"caption:{tmp_path / 'gone'}", "image_size": 0}
+    embeddings.write(tmp_path / "pairs", "gone", said["true"], names, gone)
+    made = retrieval.Retrieval(bank, [tmp_path / "pairs"])
+    assert list(made.captioners) == ["true"] and made.captioners["true"].samples == 2
+    assert "gone: passed over" in caplog.text and "false" in caplog.text
+    assert [type(one).__name__ for one in made.encoders] == ["BackboneEncoder", "Captioner"]
+    with_them = metrics.mean_cosine(made([vectors, said["true"]], targets), targets)
+    assert with_them > metrics.mean_cosine(made([vectors, said["false"]], targets), targets) + 0.05
+    for name in said:
+        (tmp_path / "pairs" / f"{name}.npy").unlink()
+    assert with_them > metrics.mean_cosine(retrieval.Retrieval(bank, [tmp_path / "pairs"])([vectors], targets), targets)
 
 
 def test_prompts_near_to_the_truth_are_not_taken(bank, tower, tmp_path):
@@ -146,9 +168,9 @@ def test_a_second_tower_looks_at_images_and_texts(bank, tower, tmp_path):
     assert retrieval.Retrieval(bank, [tmp_path / "pairs"], copy).known is None, "no vectors by the second tower"
     write_pairs(tmp_path / "both", tower, also={copy: units(80, WIDTH, 9)})
     fitted = retrieval.Retrieval(bank, [tmp_path / "pairs", tmp_path / "both"], copy)
-    assert fitted.how.keep in retrieval.SHARES and fitted.known[2].shape == (80, WIDTH)
-    arrays = [vectors, fitted.known[2]]
-    fitted.how, scores = replace(fitted.how, head=0.0), {}
+    assert fitted.how.keep in retrieval.SHARES and fitted.known.others.shape == (80, WIDTH)
+    arrays = [vectors, fitted.known.others]
+    fitted.how, scores = replace(fitted.how, weights=(1.0, 0.0)), {}
     for fitted.how in [replace(fitted.how, keep=keep) for keep in retrieval.SHARES]:
         scores[fitted.how.keep] = metrics.mean_cosine(fitted(arrays, targets), targets)
     assert len(set(scores.values())) == 4
@@ -258,4 +280,9 @@ def test_describe_says_prompts_of_a_bank_without_any_checkpoint(bank, pictures, 
     first = np.argmax(seen.vectors @ opened.targets[:].astype(np.float32).T, 1)
     assert [rows[0][0] for rows in said["nearest"]] == [f"prompt {row}" for row in first]
     assert said["familiar"].isna().all(), "nobody can tell"
+    again = [*words, "--out", tmp_path / "d.jsonl"]
+    assert command(*again)[0] == 0 and pd.read_json(tmp_path / "d.jsonl", lines=True).equals(said)
+    write_pairs(tmp_path / "run" / "embeddings", opened.tower)
+    assert command(*again)[0] == 0
+    assert not pd.read_json(tmp_path / "d.jsonl", lines=True)["cosine"].equals(said["cosine"]), "fitted on pairs now"
     refused([*words[:-3], "--bank", pictures], "neither a checkpoint nor a bank")
