@@ -20,7 +20,7 @@ from ..run.errors import UserError
 from ..run.files import make_folder
 from ..run.folders import Run, kaggle_inputs
 from ..run.progress import Deadline
-from . import predictors
+from . import forecast, predictors
 from .predictors import Predictor, Seen, Viewing, predict_resumed, start
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def climb(
         try:
             for name, load in rung.load.items():
                 predictor = load()
+                forecast.tell(name, predictor, len(files), viewing, deadline)
                 begin = partial(start, load if engine.engine == "ray" else predictor, viewing)
                 blocks = make_folder(work / hashlib.sha256(f"seen {name}".encode()).hexdigest()[:16])
                 seen, count = predict_resumed(begin, files, engine, blocks, deadline)

@@ -91,6 +91,11 @@ class Deadline:
         self.seconds = max_hours * 3600
         self.last, self.longest = time.monotonic(), 0.0
 
+    @property
+    def left(self) -> float:
+        """Seconds that are left; infinite where there is no limit."""
+        return max(0.0, self.seconds - (time.monotonic() - BEGUN)) if self.seconds else float("inf")
+
     def passed(self) -> bool:
         """To be asked after every piece."""
         now = time.monotonic()
