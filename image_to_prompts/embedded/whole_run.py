@@ -24,7 +24,7 @@ from ..run.errors import UserError
 from ..run.files import write_json
 from ..run.folders import MANIFEST, open_run, profile_of
 from ..run.resume import Stamp
-from ..training import dataset, frozen_features
+from ..training import frozen_features
 from .ceiling import ceiling_score, skill
 
 TEST_FOLDS = (1, 2)
@@ -153,7 +153,7 @@ def _bank(chain: Chain, count: int) -> Path:
     Returns:
         A folder of embeddings: the dual encoder's of the validating images.
     """
-    from ..search.near_pairs import near
+    from ..search.near_pairs import NEAR, near
     from . import dual
 
     of, begun = chain.run, time.perf_counter()
@@ -176,7 +176,7 @@ def _bank(chain: Chain, count: int) -> Path:
         embeddings.write(pairs, embeddings.PROMPTS, targets[validates], names, {"encoder": text_encoder.NAME})
         written = metadata.read_prompts(all_new)
         held_out = text_encoder.encode(metadata.read_prompts(of.test_metadata)["prompt"].tolist())
-        far = ~near(text_encoder.encode(written["prompt"].tolist(), fast=True), held_out, dataset.NEAR)
+        far = ~near(text_encoder.encode(written["prompt"].tolist(), fast=True), held_out, NEAR)
         metadata.write_table(new, written[far])
         stamp.write([*outputs, new])
         chain.note("dual encoder", begun, len(features))

@@ -21,6 +21,7 @@ from .. import pipeline
 from ..models import backbones, layouts
 from ..run.devices import autocast, local_device, mixed_precision, type_of, within_memory
 from ..run.errors import UserError
+from . import banks
 
 AT_ONCE, AT_ONCE_ON_CPU = 512, 32  # texts, always as many: what a text gets does not depend on its company
 
@@ -54,6 +55,15 @@ def build(name: str) -> TextTower:
 def digest(name: str) -> str:
     """What `TextTower.digest` would be, without loading a CLIP; raises as `build`."""
     return build(name).digest if name.startswith("dual:") else layouts.digest(_weights(name))
+
+
+def open_bank(folder: Path) -> banks.Bank:
+    """Opens a bank whose tower's weights are those here; raises UserError if they are not, or as `banks.open_bank`."""
+    bank = banks.open_bank(folder)
+    if (found := digest(bank.tower)) != bank.weights:
+        said = f"{folder}: made with other weights of {bank.tower} ({bank.weights[:12]}, here {found[:12]})"
+        raise UserError(f"{said}; get those, or make the bank again")
+    return bank
 
 
 def _weights(name: str) -> Path:

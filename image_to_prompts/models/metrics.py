@@ -79,7 +79,10 @@ def best_k(features: np.ndarray, targets: np.ndarray, train_features: np.ndarray
 
 
 def ridge(
-    features: np.ndarray, targets: np.ndarray, asked: tuple[np.ndarray, np.ndarray] | None = None
+    features: np.ndarray,
+    targets: np.ndarray,
+    asked: tuple[np.ndarray, np.ndarray] | None = None,
+    before: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ridge regression of targets on features; the penalty is chosen on a tenth of the rows, or on others.
 
@@ -87,10 +90,12 @@ def ridge(
         features: float32 (n, d).
         targets: float32 (n, 384).
         asked: Features and targets of other rows, on which to choose the penalty.
+        before: float32 (n, 384), a prediction for the rows, to which that of the regression is added; not with `asked`.
 
     Returns:
         Weight float64 (d, 384) and bias float64 (384,).
     """
+    truth, targets = targets, targets if before is None else targets - before
     centre, middle = features.mean(0, dtype=np.float64), targets.mean(0, dtype=np.float64)
     held_out = np.arange(len(features)) % 10 == 0
 
@@ -110,9 +115,10 @@ def ridge(
 
     def held_out_score(penalty: float) -> float:
         weight = solve(*inside, penalty)
-        return mean_cosine(wanted[0] @ weight + (middle - centre @ weight), wanted[1])
+        found = wanted[0] @ weight + (middle - centre @ weight)
+        return mean_cosine(found if before is None else found + before[held_out], wanted[1])
 
-    wanted = asked or (features[held_out], targets[held_out])
+    wanted = asked or (features[held_out], truth[held_out])
     gram, cross = (one + other for one, other in zip(inside, outside, strict=True))
     weight = solve(gram, cross, max(PENALTIES, key=held_out_score))
     return weight, middle - centre @ weight

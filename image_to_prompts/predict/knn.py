@@ -13,8 +13,7 @@ from ..encode import embeddings, encoders
 from ..encode.encoders import Encoder
 from ..models import metrics
 from ..run.errors import UserError
-from ..search.near_pairs import near
-from ..training.dataset import NEAR
+from ..search.near_pairs import NEAR, near
 
 log = logging.getLogger(__name__)
 MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen

@@ -10,7 +10,7 @@ shifted to where texts lie (as the seventh team did), and of the captions that t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -20,15 +20,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..encode import banks, embeddings, encoders, text_tower
+from ..encode import banks, embeddings, encoders, text_head, text_tower
 from ..encode.encoders import Encoder
 from ..models import metrics
 from ..run.errors import UserError
 from ..run.folders import BANK
 from ..run.resume import fingerprint
-from ..search.near_pairs import near
+from ..search.near_pairs import NEAR
 from ..search.nearest import nearest
-from ..training.dataset import NEAR
 
 log = logging.getLogger(__name__)
 MOST_PAIRS = 1000  # on which the settings are fitted
@@ -37,8 +36,7 @@ TEMPERATURES = (np.inf, 0.2, 0.1, 0.05, 0.02, 0.01)  # of cosines' weights; at t
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the prompts that a second tower keeps
 LEAST_SHARE = 0.02  # in a prediction; what gets less is left out
 LEAST = {"open_clip:ViT-H-14": 0.29}  # cosine that the fourth team asked of its second tower; of others: half are kept
-FOR_HEAD = 100_000  # rows of the bank from which the text head is made
-MEANS = 20_000  # and the bank's means
+MEANS = 20_000  # rows of the bank from which its mean is made
 
 
 @dataclass(frozen=True)
@@ -79,25 +77,6 @@ class Settings:
     keep: float = 1.0
     least: float = -1.0
     weights: tuple[float, ...] = (1.0,)
-
-
-@dataclass(frozen=True)
-class Head:
-    """Maps a bank's vectors of images to prompt embeddings: (vector + shift) @ weight + bias, all float32."""
-
-    shift: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
-
-    def __call__(self, queries: np.ndarray) -> np.ndarray:
-        """Unit vectors, float32 (n, 384), of float32 (n, d)."""
-        import torch
-
-        weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
-        shifted = [metrics.unit(queries + self.shift)]
-        return metrics.unit(
-            metrics.in_fixed_rows(lambda rows: (torch.from_numpy(rows[0]) @ weight + bias).numpy(), shifted)
-        )
 
 
 @dataclass(frozen=True)
@@ -152,18 +131,15 @@ class Retrieval:
         Raises:
             UserError: If the bank is damaged or was made with other weights, or weights are nowhere.
         """
-        self.bank = banks.open_bank(folder)
-        if (found := text_tower.digest(self.bank.tower)) != self.bank.weights:
-            said = (
-                f"{folder}: made with other weights of {self.bank.tower} ({self.bank.weights[:12]}, here {found[:12]})"
-            )
-            raise UserError(f"{said}; get those, or make the bank again")
+        self.bank = text_tower.open_bank(folder)
         self.second = Second(encoders.build(second, 0), text_tower.build(second)) if second else None
         self.how = Settings()
         if second:
             self.how = Settings(least=LEAST[second]) if second in LEAST else Settings(keep=0.5)
-        self.mean = metrics.unit(self.bank.targets[_spaced(self.bank.targets, MEANS)].astype(np.float32).mean(0))
-        self.head: Head | None = None
+        self.mean = metrics.unit(
+            self.bank.targets[text_head.spaced(self.bank.targets, MEANS)].astype(np.float32).mean(0)
+        )
+        self.head: text_head.Head | None = None
         self.captioners: dict[str, Encoder] = {}
         self.known = _known(pairs, self.bank.tower, second)
         if self.known is None:
@@ -176,7 +152,7 @@ class Retrieval:
 
     def _fit(self, known: Known) -> None:
         """Fits settings and text head on known pairs."""
-        part = _spaced(known.names, MOST_PAIRS)
+        part = text_head.spaced(known.names, MOST_PAIRS)
         queries, truth = self.bank.queries(known.features[part]), known.targets[part]
         given = None if known.others is None else known.others[part]
         cosines, found, second = self._candidates(queries, given, truth)
@@ -187,7 +163,7 @@ class Retrieval:
             score[how] = metrics.mean_cosine(_mean(shares(cosines, second, how), found), truth)
         how = max(score, key=score.__getitem__)
         retrieved = metrics.unit(_mean(shares(cosines, second, how), found))
-        self.head = self._fitted_head(queries, truth)
+        self.head = text_head.fit(self.bank, queries, truth)
         parts = {"prompts": retrieved, "text head": self.head(queries)}
         parts |= {name: vectors[part] for name, vectors in known.said.items()}
         fitted = metrics.fit_weights(list(parts.values()), truth)
@@ -204,19 +180,6 @@ class Retrieval:
             "%s, fitted on %d images: %d prompts, temperature %g; alone and (share): %s; together %.4f",
             *(self.bank.folder, len(part), how.count, how.temperature, alone, together),
         )
-
-    def _fitted_head(self, queries: np.ndarray, truth: np.ndarray) -> Head:
-        """A ridge regression on the bank; shift and penalty are chosen on images, float32 (n, d), and their targets.
-
-        Prompts near to those of the images are left out, as everywhere where they judge.
-        """
-        part = _spaced(self.bank.vectors, FOR_HEAD)
-        vectors, targets = self.bank.vectors[part].astype(np.float32), self.bank.targets[part].astype(np.float32)
-        far = ~near(metrics.unit(targets), truth, NEAR)
-        vectors, targets = vectors[far], targets[far]
-        shift = (vectors.mean(0) - queries.mean(0)).astype(np.float32)
-        weight, bias = metrics.ridge(vectors, targets, (metrics.unit(queries + shift), truth))
-        return Head(shift, weight.astype(np.float32), bias.astype(np.float32))
 
     def _candidates(
         self, queries: np.ndarray, others: np.ndarray | None, truth: np.ndarray | None = None
@@ -252,11 +215,6 @@ class Retrieval:
         """What gives the arrays of a call."""
         second = [self.second.encoder] if self.second else []
         return [encoders.build(self.bank.tower, 0), *second, *self.captioners.values()]
-
-
-def _spaced(rows: Sized, most: int) -> np.ndarray:
-    """Numbers of at most so many rows, evenly spaced."""
-    return np.arange(0, len(rows), -(-len(rows) // most))
 
 
 def _mean(weights: np.ndarray, found: np.ndarray) -> np.ndarray:

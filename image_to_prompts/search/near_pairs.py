@@ -18,6 +18,7 @@ import torch
 
 from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 
+NEAR = 0.8  # cosine from which on one prompt must not judge what has seen the other
 WIDTH = 128  # numbers a row that the bound is made from: of 64 to 256 the fastest (docs/log.md)
 BLOCK, TALL, WIDE = 8192, 2048, 2048  # rows whose fate is found at once; rows and columns of a product
 SAMPLE = 20_000  # rows from which principal components are computed

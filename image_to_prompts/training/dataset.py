@@ -20,7 +20,6 @@ log = logging.getLogger(__name__)
 USELESS = (BLANK, NSFW, FAILED)
 
 ONE_SIDED = 0.8  # share of one source among the validating rows from which on it is warned of
-NEAR = 0.8  # a validation prompt this close to a training prompt is left out
 
 
 @dataclass
@@ -225,7 +224,7 @@ def _with_images(frame: pd.DataFrame, csv: Path, folder: Path) -> pd.DataFrame:
 
 def near_training(targets: np.ndarray, train_targets: np.ndarray) -> np.ndarray:
     """Which rows of `targets` (n, 384) reach cosine 0.8 with a row of `train_targets` (m, 384): bool (n,)."""
-    from ..search.near_pairs import near
+    from ..search.near_pairs import NEAR, near
 
     return near(metrics.unit(targets), metrics.unit(train_targets), NEAR)
 

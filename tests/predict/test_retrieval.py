@@ -11,7 +11,7 @@ from PIL import Image
 
 from image_to_prompts import infer
 from image_to_prompts.data import metadata
-from image_to_prompts.encode import banks, embeddings, text_tower
+from image_to_prompts.encode import banks, embeddings, text_head, text_tower
 from image_to_prompts.models import metrics
 from image_to_prompts.predict import blend, predictors, retrieval
 from image_to_prompts.run.errors import UserError
@@ -116,7 +116,7 @@ def test_the_head_is_shifted_to_where_texts_lie(bank, tower, tmp_path):
     """A gap between the vectors of images and of texts makes no difference."""
     vectors, targets = write_pairs(tmp_path / "pairs", tower, 0.1)
     gap = 0.3 * np.ones(WIDTH, np.float32)
-    near, far = (retrieval.Retrieval(bank)._fitted_head(queries, targets) for queries in (vectors, vectors + gap))
+    near, far = (text_head.fit(banks.open_bank(bank), queries, targets) for queries in (vectors, vectors + gap))
     assert np.allclose(near(vectors), far(vectors + gap), atol=1e-5)
     assert not np.allclose(near(vectors), near(vectors + gap), atol=0.05)
 
