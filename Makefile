@@ -20,7 +20,7 @@ quick: install ## the same on a few hundred prompts (at most 2 minutes)
 	$(COMMAND) run --quick
 
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
-	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not gpu and not network'
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not network'
 
 test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, everything else as in .venv
 	$(PYTHON) -m venv .venv-kaggle
