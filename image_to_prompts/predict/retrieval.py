@@ -10,7 +10,7 @@ shifted to where texts lie (as the seventh team did), and of the captions that t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -34,6 +34,7 @@ MOST_PAIRS = 1000  # on which the settings are fitted
 COUNTS = (10, 20, 40, 60, 100, 200)
 TEMPERATURES = (np.inf, 0.2, 0.1, 0.05, 0.02, 0.01)  # of cosines' weights; at the first all weigh the same
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the prompts that a second tower keeps
+CAPTIONS = ("caption:", "interrogator")  # how encoders that say captions are called
 LEAST_SHARE = 0.02  # in a prediction; what gets less is left out
 LEAST = {"open_clip:ViT-H-14": 0.29}  # cosine that the fourth team asked of its second tower; of others: half are kept
 MEANS = 20_000  # rows of the bank from which its mean is made
@@ -48,7 +49,7 @@ class Known:
         features: float32 (n, d) by the bank's tower.
         others: float32 (n, d) by the second tower; None without one.
         said: By array, float32 (n, 384): the embeddings of what captioners said.
-        captioners: By array, encoders that say it.
+        about: By the same arrays, how they were made.
         targets: float32 (n, 384).
     """
 
@@ -56,7 +57,7 @@ class Known:
     features: np.ndarray
     others: np.ndarray | None
     said: dict[str, np.ndarray]
-    captioners: dict[str, Encoder]
+    about: dict[str, dict[str, Any]]
     targets: np.ndarray
 
 
@@ -148,10 +149,10 @@ class Retrieval:
             )
             log.warning(said, folder, self.bank.tower, self.how.count)
         else:
-            self._fit(self.known)
+            self.known = self._fit(self.known)
 
-    def _fit(self, known: Known) -> None:
-        """Fits settings and text head on known pairs."""
+    def _fit(self, known: Known) -> Known:
+        """Fits settings and text head on known pairs; returns them without the captions that nobody here can say."""
         part = text_head.spaced(known.names, MOST_PAIRS)
         queries, truth = self.bank.queries(known.features[part]), known.targets[part]
         given = None if known.others is None else known.others[part]
@@ -169,7 +170,13 @@ class Retrieval:
         fitted = metrics.fit_weights(list(parts.values()), truth)
         fitted[fitted < LEAST_SHARE] = 0
         weights = dict(zip(parts, (fitted / fitted.sum()).tolist(), strict=True))
-        self.captioners = {name: one for name, one in known.captioners.items() if weights[name]}
+        self.captioners = {}
+        for name in (one for one in known.said if weights[one]):  # none is loaded for nothing
+            try:
+                self.captioners[name] = encoders.rebuild(known.about[name])
+            except UserError as error:
+                log.warning("captions %s: passed over: %s", name, error)
+                return self._fit(replace(known, said={n: said for n, said in known.said.items() if n != name}))
         used = [name for name in parts if name not in known.said or weights[name]]
         self.how = replace(how, weights=tuple(weights[name] for name in used))
         alone = ", ".join(
@@ -180,6 +187,7 @@ class Retrieval:
             "%s, fitted on %d images: %d prompts, temperature %g; alone and (share): %s; together %.4f",
             *(self.bank.folder, len(part), how.count, how.temperature, alone, together),
         )
+        return known
 
     def _candidates(
         self, queries: np.ndarray, others: np.ndarray | None, truth: np.ndarray | None = None
@@ -228,24 +236,14 @@ def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
         about = {name: embeddings.about(folder, name) for name in embeddings.arrays(folder)}
         of = {one.get("encoder") or one.get("backbone", {}).get("name"): name for name, one in about.items()}
         if tower in of and (not second or second in of):
-            captioners = dict(_captioners(folder, about))
-            table = embeddings.load(folder, [of[tower], *([of[second]] if second else []), *captioners])
+            captions = [n for n, one in about.items() if str(one.get("encoder")).startswith(CAPTIONS)]
+            table = embeddings.load(folder, [of[tower], *([of[second]] if second else []), *captions])
             there = np.all([np.isfinite(array[:, 0]) for array in table.arrays.values()], axis=0)
             arrays = {name: array[there] for name, array in table.arrays.items()}
-            others, said = arrays[of[second]] if second else None, {name: arrays[name] for name in captioners}
+            others, said = arrays[of[second]] if second else None, {name: arrays[name] for name in captions}
             names, targets = table.frame["image_name"][there], table.targets[there]
-            return Known(names, arrays[of[tower]], others, said, captioners, targets)
+            return Known(names, arrays[of[tower]], others, said, about, targets)
     return None
-
-
-def _captioners(folder: Path, about: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Encoder]]:
-    """The arrays of captions, and the encoders that say them, of those that can be built."""
-    for name, one in about.items():
-        if str(one.get("encoder")).startswith(("caption:", "interrogator")):
-            try:
-                yield name, encoders.rebuild(one)
-            except UserError as error:
-                log.warning("%s: passed over: %s", folder / name, error)
 
 
 @lru_cache(maxsize=1)

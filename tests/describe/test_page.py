@@ -225,8 +225,8 @@ def test_the_prompt_in_the_file_is_shown_with_its_seed(server, tmp_path, browser
     visit = Visit(browser, server.url)
     visit.drop(tmp_path / "a.png")
     assert visit.described() == text
-    # Gradio's own line of the queue may still stand above it.
-    assert visit.page.inner_text("#source").endswith("Found in the file (AUTOMATIC1111, seed 1234)")
+    # Gradio's own line of the queue may stand above it for a moment.
+    visit.wait("document.querySelector('#source').innerText.trim() === 'Found in the file (AUTOMATIC1111, seed 1234)'")
     assert server.ask(tmp_path / "a.png")[1]["seed"] == "1234"
 
 
