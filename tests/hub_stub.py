@@ -21,6 +21,20 @@ COMMIT = "c0ffee" * 6 + "c0ff"
 BLOCK = bytes(range(256)) * 4096
 
 
+def open_clip_config(repository: str) -> bytes:
+    """The configuration of a tower; as long as the real one to the byte where its length is known."""
+    import open_clip
+
+    from image_to_prompts.models.weights import WEIGHTS
+
+    name = next(name for name, one in WEIGHTS.items() if name.startswith("open_clip:") and repository in one.hub)
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    settings = {"model_cfg": open_clip.get_model_config(name[10:]), "preprocess_cfg": {"mean": mean, "std": std}}
+    if repository.startswith("timm/"):
+        settings["preprocess_cfg"] |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    return json.dumps(settings, indent=2 if repository.startswith("timm/") else 4).encode()
+
+
 class Hub:
     """What the server has, and what it was asked.
 
@@ -52,6 +66,8 @@ class Hub:
             parts = {one.split("/")[0] for one in LISTS[repository]["files"] if one.count("/") == 1}
             mark = json.dumps({"_class_name": "Pipeline", **{part: ["library", "Class"] for part in parts}}).encode()
             mark = mark.ljust(self.size(repository, path))
+        if path == "open_clip_config.json":
+            mark = open_clip_config(repository).ljust(self.size(repository, path))
         left, at = self.size(repository, path), 0
         while left > 0:
             block = (mark + BLOCK)[: min(left, len(BLOCK))]

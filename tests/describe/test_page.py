@@ -523,7 +523,7 @@ def finished(work):
 
 def test_addresses_are_not_fetched():
     """Neither for the image nor for any other input that claims to be a file."""
-    blocks = page.page(session.Session(SimpleNamespace(folders=[]), None))
+    blocks = page.page(session.Session(SimpleNamespace(folders=[], config=SimpleNamespace(caption="blip-large")), None))
     move = [block.async_move_resource_to_block_cache for block in blocks.blocks.values()]
     move.append(type(next(iter(blocks.blocks.values())))().async_move_resource_to_block_cache)  # made anew for a user
     assert len(move) > 5
