@@ -1,4 +1,5 @@
 .DEFAULT_GOAL := help
+unexport PYTHONDONTWRITEBYTECODE # or each process compiles every package anew
 PYTHON ?= python3
 VENV := .venv
 COMMAND := $(VENV)/bin/image-to-prompts
