@@ -56,7 +56,7 @@ bench: install ## speed on this machine, beside plain versions of the same (an h
 	for part in render finetune infer encode "ensemble epoch" embed; do \
 		set -- $$part; $(VENV)/bin/python benchmarks/$$1.py $$2 || exit 1; done
 
-bench-table: ## put the figures of the benchmark kernel (benchmarks/gpu.json) into the README
+bench-table: ## put the figures of the benchmark kernel (benchmarks/gpu.json) into docs/performance.md
 	$(PYTHON) benchmarks/table.py
 
 notebooks: install ## build and execute the notebooks on the embedded profile
@@ -65,10 +65,13 @@ notebooks: install ## build and execute the notebooks on the embedded profile
 kernels: install ## build the Kaggle kernels from the notebooks' sources
 	$(VENV)/bin/python notebooks/build.py kernels
 
+docs: install ## the documentation as a site in site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 fix: install ## format
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
 
 check: install ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-.PHONY: help install check run quick test test-kaggle chaos mutants rehearse bench bench-table notebooks kernels fix
+.PHONY: help install check run quick test test-kaggle chaos mutants rehearse bench bench-table notebooks kernels docs fix

@@ -62,7 +62,7 @@ def plots(number: int) -> Image.Image:
 
 
 def text(number: int) -> Image.Image:
-    words = Path(__file__).with_name("README.md").read_text(encoding="utf-8").split()
+    words = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8").split()
     rng = random.Random(number)
     dark = number % 3 == 0
     image = Image.new("RGB", (800, 600), "#1e1e1e" if dark else "white")

@@ -1,6 +1,6 @@
 """What a GPU does, each beside the reference's way of doing it; Kaggle's `benchmark` kernel runs it once.
 
-python benchmarks/gpu.py [--weights DIR] [--out benchmarks/gpu.json]     `make bench-table` shows it in the README
+python benchmarks/gpu.py [--weights DIR] [--out benchmarks/gpu.json]   `make bench-table` makes docs of it
 
 render   Seconds an image of Stable Diffusion 2 at 768 px: one image a call and saved before the next, 50 steps of DDIM
          in half precision; and the render stage, with 50 steps of DDIM and with --fast.

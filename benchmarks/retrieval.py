@@ -1,6 +1,6 @@
 """A thousand queries over a million prompts: FAISS's flat index, and ours from files; what a bank predicts.
 
-python benchmarks/retrieval.py [nearest] [bank] [scenes] [pca] [--count 1000000] [--queries 1000] [--rounds 5]
+python benchmarks/retrieval.py [nearest] [bank] [scenes] [blend] [pca] [--count 1000000] [--queries 1000] [--rounds 5]
     [--run runs/default]
 Prints tables and writes retrieval.json.
 
@@ -9,6 +9,8 @@ bank     The 60 nearest of float16 vectors of 512 numbers, as CLIP's are kept, i
          FAISS is given a block of them after the other (`faiss.knn`), as float32. And ours over ten times as many.
 scenes   How well a bank predicts the held-out scenes of a `make run`: retrieval, with a second tower, the text head and
          both, beside constant, kNN and ridge; the dual encoder is fitted three times, each without another fold.
+blend    What the bank adds to the blend of a `make run`: backbone and ensemble trained three times, each with another
+         seed and another fold to validate, and `infer` with the bank and without it on the same held-out scenes.
 pca      The share of the 60 nearest of real prompts that stays among them with fewer numbers.
 
 The vectors are those of prompts, each repeated with noise until there are enough; the queries are means of three, as
@@ -174,19 +176,16 @@ def bench_scenes(options: argparse.Namespace) -> None:
 FOLDS = (0, 3, 4)  # 1 and 2 are held out
 
 
-def _scenes(run: Any, fold: int, known: Any, asked: dict[str, Any], work: Path) -> dict[str, dict[str, float]]:
-    """Scores by way and images, of a dual encoder fitted without a fold, which then fits the settings."""
+def _make_bank(run: Any, validates: np.ndarray, known: Any, work: Path) -> list[Any]:
+    """Fits a dual encoder of each array on rows that do not validate; `pairs` of those that do; `bank` by the first."""
     from image_to_prompts import embed, profiles
     from image_to_prompts.embedded import dual
     from image_to_prompts.encode import embeddings
-    from image_to_prompts.models import metrics
-    from image_to_prompts.predict import retrieval
 
-    validates = (known.frame["fold"] == fold).to_numpy()
-    train, frame = known.targets[~validates], known.frame[validates]
-    towers = []
+    frame, towers = known.frame[validates], []
     for name, features in known.arrays.items():
-        dual.save(work / name, dual.fit(features[~validates], train), known.about[name]["backbone"])
+        fitted = dual.fit(features[~validates], known.targets[~validates])
+        dual.save(work / name, fitted, known.about[name]["backbone"])
         towers.append(dual.Dual(work / name))
         said = towers[-1].images(features[validates])
         embeddings.write(work / "pairs", name, said, frame[["image_name"]], towers[-1].about)
@@ -194,6 +193,70 @@ def _scenes(run: Any, fold: int, known: Any, asked: dict[str, Any], work: Path) 
     texts = (run.train_metadata, run.bank.with_name("new.csv"))
     values = {"texts": texts, "encoders": (f"dual:{work / next(iter(known.arrays))}",), "out": work / "bank"}
     embed.run(profiles.default_config("embed", run, "embedded", **values))
+    return towers
+
+
+def bench_blend(options: argparse.Namespace) -> None:
+    from image_to_prompts.encode import embeddings
+    from image_to_prompts.models import metrics
+    from image_to_prompts.run.folders import Run
+
+    run = Run(options.run)
+    known, found = embeddings.load(run.embeddings, ("timm-tf_efficientnet_lite2",)), {}
+    gains: dict[str, list[np.ndarray]] = {}
+    for seed, fold in enumerate(FOLDS):
+        with tempfile.TemporaryDirectory() as name:
+            for which, cosines in _blends(run, seed, fold, known, Path(name)).items():
+                gain = cosines["with"] - cosines["without"]
+                gains.setdefault(which, []).append(gain)
+                scores = {way: float(one.mean()) for way, one in cosines.items()}
+                found[f"{which}, seed {seed}"] = {**scores, "gain": [float(gain.mean()), *metrics.bootstrap(gain)]}
+                print(f"{which}, seed {seed}: {found[f'{which}, seed {seed}']}", flush=True)
+    for which, each in gains.items():
+        gain = np.mean(each, 0)
+        found[which] = {"gain": [float(gain.mean()), *metrics.bootstrap(gain)]}
+        print(
+            "{}, mean of the seeds: gain {:+.4f} (95 % interval {:+.4f} to {:+.4f})".format(
+                which, *found[which]["gain"]
+            )
+        )
+    record(__file__, "blend", found)
+
+
+def _blends(run: Any, seed: int, fold: int, known: Any, work: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Cosines with the truth of the held-out scenes, by images: of the blend without the bank, and with it."""
+    from image_to_prompts import ensemble, finetune, infer, profiles
+    from image_to_prompts.data import metadata
+    from image_to_prompts.models import text_encoder
+
+    _make_bank(run, (known.frame["fold"] == fold).to_numpy(), known, work)
+    common = {"seed": seed, "fold": fold, "quiet": True}
+    values = {"images": (run.train_images,), "out": work / "backbone", **common}
+    finetune.run(profiles.default_config("finetune", run, "embedded", **values))
+    ensemble.run(profiles.default_config("ensemble", run, "embedded", out=work / "ensemble", **common))
+    models, found = (work / "backbone", work / "ensemble"), {}
+    for which in ("test", "test-openmoji"):
+        folder = run.test_images.with_name(which)
+        manifest = metadata.read_table(folder / "manifest.csv", ("file", "prompt")).set_index("file")
+        found[which] = {}
+        for way, places in (("without", ()), ("with", (work / "bank",))):
+            values = {"images": folder, "checkpoint": models, "bank": places, "pairs": (work / "pairs",), "quiet": True}
+            predicted = infer.run(
+                profiles.default_config("infer", run, "embedded", out=work / f"{which}-{way}.csv", key=None, **values)
+            )
+            prompts = manifest.loc[[file.name for file in predicted.files], "prompt"].tolist()
+            found[which][way] = (predicted.vectors * text_encoder.encode(prompts)).sum(1)
+    return found
+
+
+def _scenes(run: Any, fold: int, known: Any, asked: dict[str, Any], work: Path) -> dict[str, dict[str, float]]:
+    """Scores by way and images, of a dual encoder fitted without a fold, which then fits the settings."""
+    from image_to_prompts.models import metrics
+    from image_to_prompts.predict import retrieval
+
+    validates = (known.frame["fold"] == fold).to_numpy()
+    train = known.targets[~validates]
+    towers = _make_bank(run, validates, known, work)
     ways = {
         "no pairs": retrieval.Retrieval(work / "bank"),
         "retrieval and head": retrieval.Retrieval(work / "bank", [work / "pairs"]),
@@ -243,7 +306,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/default"))
     options = parser.parse_args()
     for part in options.parts:
-        {"nearest": bench_nearest, "bank": bench_bank, "scenes": bench_scenes, "pca": bench_pca}[part](options)
+        {"nearest": bench_nearest, "bank": bench_bank, "scenes": bench_scenes, "blend": bench_blend, "pca": bench_pca}[
+            part
+        ](options)
 
 
 if __name__ == "__main__":

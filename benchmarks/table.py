@@ -1,4 +1,4 @@
-"""Puts the GPU table of benchmarks/gpu.json, or "unmeasured", into the README: `make bench-table`."""
+"""Puts the GPU table of benchmarks/gpu.json, or "unmeasured", into docs/performance.md: `make bench-table`."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def table(result: dict[str, Any] | None) -> str:
 
 def main() -> None:
     path = ROOT / "benchmarks" / "gpu.json"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(BEGIN)
+    page = ROOT / "docs" / "performance.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if result and result["small"]:
         raise SystemExit(f"{path}: made with --small; these are no figures to show")
     text = table(result)
-    (ROOT / "README.md").write_text(before + BEGIN + text + END + after, encoding="utf-8")
+    page.write_text(before + BEGIN + text + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

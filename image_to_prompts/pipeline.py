@@ -1,4 +1,4 @@
-"""The chain, one row a stage: the command line, notebooks, kernels, README table and tests follow this file."""
+"""The chain, one row a stage: command line, notebooks, kernels, the table of stages in the docs and tests follow it."""
 
 import importlib
 import logging

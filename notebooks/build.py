@@ -116,7 +116,7 @@ def benchmark_files() -> dict[str, str]:
     said = """# Benchmark
 
 Run once on a GPU. Download `gpu.json` (`kaggle kernels output OWNER/image-to-prompts-benchmark -p benchmarks`), then
-`make bench-table` puts it into the README."""
+`make bench-table` puts it into docs/performance.md."""
     cells = [new_markdown_cell(said, id="b-00")]
     for number, name in enumerate(("turns", "finetune", "infer", "gpu"), start=1):
         text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")

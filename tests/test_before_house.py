@@ -1,4 +1,4 @@
-"""Runs of the commit `before-house` (benchmarks/README.md), finished or half done: today's commands take them over.
+"""Runs of the commit `before-house` (docs/performance.md), finished or half done: today's commands take them over.
 
 tests/before_house/make.py made them there.
 """

@@ -95,7 +95,8 @@ def read(path: Path, unique: bool = True, called: Mapping[str, str] = MappingPro
 
     Args:
         path: The file.
-        unique, called: See `read_prompts`.
+        unique: See `read_prompts`.
+        called: See `read_prompts`.
 
     Returns:
         A frame with `image_name` and `prompt` first, `seed` (int, derived from the row where the file has none) and,
