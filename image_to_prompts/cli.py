@@ -141,7 +141,7 @@ def _ending(error: BaseException) -> tuple[str, int]:
     for stop in causes(error):  # libraries may turn what interrupts them into an error of their own
         if isinstance(stop, KeyboardInterrupt):
             number = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
-            return "stopped; the same command goes on from here", 128 + number
+            return "stopped; run the same command again to continue", 128 + number
     return str(explained(error) or ""), EXIT_BAD_INPUT
 
 

@@ -205,7 +205,7 @@ def _download(plan: Download) -> None:
         try:
             hub.download(plan.repository, plan.files, plan.folder)
         except hub.Unavailable as error:
-            raise UserError(f"{plan.name}: {error}; the same command goes on from here") from error
+            raise UserError(f"{plan.name}: {error}; run the same command again to continue") from error
         known = {plan.folder / one.path: one.lfs.sha256 for one in plan.files if one.lfs}  # and compared already
         _write_sums(plan.folder, [plan.folder / one.path for one in plan.files], known)
         return
@@ -214,7 +214,8 @@ def _download(plan: Download) -> None:
     try:
         found = Path(kagglehub.model_download(named(plan.name).kaggle))
     except Exception as error:  # of whichever library it talks HTTP with
-        raise UserError(f"{plan.name}: Kaggle: {hub.in_words(error)}; the same command goes on from here") from error
+        said = f"Kaggle: {hub.in_words(error)}; run the same command again to continue"
+        raise UserError(f"{plan.name}: {said}") from error
     take_over(found, plan.name)
 
 

@@ -282,10 +282,10 @@ def test_damaged_inputs(target, bench, rounds, rng, note, tmp_path):
             code, said = again.finish()
             if code:  # pictures of other prompts or by other weights are not overwritten
                 assert chaos.clear_line(code, said), said
-                outcome += f"; mended, {LINE}"
+                outcome += f"; repaired, {LINE}"
                 again = bench.case(target, inputs=case.inputs)
         goes_on(again, expected)
-        note(f"input {file.suffix or file.name}: {kind}", f"{outcome}; mended, {SAME}")
+        note(f"input {file.suffix or file.name}: {kind}", f"{outcome}; repaired, {SAME}")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Advisory -> why it cannot touch this project. Anything else that is found is mended by a newer release.
+# Advisory -> why it cannot touch this project. Anything else that is found is fixed by a newer release.
 LISTED: dict[str, str] = {}
 
 

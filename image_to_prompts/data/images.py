@@ -23,7 +23,7 @@ from .metadata import IMAGE_SUFFIXES, stem
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB
-OTHER_SUFFIXES = (".jp2", ".jxl", ".psd", ".svg")  # images that are passed over
+OTHER_SUFFIXES = (".jp2", ".jxl", ".psd", ".svg")  # images that are skipped
 
 
 class BrokenImageError(ValueError):
@@ -62,7 +62,7 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
                 raise UserError(f"{path}: {error}; render or download it again, or delete it") from error
     if passed := +passed:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed.items()))
-        log.warning("%s: passed over: %s (%s are read)", folder, kinds, ", ".join(IMAGE_SUFFIXES))
+        log.warning("%s: skipped: %s (%s are read)", folder, kinds, ", ".join(IMAGE_SUFFIXES))
     if not found:
         raise UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it or below; check the path")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())

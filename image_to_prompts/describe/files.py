@@ -33,7 +33,7 @@ class Description:
         path: The image.
         prompt: Its prompt; "" if there is none.
         source: Where the prompt comes from: `file`, `checkpoint`, `bank`, `interrogator`, `caption`, `guess`; "": none.
-        familiar: Whether the image is like those that the checkpoint was trained on; None where nobody can tell.
+        familiar: Whether the image is like those that the checkpoint was trained on; None where that is unknown.
         cosine: Of the prompt's embedding with the predicted one; None unless a checkpoint predicted one.
         nearest: The nearest known prompts with their cosines, best first.
         candidates: Further prompts, composed in other ways; at most two.

@@ -150,7 +150,7 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
         if done == len(files):
             stamp.write(outputs)
         else:
-            said = "stopped by --max-hours %g with %d of %d images; the same command goes on from here"
+            said = "stopped by --max-hours %g with %d of %d images; run the same command again to continue"
             log.warning(said, config.max_hours, done, len(files))
     process_state().wait_for_everyone()
     return _shapes(config.out, slugs)

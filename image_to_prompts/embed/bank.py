@@ -85,7 +85,7 @@ def run(config: "Config") -> dict[str, tuple[int, int]]:
     done = sum(finished)
     if not done:
         said = f"--max-hours {config.max_hours:g}: not enough for {len(shards[0]):,} prompts"
-        raise UserError(f"{said}; what is done stays, and the same command goes on from here")
+        raise UserError(f"{said}; what is done stays, and run the same command again to continue")
     if process_state().is_main_process:
         sources = [path.name for path in config.texts]
         about = {"tower": tower, "weights": weights, "projected": projection is not None, "width": width}
@@ -97,7 +97,7 @@ def run(config: "Config") -> dict[str, tuple[int, int]]:
         if done == len(prompts):
             stamp.write([*outputs, *(config.out / name for name in names)])
         else:
-            said = "stopped by --max-hours %g: a bank of %d of %d prompts; the same command goes on from here"
+            said = "stopped by --max-hours %g: a bank of %d of %d prompts; run the same command again to continue"
             log.warning(said, config.max_hours, done, len(prompts))
         log.info("%s: %d prompts, %d numbers each", config.out, done, width)
     process_state().wait_for_everyone()

@@ -5,7 +5,7 @@
 
 `collect` reads and cleans what others wrote. Of new prompts the following holds.
 
-Candidate i depends on the seed and i alone. Empty candidates and exact repetitions are passed over until there are as
+Candidate i depends on the seed and i alone. Empty candidates and exact repetitions are skipped until there are as
 many prompts as were asked for; asking for more later keeps the ones already written.
 """
 

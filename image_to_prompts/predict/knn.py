@@ -85,7 +85,7 @@ def _usable(folder: Path) -> Iterator[tuple[_Known, Encoder]]:
             yield one, encoders.rebuild(table.about[one.name])
         except UserError as error:
             missing = missing or str(error)
-            log.warning("%s: passed over: %s", folder / one.name, error)
+            log.warning("%s: skipped: %s", folder / one.name, error)
     raise UserError(f"{folder}: no array's encoder can be built: {missing}")
 
 

@@ -61,7 +61,7 @@ def prompt_mean(csvs: list[Path]) -> Predictor:
         try:
             found.append(pd.read_csv(path, usecols=["prompt"], dtype=str, keep_default_na=False)["prompt"])
         except (OSError, ValueError) as error:  # other people's files; the rest serve as well
-            log.warning("%s: passed over: %s", path, error)
+            log.warning("%s: skipped: %s", path, error)
     prompts = pd.concat(found)
     prompts = prompts[prompts.str.strip().fillna("") != ""].drop_duplicates()
     prompts = prompts.iloc[:: -(-len(prompts) // MOST_PROMPTS) or 1].tolist()

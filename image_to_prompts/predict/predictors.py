@@ -36,7 +36,7 @@ class Predictor:
         mean: float32 (384,), the prediction for an image that cannot be read or is not reached in time.
         encoders: What looks at the images; none: the prediction is the mean.
         finish: Maps what each encoder gave, float32 (n, d), to float32 (n, 384).
-        judge: Maps the same to strangeness, float32 (n,), see `doubt`; None where nobody can tell.
+        judge: Maps the same to strangeness, float32 (n,), see `doubt`; None where that is unknown.
         pull: How predictions for strange images are drawn to the mean, see `doubt.pulled`.
     """
 
@@ -52,7 +52,7 @@ class Seen(NamedTuple):
 
     Attributes:
         vectors: float32 (n, 384), unit vectors, NaN for images that cannot be read.
-        strangeness: float32 (n,), above 1 for images that are unlike those that it knows; NaN where nobody can tell.
+        strangeness: float32 (n,), above 1 for images that are unlike those that it knows; NaN where that is unknown.
     """
 
     vectors: np.ndarray

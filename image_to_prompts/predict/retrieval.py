@@ -175,7 +175,7 @@ class Retrieval:
             try:
                 self.captioners[name] = encoders.rebuild(known.about[name])
             except UserError as error:
-                log.warning("captions %s: passed over: %s", name, error)
+                log.warning("captions %s: skipped: %s", name, error)
                 return self._fit(replace(known, said={n: said for n, said in known.said.items() if n != name}))
         used = [name for name in parts if name not in known.said or weights[name]]
         self.how = replace(how, weights=tuple(weights[name] for name in used))

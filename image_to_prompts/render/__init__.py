@@ -300,5 +300,5 @@ def _render(
     log.info("%s: %d images, %d by an earlier run, %d failed", config.out, len(manifest), len(there), failed)
     if limits.stopped:
         left = len(mine) - len(there) - limits.images
-        log.warning("stopped by %s, %d images are left; the same command goes on from here", limits.stopped, left)
+        log.warning("stopped by %s, %d images are left; run the same command again to continue", limits.stopped, left)
     return manifest

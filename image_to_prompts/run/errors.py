@@ -11,7 +11,7 @@ NO_MEMORY = (
     *("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation"),
     *("can't start new thread", "could not create a primitive", "failed to map segment"),
 )
-AGAIN = "the same command goes on from there"
+AGAIN = "run the same command again to continue"
 
 
 class UserError(ValueError):

@@ -11,7 +11,7 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 BEGUN = time.monotonic()  # a notebook may run more than one stage in a session, whose time they share
-STOPPED = "stopped by --max-hours %g; the same command goes on from here"
+STOPPED = "stopped by --max-hours %g; run the same command again to continue"
 _quiet = False
 
 

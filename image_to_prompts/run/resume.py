@@ -186,7 +186,7 @@ class Stamp:
             path: Where the stamp lives, beside or above the outputs.
             by: Name of the command.
             settings: JSON-like values on which the outputs depend.
-            inputs: Files on whose contents they depend; missing ones are passed over.
+            inputs: Files on whose contents they depend; missing ones are skipped.
         """
         self.path, self.by = path, by
         self.inputs = [file for file in inputs if file.is_file()]

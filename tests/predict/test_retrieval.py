@@ -134,7 +134,7 @@ def test_captions_of_the_pairs_join_where_they_help(bank, tower, tiny_encoders, 
     embeddings.write(tmp_path / "pairs", "gone", said["true"], names, gone)
     made = retrieval.Retrieval(bank, [tmp_path / "pairs"])
     assert list(made.captioners) == ["true"] and made.captioners["true"].samples == 2
-    assert "gone: passed over" in caplog.text and "false" in caplog.text
+    assert "gone: skipped" in caplog.text and "false" in caplog.text
     assert [type(one).__name__ for one in made.encoders] == ["BackboneEncoder", "Captioner"]
     with_them = metrics.mean_cosine(made([vectors, said["true"]], targets), targets)
     assert with_them > metrics.mean_cosine(made([vectors, said["false"]], targets), targets) + 0.05
