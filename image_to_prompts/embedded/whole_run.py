@@ -2,7 +2,7 @@
 
 generate, dedupe, hold two folds out, render both sides, finetune, embed, ensemble, a bank of prompts, infer on the
 held-out images with both models and the bank, score beside the constant, kNN and ceiling; the same on the held-out
-prompts drawn by a second hand (OpenMoji) never trained on.
+prompts drawn with OpenMoji, which no model was trained on.
 """
 
 import json
