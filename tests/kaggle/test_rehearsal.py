@@ -6,6 +6,7 @@ folder that `image-to-prompts kaggle wheels` makes, as the kernels' set-up cell 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,15 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+def share_torch(packages):
+    """Links torch, and what it alone needs, from this environment: five gigabytes that need not be copied."""
+    for one in installed.distributions():
+        if re.match(r"(torch|torchvision|triton|nvidia|cuda)\b", one.name.replace("_", "-")):
+            for top in {file.parts[0] for file in one.files or () if file.parts[0] not in ("..", "__pycache__")}:
+                if not (packages / top).exists():
+                    (packages / top).symlink_to(one.locate_file(top))
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory):
     """The virtual environment's Python, and the folder of wheels.
@@ -68,8 +78,10 @@ def image(tmp_path_factory):
         subprocess.run([*pip, "uninstall", "--quiet", "--yes", *names], check=True) if names else None
     else:
         subprocess.run([base, "-m", "venv", folder / "venv"], check=True)
-        same = [f"{name}=={installed.version(name)}" for name in ("torch", "torchvision")]
-        same = os.environ.get("REHEARSAL_TORCH", "").split() or same
+        same = os.environ.get("REHEARSAL_TORCH", "").split()
+        if not same:
+            share_torch(next((folder / "venv" / "lib").glob("python*")) / "site-packages")
+            same = [f"{name}=={installed.version(name)}" for name in ("torch", "torchvision")]
         subprocess.run([*pip, "install", "--quiet", "--no-compile", *same, *IMAGE, *JUPYTER], check=True)
         own.write_text(installed_there())
     names = installed_there()
