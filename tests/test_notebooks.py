@@ -22,7 +22,7 @@ specification.loader.exec_module(build)
 @pytest.mark.slow
 def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
     parameters = {
-        "01_generate_prompts": {"count": 320},
+        "01_generate_prompts": {"count": 200},
         "02_dedupe_prompts": {},
         "03_render_images": {},
         "04_finetune_convnext": {"epochs": 2},

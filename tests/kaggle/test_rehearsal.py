@@ -90,7 +90,7 @@ def image(tmp_path_factory):
     owner = {"owner": "ada", "wheels": "image-to-prompts-wheels"}
     yield python, folders.wheels(folder / "wheels", ROOT, owner, (version.rpartition(".")[0],))
     if not kept:
-        shutil.rmtree(folder)  # gigabytes
+        subprocess.Popen(["rm", "-rf", folder])  # gigabytes, which take minutes on some disks
 
 
 @pytest.fixture(scope="module")
