@@ -59,6 +59,8 @@ def understood(words):
         "git",
         "ray",
         "cd",
+        "echo",
+        "sed",
         "for",
         "done",
         "do",
