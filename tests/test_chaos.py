@@ -145,7 +145,7 @@ def test_stop(target, how, bench, few, rng, note):
     said = [case.said(number) for case in cases for number in range(len(case.processes))]
     codes = [process.exitcode for case in cases for process in case.processes]
     assert codes.count(128 + how) == few and set(codes) == {0, 128 + how}
-    assert sum("stopped; the same command goes on" in text for text in said) == few
+    assert sum("stopped; run the same command again" in text for text in said) == few
     for _ in range(few):
         note(f"{how.name} at a random moment", f"{LINE}, then {SAME}")
 

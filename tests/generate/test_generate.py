@@ -151,7 +151,7 @@ def test_a_session_that_ends_keeps_its_prompts_and_the_next_goes_on(tmp_path, ca
     whole = generate.run(generate.Config(count=900, batch_size=100, out=tmp_path / "once.csv"))
     how = {"count": 900, "batch_size": 100, "out": tmp_path / "a.csv"}
     some = generate.run(generate.Config(**how, max_hours=1e-6))
-    assert 0 < len(some) < 900 and "the same command goes on" in caplog.text
+    assert 0 < len(some) < 900 and "run the same command again" in caplog.text
     assert metadata.read(tmp_path / "a.csv")["prompt"].tolist() == whole["prompt"].tolist()[: len(some)]
     more = generate.run(generate.Config(**how))
     assert more["prompt"].tolist() == whole["prompt"].tolist()
