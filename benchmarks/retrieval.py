@@ -201,6 +201,10 @@ def bench_blend(options: argparse.Namespace) -> None:
     from image_to_prompts.models import metrics
     from image_to_prompts.run.folders import Run
 
+    def gained(gain: np.ndarray) -> dict[str, Any]:
+        """The mean of the images' gains, and its 95 % interval."""
+        return {"gain": [float(gain.mean()), *metrics.bootstrap(gain)]}
+
     run = Run(options.run)
     known, found = embeddings.load(run.embeddings, ("timm-tf_efficientnet_lite2",)), {}
     gains: dict[str, list[np.ndarray]] = {}
@@ -209,17 +213,11 @@ def bench_blend(options: argparse.Namespace) -> None:
             for which, cosines in _blends(run, seed, fold, known, Path(name)).items():
                 gain = cosines["with"] - cosines["without"]
                 gains.setdefault(which, []).append(gain)
-                scores = {way: float(one.mean()) for way, one in cosines.items()}
-                found[f"{which}, seed {seed}"] = {**scores, "gain": [float(gain.mean()), *metrics.bootstrap(gain)]}
-                print(f"{which}, seed {seed}: {found[f'{which}, seed {seed}']}", flush=True)
+                found[f"{which}, seed {seed}"] = {way: float(one.mean()) for way, one in cosines.items()} | gained(gain)
     for which, each in gains.items():
-        gain = np.mean(each, 0)
-        found[which] = {"gain": [float(gain.mean()), *metrics.bootstrap(gain)]}
-        print(
-            "{}, mean of the seeds: gain {:+.4f} (95 % interval {:+.4f} to {:+.4f})".format(
-                which, *found[which]["gain"]
-            )
-        )
+        found[which] = gained(np.mean(each, 0))
+    for name, scores in found.items():
+        print(f"{name}: {scores}")
     record(__file__, "blend", found)
 
 

@@ -28,11 +28,11 @@ def open_clip_config(repository: str) -> bytes:
     from image_to_prompts.models.weights import WEIGHTS
 
     name = next(name for name, one in WEIGHTS.items() if name.startswith("open_clip:") and repository in one.hub)
-    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-    settings = {"model_cfg": open_clip.get_model_config(name[10:]), "preprocess_cfg": {"mean": mean, "std": std}}
+    preprocess, indent = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}, 4
     if repository.startswith("timm/"):
-        settings["preprocess_cfg"] |= {"interpolation": "bicubic", "resize_mode": "shortest"}
-    return json.dumps(settings, indent=2 if repository.startswith("timm/") else 4).encode()
+        preprocess, indent = {**preprocess, "interpolation": "bicubic", "resize_mode": "shortest"}, 2
+    settings = {"model_cfg": open_clip.get_model_config(name.partition(":")[2]), "preprocess_cfg": preprocess}
+    return json.dumps(settings, indent=indent).encode()
 
 
 class Hub:
