@@ -85,8 +85,10 @@ def trainer(
     accumulated: int = 1,
     cached: bool = False,
     how: Mapping[str, Any] = MappingProxyType({}),
+    device: Any = "cpu",
+    images: int = 0,
 ) -> Any:
-    """Our trainer over random images, and what it is fed: (trainer, images or features, rows)."""
+    """Our trainer over so many random images, and what it is fed: (trainer, images or features, rows)."""
     import torch
 
     from image_to_prompts import finetune
@@ -97,23 +99,30 @@ def trainer(
     from image_to_prompts.training import model as models
 
     progress.set_quiet(True)
-    count = batch * accumulated
-    sizes = {"backbone": backbone, "image_size": size, "batch_size": count, "micro_batch": batch, "epochs": 1000}
+    count = images or batch * accumulated
+    sizes = {
+        "backbone": backbone,
+        "image_size": size,
+        "batch_size": batch * accumulated,
+        "micro_batch": batch,
+        "epochs": 1000,
+    }
     config = finetune.Config(**{"learning_rate": LEARNING_RATE, **how, **sizes})
     accelerator = models.accelerator_for(True)
     spec = backbones.describe(backbone, size)
-    model, _ = models.build(spec, accelerator, pretrained=False, train_from=config.train_from)
-    images, targets = data(count, size)
+    with torch.device(device):  # a GPU draws random numbers faster
+        model, _ = models.build(spec, accelerator, pretrained=False, train_from=config.train_from)
+    pixels, targets = data(count, size)
     trained = faster(model)
     if cached:
-        images = torch.cat([frozen_features.activations(model, part) for part in images.split(4)]).float()
+        pixels = torch.cat([frozen_features.activations(model, part) for part in pixels.split(4)]).float()
         trained = frozen_features.over_cache(model)
     names = pd.DataFrame({"image_name": [str(i) for i in range(count)]})
     every = np.arange(count)
     rows = dataset.Rows(names, [], targets.numpy(), every, every, 0, np.ones(count, np.float32))
     found = loop.Trainer(accelerator, model, trained, None, rows, config, Path())
     freezing.set_training(trained, True)
-    return found, images, torch.arange(count)
+    return found, pixels, torch.arange(count)
 
 
 def prepare_reference(backbone: str, size: int, batch: int, steps: int) -> Prepared:

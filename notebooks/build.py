@@ -118,11 +118,11 @@ def benchmark_files() -> dict[str, str]:
 Run once on a GPU. Download `gpu.json` (`kaggle kernels output OWNER/image-to-prompts-benchmark -p benchmarks`), then
 `make bench-table` puts it into docs/performance.md."""
     cells = [new_markdown_cell(said, id="b-00")]
-    for number, name in enumerate(("turns", "finetune", "infer", "gpu"), start=1):
+    for number, name in enumerate(("turns", "finetune", "infer", "random_weights", "gpu"), start=1):
         text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
         cells.append(new_code_cell(f"%%writefile /tmp/{name}.py\n{text}", id=f"b-{number:02d}"))
     run = "!{sys.executable} /tmp/gpu.py --out gpu.json\nassert _exit_code == 0, 'a part failed, see above'"
-    cells.append(new_code_cell(run, id="b-05"))
+    cells.append(new_code_cell(run, id="b-06"))
     notebook = new_notebook(cells=cells)
     notebook.metadata = read_source(next(SOURCES.glob("*.py")).stem).metadata
     nbformat.validate(notebook)

@@ -48,6 +48,7 @@ LOOSE = (
     "loader_workers",
     "dry_run",
     "micro_batch",
+    "compile",
     "max_hours",
     "save_minutes",
 )
@@ -254,7 +255,7 @@ def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> St
 
 def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Keeper:
     """The model with its head fitted, its baselines, and the trainer, which goes on from `state`."""
-    from ..models.fast_layers import faster
+    from ..models.fast_layers import compiled, faster
 
     spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"
     accelerator = models.accelerator_for(mixed)
@@ -263,6 +264,8 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
         grad_checkpointing=config.grad_checkpointing,
         train_from=config.train_from,
     )
+    if config.compile:
+        compiled(model.backbone)
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else dataset.thinned(rows.train, frozen_features.KNN_ROWS)
     wanted = np.concatenate([sample, rows.valid])

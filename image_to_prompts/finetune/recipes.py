@@ -137,7 +137,7 @@ def table() -> str:
     head = ("recipe", "tower", "px", "trains", "GFLOP", "GB", "images/h, 2 T4", "what it is")
     rows = [head]
     for name, one in RECIPES.items():
-        trained, every, operations = _cost(one)
+        trained, every, operations = cost(one)
         copies = 4 + (one.ema > 0)  # weights, gradients, two moments
         size = (4 * copies * trained + 2 * (every - trained)) / 1e9
         rate = 2 * T4 * REACHED * 3600 / operations
@@ -152,7 +152,7 @@ def table() -> str:
     return "\n".join("  ".join(map(str.ljust, row, [*widths, 0])) for row in rows)
 
 
-def _cost(recipe: Recipe) -> tuple[int, int, float]:
+def cost(recipe: Recipe) -> tuple[int, int, float]:
     """Parameters that train, all of them, and the floating-point operations of a training step on one image."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -16,7 +16,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
 from ..data.metadata import FAILED, NSFW
-from ..models import layouts, weights
+from ..models import fast_layers, layouts, weights
 from ..run import devices
 from ..run.errors import AGAIN, UserError, explained
 from . import single_file
@@ -53,13 +53,14 @@ def check_model(pipeline: StableDiffusionPipeline) -> None:
         raise UserError(f"found a {size}-px {prediction} model, {need}; {OTHER_WEIGHTS}")
 
 
-def load(path: Path, fast: bool = False, any_model: bool = False) -> StableDiffusionPipeline:
+def load(path: Path, fast: bool = False, any_model: bool = False, compiled: bool = False) -> StableDiffusionPipeline:
     """Loads and checks the pipeline, in float16 on a GPU, on this process's device.
 
     Args:
         path: Folder in diffusers' layout, or a single-file checkpoint (768-v-ema).
         fast: DPM-Solver++ (Lu et al. 2022, second-order multistep) instead of the reference's DDIM.
         any_model: Whether other models than the competition's are taken too.
+        compiled: Whether U-Net and VAE are compiled (see `fast_layers.compiled`).
 
     Raises:
         UserError: If the weights are damaged or another model's.
@@ -84,7 +85,11 @@ def load(path: Path, fast: bool = False, any_model: bool = False) -> StableDiffu
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     pipeline.vae.enable_slicing()
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
+    pipeline.to(device)
+    for part in (pipeline.unet, pipeline.vae):
+        if compiled:  # without compilation this layout is slower (docs/log.md)
+            fast_layers.compiled(part.to(memory_format=torch.channels_last))
+    return pipeline
 
 
 class StableDiffusionBackend:
@@ -101,6 +106,7 @@ class StableDiffusionBackend:
         batch_size: int = 0,
         suffix: str = "png",
         any_model: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Finds the weights and computes their digest; `start` loads them.
 
@@ -111,6 +117,7 @@ class StableDiffusionBackend:
             batch_size: Images at once; 0: as many as fit, at most 16.
             suffix: File format.
             any_model: See `load`.
+            compiled: See `load`.
 
         Raises:
             UserError: If the weights are nowhere.
@@ -118,6 +125,7 @@ class StableDiffusionBackend:
         half = devices.local_device().type == "cuda"
         self.path = weights.locate(MODEL, path, half)
         self.fast, self.suffix, self.any_model, self.asked = fast, suffix, any_model, batch_size
+        self.compiled = compiled
         self.steps = steps or (FAST_STEPS if fast else STEPS)
         self.block = batch_size or LARGEST_BATCH  # where Ray's actors draw, each finds out what fits
         self.settings = {
@@ -131,7 +139,7 @@ class StableDiffusionBackend:
 
     def start(self) -> None:
         """Loads the pipeline and, if asked to, finds the batch size that fits, with one step, which needs as much."""
-        self.pipeline = load(self.path, self.fast, self.any_model)
+        self.pipeline = load(self.path, self.fast, self.any_model, self.compiled)
         self.limit = self.asked
         if not self.asked:
             self.limit = LARGEST_BATCH if self.pipeline.device.type == "cuda" else 1

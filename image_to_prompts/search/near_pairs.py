@@ -22,6 +22,7 @@ NEAR = 0.8  # cosine from which on one prompt must not judge what has seen the o
 WIDTH = 128  # numbers a row that the bound is made from: of 64 to 256 the fastest (docs/log.md)
 BLOCK, TALL, WIDE = 8192, 2048, 2048  # rows whose fate is found at once; rows and columns of a product
 SAMPLE = 20_000  # rows from which principal components are computed
+ON_GPU = 8192, 65_536  # such rows and columns there
 CHECKED, CHECKED_ON_GPU = 512, 262_144  # pairs computed again at once: within a CPU's cache, a T4's memory
 ROUNDING = 1e-4  # more than float32 loses in three sums of at most 384 products, 2.3e-5 each
 LISTED = 1_000_000  # pairs in Python lists at once
@@ -153,6 +154,11 @@ def whole_sums() -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
+def half_of_unit(device: torch.device) -> torch.dtype:
+    """The half precision in which numbers of unit vectors are multiplied: float16 loses an eighth of what bf16 does."""
+    return torch.float16 if device.type == "cuda" else type_of(mixed_precision(device))
+
+
 def reaches(values: torch.Tensor, limit: torch.Tensor, out: np.ndarray | None = None) -> np.ndarray | torch.Tensor:
     """`values >= limit`, on a CPU by NumPy, which is several times as fast as PyTorch.
 
@@ -191,7 +197,7 @@ class _Search:
         self.device = local_device()
         if self.device.type == "cpu":
             keep_memory()
-        self.kind = type_of(mixed_precision(self.device))
+        self.kind = half_of_unit(self.device)
         self.threshold = np.float32(threshold)
         self.exact = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
         if not all(((part.pow(2).sum(1) - 1).abs() < UNIT).all() for part in self.exact.split(BLOCK)):
@@ -231,11 +237,12 @@ class _Search:
         coarse_others: torch.Tensor,
     ) -> Pairs:
         """Pairs of `rows` with earlier ones among `others`; both ascend, their coarse vectors beside them."""
+        tall, wide = (TALL, WIDE) if self.device.type == "cpu" else ON_GPU
         jobs = [
-            (slice(top, top + TALL), slice(left, left + WIDE))
-            for top in range(0, len(rows), TALL)
-            for left in range(0, len(others), WIDE)
-            if others[left] < rows[min(top + TALL, len(rows)) - 1]
+            (slice(top, top + tall), slice(left, left + wide))
+            for top in range(0, len(rows), tall)
+            for left in range(0, len(others), wide)
+            if others[left] < rows[min(top + tall, len(rows)) - 1]
         ]
 
         def tile(job: tuple[slice, slice]) -> Pairs:

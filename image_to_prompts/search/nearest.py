@@ -22,18 +22,19 @@ import torch
 from ..data import metadata
 from ..models import text_cache, text_encoder
 from ..models.metrics import unit
-from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
+from ..run.devices import keep_memory, local_device, one_core_each
 from ..run.files import atomic_path, write_blocks
 from ..run.resume import Stamp
-from .near_pairs import ROUNDING, places, reaches, whole_sums
+from .near_pairs import ROUNDING, half_of_unit, places, reaches, whole_sums
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 log = logging.getLogger(__name__)
 TILE, CHUNK = 2048, 16  # rows of a product, of which a CPU holds two in its cache; products between two looks at limits
+TILE_ON_GPU, CHUNK_ON_GPU = 65_536, 1
 ASKED = 1024  # queries at once
-FIRST = 4096  # rows whose best cosines give the first limits
+FIRST, FIRST_ON_GPU = 4096, 131_072  # rows whose best cosines give the first limits
 GATHERED = 512  # pairs computed again at once
 BLOCK = 65_536  # prompts embedded at once
 LONGEST = 1.001  # length of a unit vector that was rounded to float16
@@ -218,8 +219,10 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: i
     device = local_device()
     if device.type == "cpu":
         keep_memory()
+    on_cpu = device.type == "cpu"
+    tile, chunk, first = (TILE, CHUNK, FIRST) if on_cpu else (TILE_ON_GPU, CHUNK_ON_GPU, FIRST_ON_GPU)
     whole_sums()
-    kind = type_of(mixed_precision(device))
+    kind = half_of_unit(device)
     coarse = torch.from_numpy(queries).to(device, kind).T.contiguous()
     lost = ROUNDING * max(1, queries.shape[1] / text_encoder.DIMENSION)  # by sums, the longer the more
     margin = 2 * (LONGEST * ((1 + ERROR[kind]) ** 3 - 1) + lost)  # by which the nearest may seem farther than another
@@ -229,17 +232,17 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: i
 
     def candidates(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries, rows and coarse cosines that reach the limits."""
-        cosines = product(vectors[start : start + TILE])
+        cosines = product(vectors[start : start + tile])
         row, query = places(reaches(cosines, limits))
         return query, row + start, cosines[torch.from_numpy(row), torch.from_numpy(query)].float().cpu().numpy()
 
-    sample = product(vectors[np.arange(0, len(vectors), max(1, len(vectors) // max(FIRST, count)))]).float()
+    sample = product(vectors[np.arange(0, len(vectors), max(1, len(vectors) // max(first, count)))]).float()
     limits = sample.topk(count, dim=0).values[-1] - margin
     best = np.full((len(queries), count), -np.inf, np.float32)
     found = []
     with one_core_each(device) as threads:
-        for start in range(0, len(vectors), TILE * CHUNK):
-            tiles = range(start, min(start + TILE * CHUNK, len(vectors)), TILE)
+        for start in range(0, len(vectors), tile * chunk):
+            tiles = range(start, min(start + tile * chunk, len(vectors)), tile)
             some = [np.concatenate(column) for column in zip(*threads.map(candidates, tiles), strict=True)]
             best = _merged(best, some[0], some[2])
             limits = torch.maximum(limits, torch.from_numpy(best[:, -1]).to(device) - margin)

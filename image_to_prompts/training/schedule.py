@@ -42,6 +42,8 @@ class Limits:
     """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
     grad_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
+    compile: bool = False
+    """Compile the backbone's layers with torch.compile first, on a GPU; results differ by rounding."""
     cache_features: bool = True
     """Run the frozen part once and keep its output on disk (20 KB an image for EfficientNet-Lite2 at 224 px)."""
     precision: Literal["auto", "fp32"] = "auto"

@@ -53,7 +53,7 @@ def test_the_table_lists_every_recipe_with_its_cost(command, tmp_path):
     rows = {line.split()[0]: line for line in said.splitlines()[2:]}
     assert code == 0 and rows.keys() == recipes.RECIPES.keys()
     assert rows["vit-b"].split()[2:9] == ["224", "86", "of", "86", "M", "105", "1.7"]
-    trained, every, operations = recipes._cost(recipes.RECIPES["vit-b"])
+    trained, every, operations = recipes.cost(recipes.RECIPES["vit-b"])
     assert trained == every and operations == pytest.approx(3 * 35.1e9, rel=0.02)  # 17.56 G products an image
 
 

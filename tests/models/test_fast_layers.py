@@ -1,9 +1,11 @@
-"""Layers that are faster on CPUs: same outputs, same gradients, and others left as they are."""
+"""Layers that are faster: same outputs, same gradients, and others left as they are."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+from image_to_prompts.models import fast_layers, freezing
 from image_to_prompts.models.fast_layers import Depthwise, faster
 
 
@@ -63,3 +65,41 @@ def test_others_stay(layer):
     assert faster(layer) is layer
     frozen = nn.Conv2d(6, 6, 3, padding=1, groups=6).requires_grad_(False)
     assert faster(frozen) is frozen
+
+
+def convnext():
+    """timm's small ConvNeXt with stochastic depth, its first three stages frozen."""
+    network = timm.create_model("convnext_atto", drop_path_rate=0.1, num_classes=0)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith("stages.3"))
+    freezing.set_training(network, True)
+    return network
+
+
+def test_only_repeated_layers_are_compiled_and_names_stay(monkeypatch):
+    network, asked = convnext(), []
+    names = list(network.state_dict())
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
+    assert fast_layers.compiled(network) is network
+    assert asked == [("ConvNeXtBlock", {"dynamic": False})] * 12
+    assert list(network.state_dict()) == names
+    kinds = [{type(block.drop_path).__name__ for block in stage.blocks} for stage in network.stages]
+    assert all("DropPath" not in kind for kind in kinds[:3]) and kinds[3] == {"DropPath"}
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_and_train_the_same():
+    network = convnext()
+    x = torch.randn(2, 3, 64, 64)
+    wanted = [p for p in network.parameters() if p.requires_grad]
+
+    def found():
+        torch.manual_seed(0)
+        y = network(x)
+        return y, *torch.autograd.grad(y.square().sum(), wanted)
+
+    network.eval()
+    before = found()
+    fast_layers.compiled(network)
+    for plain, fast in zip(before, found(), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)

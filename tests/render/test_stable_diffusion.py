@@ -14,7 +14,7 @@ from tiny_models import save_diffusion
 from image_to_prompts import render
 from image_to_prompts.data import metadata
 from image_to_prompts.data.metadata import NSFW
-from image_to_prompts.models import layouts, weights
+from image_to_prompts.models import fast_layers, layouts, weights
 from image_to_prompts.render import single_file, stable_diffusion
 from image_to_prompts.render.stable_diffusion import StableDiffusionBackend
 from image_to_prompts.render.store import Row
@@ -145,6 +145,21 @@ def test_the_batch_is_sized_to_memory_with_one_step(tiny_sd2, monkeypatch, devic
     tried = out_of_memory(backend, monkeypatch, fits=4)
     backend.start()
     assert tried == [(size, 1) for size in expected] and backend.block == (4 if expected else 1)
+
+
+def test_unet_and_vae_are_compiled_when_asked_to(tiny_sd2, small_run, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(fast_layers, "compiled", lambda part: compiled.append(type(part).__name__))
+    metadata.write_table(tmp_path / "m.csv", metadata.with_keys(pd.DataFrame({"prompt": ["a fox"]}), tmp_path))
+    values = {"backend": "sd2", "weights": tiny_sd2, "steps": 1, "batch_size": 1, "metadata": tmp_path / "m.csv"}
+    plain = render.run(render.Config(out=tmp_path / "a", **values))
+    assert not compiled
+    render.run(render.Config(out=tmp_path / "b", **values, compile=True))
+    assert compiled == ["UNet2DConditionModel", "AutoencoderKL"]
+    one, other = (Image.open(tmp_path / name / plain["file"][0]) for name in "ab")
+    assert np.abs(pixels(one) - pixels(other)).mean() < 0.1
+    render.run(render.Config(out=tmp_path / "a", **values, compile=True))  # the same images, by rounding: none anew
+    assert len(compiled) == 2
 
 
 def test_one_bad_row_is_flagged(tiny_sd2, monkeypatch, tmp_path, caplog):
