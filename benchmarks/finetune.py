@@ -33,7 +33,6 @@ import pandas as pd
 from turns import Prepared, in_turns, lines, ratio, record
 
 LEARNING_RATE, WEIGHT_DECAY = 5e-5, 1e-4
-PLAIN = {"THP_MEM_ALLOC_ENABLE": "0"}  # memory pages as PyTorch takes them by itself
 
 
 def data(count: int, size: int, seed: int = 0) -> tuple[Any, Any]:
@@ -147,7 +146,7 @@ def bench_step(options: argparse.Namespace) -> dict[str, Any]:
     pairs = [("ours", 1, False), ("ours, cached features", 1, True), ("ours, accumulating", several, False)]
     for name, batches, cached in pairs[: 2 if several == 1 else 3]:  # two large models at a time fit into 24 GB
         ways = {
-            "reference": (prepare_reference, (*model, batches), PLAIN),
+            "reference": (prepare_reference, (*model, batches), {}),
             name: (prepare_ours, (*model, batches, cached), {}),
         }
         seconds, memory = in_turns(ways, options.rounds)

@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from turns import Prepared, in_turns, lines, ratio
 
-PLAIN = {"THP_MEM_ALLOC_ENABLE": "0"}
-
 
 def checkpoint(backbone: str, size: int) -> Any:
     """A checkpoint with random weights, not on disk."""
@@ -95,7 +93,7 @@ def main() -> None:
             small = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
             small.resize((512, 512), Image.Resampling.BICUBIC).save(file)
         arguments = (options.backbone, options.size, options.batch, files)
-        ways = {"reference": (reference, arguments, PLAIN), "ours": (ours, arguments, {})}
+        ways = {"reference": (reference, arguments, {}), "ours": (ours, arguments, {})}
         seconds, memory = in_turns(ways, options.rounds)
         exact, found = reference(*arguments, as_jpeg=False)(), ours(*arguments)()
     cosines = (exact * found).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(found, axis=1)

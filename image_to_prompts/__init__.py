@@ -8,15 +8,10 @@ One folder a stage (see `pipeline.py`). Each offers plain functions for notebook
 """
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .describe import describe
-
-# PyTorch then asks Linux for large memory pages, which spares a large model on a CPU page faults (docs/log.md). It has
-# no effect on GPUs.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 __all__ = ["describe"]

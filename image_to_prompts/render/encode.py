@@ -15,11 +15,12 @@ T = TypeVar("T")
 Finished = tuple[list[Row], list[tuple[bytes | None, str]]]  # a block's rows and, for each, file contents and flag
 SIZE = 512
 NEAR_UNIFORM_DEVIATION = 4.0  # of 255; six real images have 32 and more, 200 embedded scenes 8 and more
-# Level 1 writes a PNG three times as fast as Pillow's default of 6, 9 % larger (docs/log.md).
+# Level 1 writes a PNG three times as fast as Pillow's default of 6, 9 % larger; lossless WebP at its least effort is
+# written twice as fast as that and read faster (docs/log.md).
 FORMATS = {
     "png": ("PNG", {"compress_level": 1}),
     "jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
-    "webp": ("WEBP", {"quality": 90}),
+    "webp": ("WEBP", {"lossless": True, "method": 0, "quality": 0}),
 }
 
 

@@ -192,11 +192,14 @@ def test_several_seeds_a_prompt(tmp_path):
 
 def test_formats(tmp_path):
     csv = write_rows(tmp_path / "m.csv", 2)
-    for suffix, kind in (("jpg", "JPEG"), ("webp", "WEBP")):
+    found = {}
+    for suffix, kind in (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")):
         manifest = render.run(config(csv, tmp_path / suffix, format=suffix))
         assert manifest["image_name"].tolist() == ["i000.png", "i001.png"]
         with Image.open(tmp_path / suffix / manifest["file"][0]) as image:
             assert image.format == kind and image.size == (512, 512)
+            found[suffix] = np.asarray(image.convert("RGB"))
+    assert (found["webp"] == found["png"]).all() and (found["jpg"] != found["png"]).any()
 
 
 def test_a_tar_shard_is_webdatasets(tmp_path):
