@@ -5,7 +5,9 @@ VENV := .venv
 COMMAND := $(VENV)/bin/image-to-prompts
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^## / {print "\n" substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+## Use it
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +22,14 @@ run: install ## the embedded chain on about 3,000 prompts: pictures, model, subm
 quick: install ## the same on a few hundred prompts (at most 2 minutes)
 	$(COMMAND) run --quick
 
+## Work on it
+
+fix: install ## format
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+check: install ## lint and types
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not network'
 
@@ -29,6 +39,17 @@ test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, 
 	$(VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'), '$(CURDIR)', sep='\n')" \
 		> $$(.venv-kaggle/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz-shared.pth
 	.venv-kaggle/bin/python -m pytest -n 2
+
+notebooks: install ## build and execute the notebooks on the embedded profile
+	$(VENV)/bin/python notebooks/build.py notebooks
+
+kernels: install ## build the Kaggle kernels from the notebooks' sources
+	$(VENV)/bin/python notebooks/build.py kernels
+
+docs: install ## the documentation as a site in site/, every link checked
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+## Longer checks
 
 chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
@@ -52,26 +73,13 @@ rehearse: install ## every reference model and stage at full size, and the kerne
 	REHEARSAL_PYTHON=$(KAGGLE_PYTHON) REHEARSAL_TORCH='torch==2.10.* torchvision==0.25.*' REHEARSAL_FOLDER=$(ROOM)/kaggle \
 		$(VENV)/bin/python -m pytest tests/kaggle/test_rehearsal.py -m slow
 
-bench: install ## speed on this machine, beside plain versions of the same (an hour)
-	for part in render finetune infer encode "ensemble epoch" embed; do \
-		set -- $$part; $(VENV)/bin/python benchmarks/$$1.py $$2 || exit 1; done
-
-bench-table: ## put the figures of the benchmark kernel (benchmarks/gpu.json) into docs/performance.md
+bench: install ## speed on this machine, beside plain versions of the same (an hour); prints a table and puts it into the docs
+	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[bench]'
+	for part in render "finetune step" infer encode "dedupe real" "ensemble epoch" embed; do \
+		$(VENV)/bin/python benchmarks/$${part%% *}.py $$(echo "$$part " | cut -d ' ' -f 2) || exit 1; done
 	$(PYTHON) benchmarks/table.py
 
-notebooks: install ## build and execute the notebooks on the embedded profile
-	$(VENV)/bin/python notebooks/build.py notebooks
-
-kernels: install ## build the Kaggle kernels from the notebooks' sources
-	$(VENV)/bin/python notebooks/build.py kernels
-
-docs: install ## the documentation as a site in site/, every link checked
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
-
-fix: install ## format
-	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
-
-check: install ## lint and types
-	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+bench-table: ## put the figures that benchmarks wrote, those of a GPU too, into docs/performance.md
+	$(PYTHON) benchmarks/table.py
 
 .PHONY: help install check run quick test test-kaggle chaos mutants rehearse bench bench-table notebooks kernels docs fix

@@ -1,4 +1,4 @@
-"""Puts the table of benchmarks/gpu.json, or that there is none, into docs/performance.md: `make bench-table`."""
+"""Puts the figures of the JSON files of benchmarks/ into docs/performance.md, and prints them: `make bench-table`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,53 @@ from typing import Any
 from turns import ratio
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- GPU table, by make bench-table -->\n", "<!-- end of the GPU table -->"
+FAST = "<!-- table of speeds, by make bench-table -->\n", "<!-- end of the table of speeds -->"
+GPU = "<!-- GPU table, by make bench-table -->\n", "<!-- end of the GPU table -->"
+SPEEDS = (  # what, beside what, script with its part, and where in its JSON file; "/" before it: slower, not faster
+    (
+        "rendering, the stage around Stable Diffusion",
+        "a bare loop of pipeline calls that writes the same files",
+        "render",
+        "/stable diffusion/stage ÷ bare loop",
+    ),
+    (
+        "training step of ConvNeXt-XXLarge, 512 px",
+        "the reference's loop, float32",
+        "finetune step",
+        "step/ours/times as fast",
+    ),
+    (
+        "the same with cached features",
+        "the reference's loop",
+        "finetune step",
+        "step/ours, cached features/times as fast",
+    ),
+    ("inference with it, decoding included", "the reference's loop", "infer", "times as fast"),
+    ("encoding 4,000 prompts", "sentence-transformers, its best batch size", "encode", "times as fast/ours, float32"),
+    ("the same with `--fast`", "sentence-transformers", "encode", "times as fast/ours, fast"),
+    (
+        "deduplication of 55,494 real prompts, exact",
+        "FAISS's flat index",
+        "dedupe real",
+        "real/times as fast/flat index, 1,000 neighbours",
+    ),
+    ("the same beside semhash", "semhash", "dedupe real", "real/times as fast/semhash"),
+    (
+        "10 nearest of 1,000,000 prompts, 1,000 queries",
+        "FAISS's flat index",
+        "retrieval nearest",
+        "nearest/times as fast",
+    ),
+    (
+        "60 nearest in a bank of 1,000,000 prompts, 100 queries",
+        "block-wise `faiss.knn`",
+        "retrieval bank",
+        "bank/times as fast",
+    ),
+    ("an epoch of the transformer ensemble", "the earlier project's loop", "ensemble epoch", "epoch/times as fast"),
+    ("embedding images with three encoders, tiny models", "one image at a time", "embed", "times as fast"),
+    ("`describe`", "a plain loop over the same models", "describe speed", "speed/times as fast"),
+)
 NOTHING = "Nobody has run it yet.\n"
 ROWS = {  # ways of each part: what, beside what, and their names there
     "render": (
@@ -70,15 +116,40 @@ def _row(name: str, seconds: dict[str, list[float]], unit: str, what: str, besid
     return f"| {what}{name and f' ({name})'} | {beside} | {both} | {times} |"
 
 
+def fast(command: str, place: str) -> list[float]:
+    """How many times as fast, minimum, median and maximum, by a benchmark's JSON file."""
+    found = json.loads((ROOT / "benchmarks" / f"{command.split()[0]}.json").read_text(encoding="utf-8"))
+    for key in place.removeprefix("/").split("/"):
+        found = found[key.replace("÷", "/")]
+    values = [found[name] for name in ("min", "median", "max")]
+    return [1 / value for value in reversed(values)] if place.startswith("/") else values
+
+
+def speeds() -> str:
+    """The table of what was measured on two cores, as Markdown."""
+    lines = ["| what | beside what | times as fast: min, median, max | command |", "| --- | --- | --- | --- |"]
+    for what, beside, command, place in SPEEDS:
+        times = ", ".join(f"{value:.3g}" for value in fast(command, place))
+        name, _, part = command.partition(" ")
+        lines.append(f"| {what} | {beside} | {times} | `python benchmarks/{name}.py{part and ' ' + part}` |")
+    return "\n".join(lines) + "\n"
+
+
+def put(page: str, marks: tuple[str, str], text: str) -> str:
+    """A page with a text between two marks."""
+    before, _, rest = page.partition(marks[0])
+    return before + marks[0] + text + marks[1] + rest.partition(marks[1])[2]
+
+
 def main() -> None:
     path = ROOT / "benchmarks" / "gpu.json"
-    page = ROOT / "docs" / "performance.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
     result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if result and result["small"]:
         raise SystemExit(f"{path}: made with --small; these are no figures to show")
-    page.write_text(before + BEGIN + table(result) + END + after, encoding="utf-8")
+    page = ROOT / "docs" / "performance.md"
+    text = put(put(page.read_text(encoding="utf-8"), FAST, speeds()), GPU, table(result))
+    page.write_text(text, encoding="utf-8")
+    print(speeds())
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ COMMANDS = {stage.name: (f"{stage.name}:Config", f"{stage.number} {stage.does}")
 # What version 0.1 had: until version 0.3 a line says what to take instead.
 REPLACED = {
     ("ensemble", "--preset"): "give --batch-size 256 --learning-rate 1e-3 for 43k and 93k (10k is the default)",
-    ("ensemble", "--attention"): "python tools/first_seed.py train has the first seed's attention",
+    ("ensemble", "--attention"): "for the earlier project's network: python tools/first_seed.py train",
     ("import-checkpoint", "--ensemble"): "python tools/first_seed.py import-checkpoint FILE --out DIR",
     ("kaggle", "output"): "kaggle kernels output OWNER/KERNEL -p DIR, of the kaggle package itself, downloads it",
     ("import-embeddings",): "python tools/first_seed.py import-embeddings FILE... --images LIST --out DIR",
@@ -283,7 +283,7 @@ def set_up(quiet: bool) -> None:
     """Sends the log to standard error, and keeps libraries from saying what nobody asked for."""
     progress.set_quiet(quiet)
     progress.show_log(quiet)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else each model tells of weights that it does not use
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else each model warns about weights that it does not use
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")

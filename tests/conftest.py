@@ -191,6 +191,14 @@ def tiny_gpt2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bench_table():
+    """benchmarks/table.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module("table")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="session")
 def tiny_sd2(tmp_path_factory) -> Path:
     """The right kind: v-prediction at 768 px."""
     return save_diffusion(tmp_path_factory.mktemp("stable-diffusion-2"), "v_prediction", 96)

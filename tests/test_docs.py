@@ -119,43 +119,20 @@ def test_site_builds_with_every_link(tmp_path):
         assert (ROOT / link).is_file(), link
 
 
-RATIOS = {  # row of docs/performance.md: JSON file of benchmarks, and where in it
-    "training step of ConvNeXt-XXLarge, 512 px": ("finetune", "step/ours/times as fast"),
-    "the same with cached features": ("finetune", "step/ours, cached features/times as fast"),
-    "inference with it, decoding included": ("infer", "times as fast"),
-    "encoding 4,000 prompts": ("encode", "times as fast/ours, float32"),
-    "the same with `--fast`": ("encode", "times as fast/ours, fast"),
-    "deduplication of 55,494 real prompts, exact": ("dedupe", "real/times as fast/flat index, 1,000 neighbours"),
-    "the same beside semhash": ("dedupe", "real/times as fast/semhash"),
-    "10 nearest of 1,000,000 prompts, 1,000 queries": ("retrieval", "nearest/times as fast"),
-    "60 nearest in a bank of 1,000,000 prompts, 100 queries": ("retrieval", "bank/times as fast"),
-    "an epoch of the transformer ensemble": ("ensemble", "epoch/times as fast"),
-    "embedding images with three encoders, tiny models": ("embed", "times as fast"),
-    "`describe`": ("describe", "speed/times as fast"),
-}
+def test_figures_are_those_of_the_benchmarks(bench_table):
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    gpu = json.loads((ROOT / "benchmarks" / "gpu.json").read_text(encoding="utf-8"))
+    for marks, text in ((bench_table.FAST, bench_table.speeds()), (bench_table.GPU, bench_table.table(gpu))):
+        assert page.count(marks[0]) == 1 and text in page
+        assert bench_table.put(page, marks, text) == page
 
 
-def measured(file, place):
-    """Minimum, median and maximum in a benchmark's JSON file."""
-    found = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text(encoding="utf-8"))
-    for key in place.split("/"):
-        found = found[key]
-    return [found[name] for name in ("min", "median", "max")]
-
-
-@pytest.mark.parametrize("what", RATIOS)
-def test_figures_are_those_of_the_benchmarks(what):
-    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    row = next(line.split("|") for line in text.splitlines() if line.startswith(f"| {what} |"))
-    shown = [float(word) for word in row[3].split(", ")]
-    assert shown == pytest.approx(measured(*RATIOS[what]), abs=0.051 if shown[0] >= 4 else 0.0051)
-
-
-def test_readme_has_the_same_figures():
+def test_readme_has_the_same_figures(bench_table):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for what, said in {
         "deduplication of 55,494 real prompts, exact": "{:.0f} times as fast as FAISS",
         "training step of ConvNeXt-XXLarge, 512 px": "{:.1f} times as fast as the reference",
         "60 nearest in a bank of 1,000,000 prompts, 100 queries": "{:.1f} times as fast as FAISS",
     }.items():
-        assert said.format(measured(*RATIOS[what])[1]) in text
+        command, place = next(row[2:] for row in bench_table.SPEEDS if row[0] == what)
+        assert said.format(bench_table.fast(command, place)[1]) in text

@@ -1,6 +1,5 @@
-"""The GPU benchmark runs, and its figures become the table of docs/performance.md."""
+"""The GPU benchmark runs, and its figures become a table."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,19 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["card", "unet", "render", "train", "loop", "infer", "encode", "search", "dedupe"]
-
-
-@pytest.fixture(scope="module")
-def bench_table():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    yield importlib.import_module("table")
-    sys.path.remove(str(ROOT / "benchmarks"))
-
-
-def test_docs_show_what_was_measured(bench_table):
-    path = ROOT / "benchmarks" / "gpu.json"
-    text = bench_table.table(json.loads(path.read_text()) if path.is_file() else None)
-    assert bench_table.BEGIN + text + bench_table.END in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 def test_what_nobody_measured_is_called_so(bench_table):

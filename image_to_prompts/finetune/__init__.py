@@ -3,7 +3,7 @@
     image-to-prompts finetune --metadata data_meta/x.csv --images images/x --out checkpoints/x
 
 One fold of groups validates, in eval mode; the best epoch is kept, and the last one beside it in last/. A state is
-saved after every epoch and every few minutes; a killed run goes on from there.
+saved after every epoch and every few minutes; a killed run continues from there.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ def _stamp(config: Config, tables: tuple[Path, ...], loaded: pd.DataFrame) -> St
 
 
 def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Keeper:
-    """The model with its head fitted, its baselines, and the trainer, which goes on from `state`."""
+    """The model with its head fitted, its baselines, and the trainer, which continues from `state`."""
     from ..models.fast_layers import compiled, faster
 
     spec, mixed = backbones.describe(config.backbone, config.image_size), config.precision == "auto"

@@ -3,7 +3,7 @@
 readers.py  the sources' native layouts, over the file formats of formats.py
 rules.py    what cleans their prompts
 
-Work goes block by block, so that millions of rows need no more memory than thousands, and a killed run goes on after
+Work goes block by block, so that millions of rows need no more memory than thousands, and a killed run continues after
 the last whole block. Of equal prompts the first stays, but where each row is an image.
 """
 

@@ -159,23 +159,23 @@ def _images(path: Path) -> list[Path]:
     return [*dict.fromkeys(found), *sorted(path.rglob("*.txt"))]
 
 
-MENDED = ("mojibake", "html", "unicode", "interface", "urls")
-USUAL = ("rejected", *MENDED, "nsfw", "english", "truncate", "blank")
+REPAIRED = ("mojibake", "html", "unicode", "interface", "urls")
+USUAL = ("rejected", *REPAIRED, "nsfw", "english", "truncate", "blank")
 FILTER = ("mojibake", "unicode", "words", "characters", "size", "nsfw", "blank")  # the reference's
 SOURCES = {
     "diffusiondb": Source(diffusiondb, FILTER),
     "diffusiondb-parts": Source(
-        diffusiondb_parts, (*MENDED, "blank"), True, _parts, lambda path: 1000 * len(_parts(path))
+        diffusiondb_parts, (*REPAIRED, "blank"), True, _parts, lambda path: 1000 * len(_parts(path))
     ),
     "images": Source(
-        *(carried, (*MENDED, "blank"), True, _images, lambda path: len(images.find(path)), 1000),
+        *(carried, (*REPAIRED, "blank"), True, _images, lambda path: len(images.find(path)), 1000),
         more=("generator", "model"),
     ),
     "captions-tsv": Source(captions_tsv, USUAL),
     "laion-coco": Source(laion_coco, USUAL),
     "captions-json": Source(captions_json, USUAL),
     "pairs": Source(
-        *(pairs.read, (*MENDED, "blank"), True, pairs.tables),
+        *(pairs.read, (*REPAIRED, "blank"), True, pairs.tables),
         count=lambda path: sum(filter(None, map(count_lines, pairs.tables(path)))),
         more=("model", "sampler"),
     ),

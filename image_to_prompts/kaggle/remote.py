@@ -86,7 +86,7 @@ def _sign_in() -> Any:
         raise UserError(f"{error}; python -m pip install kaggle six") from error
 
     class Api(KaggleApi):
-        """Fails where a file fails to upload; the package tries ten times and goes on without it."""
+        """Fails where a file fails to upload; the package tries ten times and continues without it."""
 
         def _upload_file(self, file_name: str, full_path: str, *more: Any, **named: Any) -> Any:
             uploaded = super()._upload_file(file_name, full_path, *more, **named)

@@ -58,7 +58,7 @@ class TextCache:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Goes on without the file after its first failure; raises UserError if the disk is full."""
+        """Works without the file after its first failure; raises UserError if the disk is full."""
         try:
             yield
         except (OSError, RuntimeError, sqlite3.Error) as error:

@@ -1,4 +1,4 @@
-"""From a finished picture to bytes and a flag, and writing that goes on while the next pictures are made."""
+"""From a finished picture to bytes and a flag; files are written while the next pictures are made."""
 
 import io
 from collections import deque

@@ -60,7 +60,7 @@ class TarStore(FolderStore):
         return [(unit[0].number // self.unit, unit) for unit in units]
 
     def adopt(self, folders: Sequence[Path], rows: list[Row]) -> set[str]:
-        """See `FolderStore.adopt`; a shard that nobody has finished is copied, before `scan`, and goes on here."""
+        """See `FolderStore.adopt`; an unfinished shard is copied, before `scan`, and continued here."""
         done: set[str] = set()
         for number, unit in self.shards(rows):
             here = (self.path(number), self.part(number))
@@ -129,7 +129,7 @@ class TarStore(FolderStore):
             self.path(number).replace(part)
         if end == 0:
             part.unlink(missing_ok=True)
-        else:  # cut off what is torn and put the two empty blocks behind it from which tarfile goes on
+        else:  # cut off what is torn and put the two empty blocks behind it, after which tarfile appends
             os.truncate(part, end)
             os.truncate(part, end + 2 * tarfile.BLOCKSIZE)
         self._tar = tarfile.open(part, "a" if end else "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115

@@ -157,7 +157,7 @@ def within_memory(
             if at_once == 1 or not may_halve:
                 said, what = str(error).splitlines()[0], "one image" if at_once == 1 else f"{at_once} images at once"
                 raise UserError(f"memory does not suffice for {what}: {said}; {remedy}") from error
-        log.warning("out of memory with %d images at once; going on with %d", at_once, at_once // 2)
+        log.warning("out of memory with %d images at once; continuing with %d", at_once, at_once // 2)
         limit = at_once = at_once // 2
         clear_device_cache(garbage_collection=True)  # out here the failed call's tensors are garbage
 

@@ -108,7 +108,7 @@ def over_blocks(config: EngineConfig, start: Callable[[], Callable[[T], R]], blo
 
 def _connected(config: EngineConfig) -> Any:
     """The ray module, connected to the cluster or with a local one started."""
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it tells of each lost actor, which it replaces
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports each lost actor, which it replaces
     try:
         import ray
         import ray.data

@@ -1,4 +1,4 @@
-"""How a stage goes on after it was killed: a stamp for what is finished, sealed blocks and journals for what is not.
+"""How a stage continues after it was killed: a stamp for what is finished, sealed blocks and journals for what is not.
 
 Whatever a stage finds of an earlier run carries a checksum, so that what a disk or a copy has damaged is made again:
 the lines of a journal, the sealed files of half-done work, the outputs that a stamp lists.

@@ -1,4 +1,4 @@
-"""The training loop of `finetune`: optimizer steps of any batch size, and a state from which any of them goes on.
+"""The training loop of `finetune`: optimizer steps of any batch size, and a saved state from which it continues.
 
 What a step does depends on its epoch and number alone: its rows, its random numbers, its learning rate. So a run that
 was killed needs no more than the weights, the optimizer and where it stood.
@@ -166,7 +166,7 @@ class Trainer:
                 parameter.data = data
 
     def epoch(self) -> float | None:
-        """Goes on with the epoch under way to its end.
+        """Continues the epoch under way to its end.
 
         Returns:
             Its mean loss, 1 - cosine; None if --max-hours ended it before, with a saved state.
@@ -232,7 +232,7 @@ class Trainer:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.standing, self.micro = Standing(**state["standing"]), self.schedule.micro_batch or state["micro"]
-        log.info("going on at epoch %d, step %d", self.standing.epoch, self.standing.step)
+        log.info("continuing at epoch %d, step %d", self.standing.epoch, self.standing.step)
 
     def step(self, images: torch.Tensor, rows: torch.Tensor, planned: int, done: float) -> float:
         """One optimizer step.

@@ -1,4 +1,4 @@
-"""The file from which a killed training goes on."""
+"""The file from which a killed training continues."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ print(f"profile {profile}: {config.count:,} prompts from {config.source}")
 # After the first block a line says how long the rest will take.
 #
 # Candidate i depends on the seed and i alone: not on the batch, the GPU or what was written before. Empty and repeated
-# ones are passed over until there are as many prompts as were asked for. A killed run goes on where it was.
+# ones are passed over until there are as many prompts as were asked for. A killed run continues where it stopped.
 #
 # With MagicPrompt, `temperature`, `top_k` and `top_p` say how daring it is, and `starts` names a file of phrases to
 # start from.

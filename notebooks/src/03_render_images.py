@@ -47,10 +47,10 @@ configs = [
 #
 # After the first blocks a line says how long the rest will take and how much room it needs; `docs/scale.md` has the
 # sums for other GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB, and the last
-# cell says how the next session goes on.
+# cell says how the next session continues.
 #
 # Encoding and writing go on while the next batch is rendered. A finished image is checked by its SHA-256 before it
-# counts as done. Stop the kernel whenever you like; run the cell again and it goes on. With several GPUs each gets a
+# counts as done. Stop the kernel whenever you like; run the cell again and it continues. With several GPUs each gets a
 # process.
 
 # %%

@@ -63,7 +63,7 @@ print(finetune.plan(config))
 #
 # One fold of groups validates, in eval mode. A validation prompt within cosine 0.8 of a training prompt would be left
 # out. The head starts as a ridge regression on the frozen features; AdamW and a cosine schedule do the rest. Stop and
-# run again: it goes on at the step where its state was last saved, and ends with the same weights.
+# run again: it continues at the step where its state was last saved, and ends with the same weights.
 
 # %%
 notebook.run(config, processes)
@@ -89,8 +89,8 @@ pd.read_csv(config.out / "sources.csv").round(4)
 # ## What else was tried
 #
 # On the embedded profile, one thing changed at a time, three seeds each: mean cosine ± deviation on the validating fold
-# and on held-out scenes, and on those drawn by a second hand (OpenMoji) that nobody trained on. The rows below the
-# second were measured with its peak rate.
+# and on held-out scenes, and on those drawn with another set of pictures (OpenMoji) that never trained. Rows below
+# the second were measured with its peak rate.
 #
 # | | validation | held-out | OpenMoji |
 # | --- | --- | --- | --- |

@@ -38,7 +38,7 @@ config = profiles.default_config("describe", run, profile, paths=(folder,), out=
 # %% [markdown]
 # ## Describe a folder
 #
-# The same as `image-to-prompts describe FOLDER --out prompts.csv`; killed and started again it goes on.
+# The same as `image-to-prompts describe FOLDER --out prompts.csv`; killed and started again it continues.
 
 # %%
 found = [one for one in describe.run(config) if not one.error]

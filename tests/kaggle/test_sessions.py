@@ -62,7 +62,7 @@ def test_three_sessions_of_training_are_one(kaggle, small_run, tmp_path):
     assert "image-to-prompts kaggle push finetune --continue" in first.said
     second = machines.push("finetune", "--continue", max_hours=SOON, **how)
     third = machines.push("finetune", "--continue", **how)
-    steps = [one.said.partition("going on at epoch ")[2][:9] for one in (first, second, third)]
+    steps = [one.said.partition("continuing at epoch ")[2][:9] for one in (first, second, third)]
     assert steps == ["", "1, step 1", "1, step 2"]
     assert "All done. Next: 05_embed_images" in third.said
 

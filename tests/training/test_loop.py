@@ -127,7 +127,7 @@ def test_the_next_kernel_goes_on_from_what_the_last_one_left(small_run, tiny_ope
     (tmp_path / "first").rename(tmp_path / "input" / "kernel-output")
     monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "input")
     finetune.run(replace(settings, out=tmp_path / "second"))
-    assert "going on at epoch 1, step 2" in caplog.text
+    assert "continuing at epoch 1, step 2" in caplog.text
     assert difference(weights_of(tmp_path / "second"), weights_of(tmp_path / "whole")) == 0
 
 
