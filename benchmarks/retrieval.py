@@ -180,16 +180,8 @@ def _make_bank(run: Any, validates: np.ndarray, known: Any, work: Path) -> list[
     """Fits a dual encoder of each array on rows that do not validate; `pairs` of those that do; `bank` by the first."""
     from image_to_prompts import embed, profiles
     from image_to_prompts.embedded import dual
-    from image_to_prompts.encode import embeddings
 
-    frame, towers = known.frame[validates], []
-    for name, features in known.arrays.items():
-        fitted = dual.fit(features[~validates], known.targets[~validates])
-        dual.save(work / name, fitted, known.about[name]["backbone"])
-        towers.append(dual.Dual(work / name))
-        said = towers[-1].images(features[validates])
-        embeddings.write(work / "pairs", name, said, frame[["image_name"]], towers[-1].about)
-    embeddings.write(work / "pairs", embeddings.PROMPTS, known.targets[validates], frame, {})
+    towers = [dual.make(work / name, known, name, validates, work / "pairs") for name in known.arrays]
     texts = (run.train_metadata, run.bank.with_name("new.csv"))
     values = {"texts": texts, "encoders": (f"dual:{work / next(iter(known.arrays))}",), "out": work / "bank"}
     embed.run(profiles.default_config("embed", run, "embedded", **values))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from ..encode import embeddings
 from ..encode.backbone import BackboneEncoder
 from ..models import backbones, layouts, metrics, text_encoder
 from ..run.errors import UserError
@@ -52,6 +53,24 @@ def save(folder: Path, maps: dict[str, np.ndarray], backbone: dict[str, Any]) ->
     """Writes what `fit` gave, and the backbone (a `backbones.Spec` as dict) whose features it was fitted on."""
     write_json(folder / "dual.json", backbone)
     write_tensors(folder / "dual.safetensors", maps)
+
+
+def make(folder: Path, known: embeddings.Table, name: str, validates: np.ndarray, pairs: Path) -> "Dual":
+    """Fits a dual encoder on the rows that do not validate, and writes what it says of those that do.
+
+    Args:
+        folder: The dual encoder to write.
+        known: Embeddings of images with known prompts.
+        name: The array of it to fit on.
+        validates: bool (n,).
+        pairs: Folder of embeddings to write an array to, called as `folder` is.
+    """
+    features, frame = known.arrays[name], known.frame[validates]
+    save(folder, fit(features[~validates], known.targets[~validates]), known.about[name]["backbone"])
+    encoder = Dual(folder)
+    embeddings.write(pairs, folder.name, encoder.images(features[validates]), frame[["image_name"]], encoder.about)
+    embeddings.write(pairs, embeddings.PROMPTS, known.targets[validates], frame, {"encoder": text_encoder.NAME})
+    return encoder
 
 
 class Dual:

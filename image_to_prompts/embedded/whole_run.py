@@ -167,19 +167,13 @@ def _bank(chain: Chain, count: int) -> Path:
         outputs += [pairs / f"{name}{end}" for name in ("dual", embeddings.PROMPTS) for end in embeddings.ENDS]
         stamp.claim([*outputs, new])
         table = embeddings.load(of.embeddings, [FEATURES])
-        (features,), targets = table.arrays.values(), table.targets
-        validates = (table.frame["fold"] == 0).to_numpy()
-        dual.save(folder, dual.fit(features[~validates], targets[~validates]), table.about[FEATURES]["backbone"])
-        encoder = dual.Dual(folder)
-        names = table.frame[validates]
-        embeddings.write(pairs, "dual", encoder.images(features[validates]), names[["image_name"]], encoder.about)
-        embeddings.write(pairs, embeddings.PROMPTS, targets[validates], names, {"encoder": text_encoder.NAME})
+        dual.make(folder, table, FEATURES, (table.frame["fold"] == 0).to_numpy(), pairs)
         written = metadata.read_prompts(all_new)
         held_out = text_encoder.encode(metadata.read_prompts(of.test_metadata)["prompt"].tolist())
         far = ~near(text_encoder.encode(written["prompt"].tolist(), fast=True), held_out, NEAR)
         metadata.write_table(new, written[far])
         stamp.write([*outputs, new])
-        chain.note("dual encoder", begun, len(features))
+        chain.note("dual encoder", begun, len(table.frame))
     tower = f"dual:{folder}"
     chain(
         "embed",
