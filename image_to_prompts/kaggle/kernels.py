@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +54,45 @@ class Kernel:
         first = len(self.stage.kernel.after) if self.stage else 0
         return [*self.metadata["dataset_sources"][1:], *self.metadata["kernel_sources"][first:]]
 
-    def changed(self, folder: Path, **fields: Any) -> Kernel:
-        """A copy of it, written to `folder`, with other metadata."""
+    def changed(self, folder: Path, values: Sequence[str] = (), **fields: Any) -> Kernel:
+        """A copy of it, written to `folder`, with other metadata and with a cell that sets parameters (NAME=VALUE)."""
         shutil.copytree(self.folder, folder)
         metadata = {**self.metadata, **fields}
         write_json(folder / FILE, metadata)
+        if values:
+            notebook, place = self._parameters()
+            cell = {**notebook["cells"][place], "id": "set", "metadata": {}}
+            cell["source"] = "".join(f"{name} = {value!r}\n" for name, value in map(self.setting, values))
+            notebook["cells"].insert(place + 1, cell)
+            write_json(folder / self.metadata["code_file"], notebook)
         return Kernel(folder, metadata)
+
+    def _parameters(self) -> tuple[dict[str, Any], int]:
+        """Its notebook, and the number of the cell with the parameters."""
+        notebook = json.loads((self.folder / self.metadata["code_file"]).read_text(encoding="utf-8"))
+        tags = [cell["metadata"].get("tags", []) for cell in notebook["cells"]]
+        if ["parameters"] not in tags:
+            raise UserError(f"{self.id}: its notebook has no parameters; leave --set out")
+        return notebook, tags.index(["parameters"])
+
+    def setting(self, given: str) -> tuple[str, Any]:
+        """The name and the value of a parameter of the notebook.
+
+        Args:
+            given: NAME=VALUE; a value that Python does not read as one (`vit-l-336`) is taken as text.
+
+        Raises:
+            UserError: If the notebook has no parameter of that name.
+        """
+        name, _, value = given.partition("=")
+        notebook, place = self._parameters()
+        known = re.findall(r"^(\w+) = ", "".join(notebook["cells"][place]["source"]), re.MULTILINE)
+        if name not in known or not value:
+            raise UserError(f"--set {given}: give NAME=VALUE with a parameter of the notebook: {', '.join(known)}")
+        try:
+            return name, ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            return name, value
 
 
 def read(folder: Path) -> Kernel:

@@ -60,10 +60,12 @@ class Push(Command):
     """Only show what would be sent, and send nothing."""
     verbose: Annotated[bool, arg(aliases=["-v"])] = False
     """With --dry-run: every field."""
+    set: tuple[str, ...] = ()
+    """Values of the notebook's parameters, as NAME=VALUE: --set recipe=vit-l-336 epochs=4."""
     wait: bool = False
     """Wait until each kernel has run before the next, which reads its output, is pushed."""
     go_on: Annotated[bool, arg(name="continue")] = False
-    """Go on where the last session of render or finetune was stopped by its limit."""
+    """Continue where the last session of render or finetune was stopped by its limit."""
 
     def run(self) -> str:
         """Pushes.
@@ -73,13 +75,10 @@ class Push(Command):
 
         Raises:
             UserError: If a kernel or one of its sources is refused or missing, if one that was waited for fails, or if
-                there is nothing to go on with.
+                there is nothing to continue.
         """
         found = chosen(self.kernels, self.stage, self.all)
-        if self.go_on and self.stage not in CONTINUED:
-            raise UserError(
-                f"--continue: only {' and '.join(CONTINUED)} go on from session to session; name one of them"
-            )
+        self._check(found[0])
         if self.dry_run:
             return kernels.table(found, self.verbose)
         api = remote.connect(self.timeout)
@@ -112,6 +111,17 @@ class Push(Command):
                 self._wait(api, sent)
         return "\n".join(lines)
 
+    def _check(self, kernel: Kernel) -> None:
+        """Raises UserError where flags do not go together."""
+        if self.go_on and self.stage not in CONTINUED:
+            raise UserError(
+                f"--continue: only {' and '.join(CONTINUED)} continue from session to session; name one of them"
+            )
+        if self.set and self.all:
+            raise UserError("--set: parameters are those of one notebook; name a stage instead of --all")
+        for value in self.set:
+            kernel.setting(value)
+
     def _prepared(self, api: Any, kernel: Kernel, missing: list[str], folder: Path) -> Kernel:
         """A kernel as it is sent: without what is missing, with what sessions before it have left."""
         fields: dict[str, Any] = {
@@ -130,14 +140,14 @@ class Push(Command):
             ended = kernel.id if rendering else last
             state, _ = remote.status(api, ended, self.timeout)
             if state in ("queued", "running"):
-                raise UserError(f"{ended} is {state}; go on with it when it has ended")
+                raise UserError(f"{ended} is {state}; continue it when it has ended")
             if rendering and not any(IMAGES in one for one in fields["dataset_sources"]):
                 raise UserError(f"{owner}/{IMAGES}-1 is not on Kaggle, so no session has published images; see its log")
             if not rendering:
                 following = first if last != first else first + OTHER
                 fields |= {"id": following, "title": following.partition("/")[2].replace("-", " ")}
                 fields["kernel_sources"].append(last)
-        return kernel.changed(folder, **fields)
+        return kernel.changed(folder, self.set, **fields)
 
     def _wait(self, api: Any, kernel: Kernel) -> None:
         state, failures = "queued", 0

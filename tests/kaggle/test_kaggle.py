@@ -209,6 +209,19 @@ def test_sessions_of_training_alternate(kaggle):
     assert code == 2 and f"{other} is running" in err
 
 
+def test_parameters_of_a_notebook_are_set_where_it_is_pushed(kaggle):
+    code, _, err = kaggle("push", "finetune", "--set", "recipe=vit-l-336", "epochs=4", "image_size=None")
+    assert code == 0, err
+    cells = json.loads(kaggle.stub.asked("SaveKernel")[-1]["text"])["cells"]
+    place = next(i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
+    assert "".join(cells[place + 1]["source"]) == "recipe = 'vit-l-336'\nepochs = 4\nimage_size = None\n"
+    assert {cell["cell_type"] for cell in cells[place : place + 2]} == {"code"}
+    for words in (["finetune", "--set", "recipes=x"], ["finetune", "--set", "recipe"], ["--all", "--set", "epochs=1"]):
+        code, _, err = kaggle("push", *words)
+        assert code == 2 and err.count("\n") == 1 and "--set" in err
+    assert len(kaggle.stub.asked("SaveKernel")) == 1
+
+
 def test_sessions_of_rendering_get_what_was_published(kaggle):
     code, _, err = kaggle("push", "render", "--continue")
     assert code == 2 and "no session has published images" in err
