@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,12 @@ def test_readme_has_the_same_figures(bench_table):
     }.items():
         command, place = next(row[2:] for row in bench_table.SPEEDS if row[0] == what)
         assert said.format(bench_table.fast(command, place)[1]) in text
+    parts = json.loads((ROOT / "benchmarks" / "gpu.json").read_text(encoding="utf-8"))["parts"]
+    drawn, trained = parts["render"]["seconds"], next(iter(parts["train"].values()))["seconds"]
+    for seconds, plain, said in (
+        (drawn, "plain", "{:.1f} times as fast as plain diffusers"),
+        (trained, "plain, half", "{:.1f} times as fast as a plain bf16 loop"),
+        (trained, "plain, TF32", "{:.1f} times as TF32"),
+    ):
+        ratios = [slow / fast for slow, fast in zip(seconds[plain], seconds["ours, compiled"], strict=True)]
+        assert said.format(statistics.median(ratios)) in text

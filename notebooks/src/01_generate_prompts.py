@@ -18,17 +18,7 @@ count = None  # None: 100,000 with MagicPrompt, 3,800 with the grammar
 collect = None  # "<source>:<file> ..." of public sources; None: data_meta's 10,000 prompts, in a clone
 
 # %%
-from collections import Counter
-from pathlib import Path
-
-import matplotlib.pyplot as plt
-import pandas as pd
-
 from image_to_prompts import generate, notebook, profiles
-from image_to_prompts.data import metadata
-from image_to_prompts.embedded import grammar
-from image_to_prompts.models import text_encoder
-from image_to_prompts.search.near_pairs import near
 
 run, profile = notebook.start(run_folder, profile)
 overrides = {"count": count} if count else {}
@@ -59,6 +49,12 @@ for prompt in prompts["prompt"].head(12):
 # of real prompts are.
 
 # %%
+from collections import Counter
+
+import matplotlib.pyplot as plt
+
+from image_to_prompts.embedded import grammar
+
 scenes = prompts["prompt"].map(grammar.parse)
 named = Counter(name for scene in scenes for name, _ in scene.things)
 words = prompts["prompt"].str.split().str.len()
@@ -80,6 +76,12 @@ print(f"{len(named)} different things; most frequent: {', '.join(name for name, 
 # `image-to-prompts catalogue` lists the CSVs that the reference trained on and the commands that rebuild them.
 
 # %%
+from pathlib import Path
+
+import pandas as pd
+
+from image_to_prompts.data import metadata
+
 if collect is None:
     collect = "table:data_meta/embedded_meta_10k.csv" if Path("data_meta").is_dir() else ""
 written, reports = {config.source: prompts["prompt"].tolist()}, {}
@@ -103,6 +105,9 @@ for name, report in reports.items():
 # overlaps much adds little; `dedupe --against` drops it.
 
 # %%
+from image_to_prompts.models import text_encoder
+from image_to_prompts.search.near_pairs import near
+
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
 for name, texts in written.items():
     lengths = [min(len(text.split()), 80) for text in texts]

@@ -14,16 +14,8 @@ threshold = 0.8
 test_folds = None  # held out for notebook 07; None: [1, 2], on Kaggle [], where the competition has its own images
 
 # %%
-import faiss
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-from IPython.display import Image
-
-from image_to_prompts import dedupe, notebook, profiles
+from image_to_prompts import notebook
 from image_to_prompts.data import metadata
-from image_to_prompts.dedupe import pictures
-from image_to_prompts.models import text_encoder
 from image_to_prompts.run import folders
 
 run, profile = notebook.start(run_folder, profile)
@@ -39,6 +31,11 @@ frame = metadata.read(run.have(run.prompts))
 # pair, and so lost whole clusters.)
 
 # %%
+import faiss
+import numpy as np
+
+from image_to_prompts.models import text_encoder
+
 vectors = text_encoder.encode(frame["prompt"].tolist())  # unit length: the inner product is the cosine
 
 index = faiss.IndexFlatIP(vectors.shape[1])
@@ -61,6 +58,9 @@ print(f"{kept.sum()} of {len(kept)} prompts stay")
 # puts near-twins on both sides.
 
 # %%
+from image_to_prompts import dedupe, profiles
+from image_to_prompts.dedupe import pictures
+
 config = profiles.default_config("dedupe", run, profile, threshold=threshold)
 meta = dedupe.run(config)
 known, removed = pictures.read(run.metadata, dedupe.removed_path(run.metadata))
@@ -77,6 +77,8 @@ removed.head()
 # and just above it: would you render both?
 
 # %%
+from IPython.display import Image
+
 found = dedupe.dedupe(frame, text_encoder.encode, threshold)
 Image(str(dedupe.picture_path(run.metadata)))
 
@@ -84,6 +86,8 @@ Image(str(dedupe.picture_path(run.metadata)))
 pictures.curve(found).T
 
 # %%
+import pandas as pd
+
 pd.set_option("display.max_colwidth", 120)
 pictures.borderline(found)
 
@@ -100,6 +104,8 @@ print(pictures.explain(removed["prompt"].iloc[0] if len(removed) else "a red fox
 # the prompts.
 
 # %%
+import matplotlib.pyplot as plt
+
 unit_mean = vectors[kept].mean(0) / np.linalg.norm(vectors[kept].mean(0))
 index = faiss.IndexFlatIP(vectors.shape[1])
 index.add(vectors[kept])

@@ -23,12 +23,8 @@ processes = None  # None: one a GPU
 publish = True  # on Kaggle: make a private dataset of this session's images
 
 # %%
-import pandas as pd
-from IPython.display import Image
-
 from image_to_prompts import notebook, profiles, render
-from image_to_prompts.data import metadata, pictures
-from image_to_prompts.kaggle import sessions
+from image_to_prompts.data import metadata
 
 run, profile = notebook.start(run_folder, profile)
 limits = {name: value for name, value in (("max_hours", max_hours), ("max_gb", max_gb)) if value}
@@ -54,6 +50,8 @@ configs = [
 # process.
 
 # %%
+import pandas as pd
+
 for config in configs:
     notebook.run(config, processes)
 folders = {config.out.name: run.rendered(config.out)[-1] for config in configs}  # the last session's, of several
@@ -74,6 +72,11 @@ manifests[shown].head(1).T
 
 
 # %%
+from IPython.display import Image
+
+from image_to_prompts.data import pictures
+
+
 def show(picture, name):
     path = run.report / name
     pictures.save(picture.quantize(96), path)
@@ -102,6 +105,8 @@ show(pictures.gallery(four, out, columns=4), "gallery_seeds.png") if len(four) e
 # On Kaggle the images of each session become a dataset of their own, which the next session and the training attach.
 
 # %%
+from image_to_prompts.kaggle import sessions
+
 if publish:
     print(sessions.publish_images(run.images.parent))
 for config in configs:

@@ -21,14 +21,7 @@ max_hours = None  # stop before the session is this old; None: 11 on Kaggle, whi
 processes = None  # None: one a GPU
 
 # %%
-import pandas as pd
-import torch
-from IPython.display import Image
-
-from image_to_prompts import finetune, notebook, profiles
-from image_to_prompts.data import images
-from image_to_prompts.models import backbones, freezing
-from image_to_prompts.training import by_source
+from image_to_prompts import notebook
 
 run, profile = notebook.start(run_folder, profile)
 
@@ -40,6 +33,10 @@ run, profile = notebook.start(run_folder, profile)
 # shapes but no numbers, this takes no memory.)
 
 # %%
+import torch
+
+from image_to_prompts.models import backbones, freezing
+
 with torch.device("meta"):
     tower = backbones.build(backbones.describe("open_clip:convnext_xxlarge", 512))
 trained = freezing.unfreeze(tower)
@@ -53,6 +50,8 @@ print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} o
 # keeps what the frozen three quarters put out on the disk, so that an epoch runs the trained quarter alone.
 
 # %%
+from image_to_prompts import finetune, profiles
+
 overrides = {"recipe": recipe, "backbone": backbone, "image_size": image_size, "epochs": epochs, "max_hours": max_hours}
 overrides = {name: value for name, value in overrides.items() if value}
 config = profiles.default_config("finetune", run, profile, **notebook.training_rows(run, profile), **overrides)
@@ -66,11 +65,15 @@ print(finetune.plan(config))
 # run again: it continues at the step where its state was last saved, and ends with the same weights.
 
 # %%
+import pandas as pd
+
 notebook.run(config, processes)
 history = pd.read_csv(config.out / "history.csv")
 history
 
 # %%
+from IPython.display import Image
+
 Image(filename=str(config.out / "history.png"))
 
 # %% [markdown]
@@ -124,6 +127,9 @@ Image(filename=str(config.out / "best_and_worst.png"))
 # .5 means that it cannot, 1 that it always can, and then the score above says little about theirs.
 
 # %%
+from image_to_prompts.data import images
+from image_to_prompts.training import by_source
+
 target = run.target_images()
 if target:
     gap, likeness = by_source.domain_gap(config.out, config.images, images.find(target)[:2000])

@@ -18,12 +18,7 @@ image_size = None
 processes = None  # None: one a GPU
 
 # %%
-import pandas as pd
-
-from image_to_prompts import ensemble, notebook, profiles
-from image_to_prompts.data import images, pictures
-from image_to_prompts.encode import embeddings
-from image_to_prompts.models import metrics
+from image_to_prompts import notebook, profiles
 
 run, profile = notebook.start(run_folder, profile)
 overrides = {"encoders": tuple((encoders or "").split()), "image_size": image_size}
@@ -43,6 +38,11 @@ notebook.run(config, processes)
 # instructive way elsewhere: the numbers count, not the words.
 
 # %%
+import pandas as pd
+
+from image_to_prompts.data import images, pictures
+from image_to_prompts.encode import embeddings
+
 table = embeddings.load(config.out)
 tables = [embeddings.read(config.out, name)[1] for name in table.arrays]
 said = next((names.head(12) for names in tables if "text" in names), pd.DataFrame(columns=["image_name", "text"]))
@@ -57,6 +57,9 @@ pictures.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the en
 # `constant` answers every picture with the mean prompt embedding.
 
 # %%
+from image_to_prompts import ensemble
+from image_to_prompts.models import metrics
+
 rows, _ = ensemble.load_rows(table, fold=0, test_fold=1)
 train, truth = table.targets[rows.train], table.targets[rows.valid]
 scores = {"constant": metrics.constant_score(train.mean(0), truth)}

@@ -16,16 +16,7 @@ epochs = None
 demo_folder = None  # has images/ and prompts.csv; None: pictures of the validating fold
 
 # %%
-from pathlib import Path
-
-import pandas as pd
-from IPython.display import Image
-
-from image_to_prompts import ensemble, infer, notebook, profiles
-from image_to_prompts.data import images
-from image_to_prompts.encode import embeddings, encoders
-from image_to_prompts.models import text_encoder
-from image_to_prompts.training import by_source
+from image_to_prompts import ensemble, notebook, profiles
 
 run, profile = notebook.start(run_folder, profile)
 overrides = {name: value for name, value in {"batch_size": batch_size, "epochs": epochs}.items() if value}
@@ -38,6 +29,8 @@ config = profiles.default_config("ensemble", run, profile, **overrides)
 ensemble.run(config)
 
 # %%
+from IPython.display import Image
+
 Image(filename=str(config.out / "history.png"))
 
 # %% [markdown]
@@ -47,6 +40,14 @@ Image(filename=str(config.out / "history.png"))
 # embedding, and the nearest prompts of the training set.
 
 # %%
+from pathlib import Path
+
+from image_to_prompts import infer
+from image_to_prompts.data import images
+from image_to_prompts.encode import encoders
+from image_to_prompts.models import text_encoder
+from image_to_prompts.training import by_source
+
 if demo_folder:
     files = images.find(Path(demo_folder) / "images")[:8]
     prompts = infer.read_key(Path(demo_folder) / "prompts.csv", files, Path(demo_folder) / "images")
@@ -64,6 +65,10 @@ targets = text_encoder.encode(prompts)
 {name: vectors.shape for name, vectors in [*zip(about, seen, strict=True), ("prompts", targets)]}
 
 # %%
+import pandas as pd
+
+from image_to_prompts.encode import embeddings
+
 predicted = model(seen)
 known = embeddings.load(config.embeddings).frame["prompt"].tolist()
 nearest = infer.nearest_prompts(predicted, known, text_encoder.encode(known))

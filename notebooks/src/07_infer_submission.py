@@ -22,9 +22,6 @@ processes = None  # None: one a GPU
 # %%
 from pathlib import Path
 
-import pandas as pd
-from IPython.display import Image
-
 from image_to_prompts import infer, notebook, profiles
 from image_to_prompts.data import pictures
 from image_to_prompts.infer import submission
@@ -48,6 +45,8 @@ config = profiles.default_config(
 # ## Predict
 
 # %%
+import pandas as pd
+
 notebook.run(config, processes)
 result = infer.read(config)
 print(f"{len(result.files)} images, {len(result.broken)} of them unreadable, {result.unreached} not reached in time")
@@ -73,6 +72,8 @@ pd.Series({name: round(value, 4) for name, value in scores.items()}) if config.k
 # The nearest known prompt to each prediction. It can only be as right as the list it is chosen from.
 
 # %%
+from IPython.display import Image
+
 if known:
     prompts = result.prompts.head(12)
     tiles = [

@@ -17,15 +17,10 @@ scored = 200  # held-out pictures on which the ways are compared
 # %%
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from IPython.display import Image, display
+from IPython.display import display
 
 from image_to_prompts import describe, notebook, profiles
-from image_to_prompts.data import metadata, pictures
-from image_to_prompts.describe.session import painter, seed_of
-from image_to_prompts.encode import encoders
-from image_to_prompts.models import metrics, text_encoder, weights
 from image_to_prompts.run import folders
 
 pd.set_option("display.max_colwidth", 150)
@@ -45,6 +40,10 @@ found = [one for one in describe.run(config) if not one.error]
 pd.read_csv(config.out, nrows=5, usecols=["image", "prompt", "cosine", "nearest_1", "cosine_1"])
 
 # %%
+from IPython.display import Image
+
+from image_to_prompts.data import pictures
+
 tiles = [pictures.tile(one.path, f"{one.cosine or 0:.2f} · {one.prompt}") for one in found[:12]]
 pictures.save(pictures.grid(tiles, 6).quantize(96), run.report / "described.png")
 Image(filename=str(run.report / "described.png"))
@@ -58,6 +57,12 @@ Image(filename=str(run.report / "described.png"))
 # far choosing alone could lead.
 
 # %%
+import numpy as np
+
+from image_to_prompts.data import metadata
+from image_to_prompts.encode import encoders
+from image_to_prompts.models import metrics, text_encoder, weights
+
 if known:
     rendered = metadata.read(folder / folders.MANIFEST).set_index("file")["prompt"]
     files = [one.path for one in found[:scored]]
@@ -104,6 +109,8 @@ similarity = text_encoder.encode([*texts, edited]) @ vector
 pd.DataFrame({"prompt": [*texts, edited], "similarity to the prediction": similarity.round(3)})
 
 # %%
+from image_to_prompts.describe.session import painter, seed_of
+
 paint = painter(profile).draw
 tiles = [pictures.tile(one.path, "the image")]
 tiles += [pictures.tile(paint(text, seed_of(text)), text) for text in (one.prompt, edited)]

@@ -21,11 +21,8 @@ source = "hf://datasets/poloclub/diffusiondb/metadata.parquet"  # where nothing 
 processes = None  # None: one a GPU
 
 # %%
-import json
-
-from image_to_prompts import notebook, profiles
-from image_to_prompts.data import metadata
-from image_to_prompts.run import files, folders
+from image_to_prompts import notebook
+from image_to_prompts.run import files
 
 run, profile = notebook.start(run_folder, profile)
 weights = files.make_folder(run.folder / "weights")  # the tower's go with the bank
@@ -34,6 +31,10 @@ weights = files.make_folder(run.folder / "weights")  # the tower's go with the b
 # ## Prompts
 
 # %%
+from image_to_prompts import profiles
+from image_to_prompts.data import metadata
+from image_to_prompts.run import folders
+
 csvs = [path for path in folders.kaggle_inputs("*.csv") if metadata.has_prompts(path)]
 csvs = [path for path in csvs if not (path.parent / "sample_submission.csv").exists()]  # not the competition's own
 if not csvs:
@@ -48,6 +49,8 @@ print(f"on two T4s by arithmetic: {sum(rows.values()) * 13.3e9 / (2 * 65e12 * 0.
 # ## Embed
 
 # %%
+import json
+
 values = {"texts": tuple(csvs), "encoders": (tower,), "out": run.bank, "dimensions": dimensions, "weights_dir": weights}
 config = profiles.default_config("embed", run, profile, **values)
 notebook.run(config, processes)
