@@ -101,11 +101,17 @@ def peak() -> float:
     return most
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], rounds: int, per: dict[str, float] | float) -> dict[str, Any]:
-    """Seconds of each round over `per`, in turns, after one that does not count but in `first`."""
+def in_turns(
+    ways: dict[str, Callable[[], Any]],
+    rounds: int,
+    per: dict[str, float] | float,
+    ready: Callable[[str], Any] = lambda name: None,
+) -> dict[str, Any]:
+    """Seconds of each round over `per`, in turns, after one that counts in `first` alone; `ready` is not timed."""
     found: dict[str, Any] = {"seconds": {name: [] for name in ways}, "first": {}, "peak GB": {}}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            ready(name)
             wait()
             peak()
             start = time.perf_counter()
@@ -163,11 +169,10 @@ def bench_card(sizes: Sizes, *_: Any) -> dict[str, Any]:
     return found
 
 
-def switched(net: Any, layout: torch.memory_format, attention: bool, tuned: bool, eager: bool) -> Callable[..., Any]:
-    """A module's forward pass with switches set."""
+def switched(_: torch.memory_format, attention: bool, tuned: bool, eager: bool) -> Callable[..., Any]:
+    """A module's forward pass with switches set, but for its layout."""
 
     def forward(do: Callable[[], Any]) -> Any:
-        net.to(memory_format=layout)
         torch.backends.cudnn.benchmark = tuned
         stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
         with sdpa_kernel(HOPPER, set_priority=True) if attention else contextlib.nullcontext(), stance:
@@ -199,7 +204,7 @@ def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
     outputs: dict[str, torch.Tensor] = {}
 
     def unet(name: str) -> Callable[[], None]:
-        forward = switched(pipeline.unet, *switches[name])
+        forward = switched(*switches[name])
 
         def run() -> None:
             with torch.inference_mode():
@@ -210,7 +215,7 @@ def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
         return run
 
     def vae(name: str) -> Callable[[], None]:
-        forward = switched(pipeline.vae, *switches[name])
+        forward = switched(*switches[name])
 
         def run() -> None:
             with torch.inference_mode():
@@ -218,14 +223,17 @@ def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
 
         return run
 
-    found = in_turns({name: unet(name) for name in switches}, sizes.rounds, 2)
+    def laid_out(net: Any) -> Callable[[str], Any]:
+        return lambda name: net.to(memory_format=switches[name][0])
+
+    found = in_turns({name: unet(name) for name in switches}, sizes.rounds, 2, laid_out(pipeline.unet))
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
         found["operations"] = operations(lambda: pipeline.unet(latents, time_step, said))
         pipeline.unet.float()
         exact = pipeline.unet(latents[:2].float(), time_step, said[:2].float()).sample
         pipeline.unet.to(kind)
     found["error"] = {name: float((one[:2].float() - exact).norm() / exact.norm()) for name, one in outputs.items()}
-    found["vae"] = in_turns({name: vae(name) for name in switches}, sizes.rounds, 4)
+    found["vae"] = in_turns({name: vae(name) for name in switches}, sizes.rounds, 4, laid_out(pipeline.vae))
     torch.backends.cudnn.benchmark = False
     return found
 
@@ -271,7 +279,7 @@ def bench_render(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
                     width=768,
                 ).images
                 for file, image in zip(rows["image_name"], images, strict=True):
-                    image.resize((512, 512), Image.Resampling.LANCZOS).save(written[name] / file)
+                    image.resize((512, 512), Image.Resampling.LANCZOS).save(written[name] / file, compress_level=1)
 
         return run
 
@@ -415,6 +423,8 @@ def bench_loop(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
 
 def bench_infer(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
     from infer import checkpoint
+    from torch.utils.data import DataLoader
+    from torchvision.io import ImageReadMode, decode_image
 
     from image_to_prompts.encode.backbone import BackboneEncoder
     from image_to_prompts.predict import predictors
@@ -431,17 +441,13 @@ def bench_infer(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
     fast_layers.compiled(own.model.backbone)
     found: dict[str, np.ndarray] = {}
 
-    def loop(precision: torch.dtype | None) -> np.ndarray:
-        from torch.utils.data import DataLoader
-        from torchvision.io import ImageReadMode, decode_image
+    def read(some: list[Path]) -> torch.Tensor:
+        return torch.stack([decode_image(str(file), ImageReadMode.RGB) for file in some])
 
+    loader: Any = DataLoader(files, 32, num_workers=devices.cores(), collate_fn=read, persistent_workers=True)
+
+    def loop(precision: torch.dtype | None) -> np.ndarray:
         torch.set_float32_matmul_precision("high")
-        loader = DataLoader(
-            files,
-            32,
-            num_workers=devices.cores(),
-            collate_fn=lambda some: torch.stack([decode_image(str(file), ImageReadMode.RGB) for file in some]),
-        )
         with torch.inference_mode(), torch.autocast(device.type, precision) if precision else contextlib.nullcontext():
             return torch.cat([model(some.to(device)) for some in loader]).float().cpu().numpy()
 

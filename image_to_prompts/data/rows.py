@@ -169,6 +169,11 @@ class Readable(Protocol):
     def collate(self, items: list[Any]) -> tuple[Any, torch.Tensor]: ...
 
 
+def _pinned(value: Any) -> Any:
+    """Tensors, alone or in tuples and lists, in memory from which a GPU copies while the program goes on."""
+    return type(value)(map(_pinned, value)) if isinstance(value, (tuple, list)) else value.pin_memory()
+
+
 def load(rows: Readable, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[tuple[Any, torch.Tensor]]:
     """Reads batches in threads, while the caller computes on those before; Pillow decodes without Python's lock.
 
@@ -180,14 +185,21 @@ def load(rows: Readable, batches: Iterable[Sequence[int]], workers: int = 0) -> 
     Yields:
         What `rows.collate` makes of each batch.
     """
-    waiting: deque[list[Future]] = deque()
+    import torch
+
+    def collated(items: list[Future]) -> tuple[Any, torch.Tensor]:
+        found = rows.collate([item.result() for item in items])
+        return _pinned(found) if torch.cuda.is_available() else found
+
+    waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(workers or cores(), "loader")
     try:
         for batch in batches:
-            waiting.append([pool.submit(rows.__getitem__, row) for row in batch])
+            # Threads take work in order, so that the items are under way when the last task waits for them.
+            waiting.append(pool.submit(collated, [pool.submit(rows.__getitem__, row) for row in batch]))
             if len(waiting) > AHEAD:
-                yield rows.collate([future.result() for future in waiting.popleft()])
+                yield waiting.popleft().result()
         while waiting:
-            yield rows.collate([future.result() for future in waiting.popleft()])
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

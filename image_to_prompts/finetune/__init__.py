@@ -211,6 +211,7 @@ def _train(config: Config) -> pd.DataFrame:
             state_file.forget(state)
         else:
             log.warning(STOPPED, config.max_hours)
+    keeper.trainer.accelerator.wait_for_everyone()  # the stamp has removed the work folder, in which doubt is looked up
     if finished and keeper.statistics.size and np.isnan(keeper.statistics).all():
         _add_doubt(config, loaded, stamp)  # with the trained stages, once they are what they will be
     return frame

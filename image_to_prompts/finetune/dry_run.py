@@ -17,7 +17,7 @@ from ..data.rows import ImageRows
 from ..models import backbones, freezing, metrics
 from ..models.fast_layers import faster
 from ..models.text_encoder import DIMENSION
-from ..run.devices import rank_and_processes
+from ..run.devices import gather, rank_and_processes
 from ..run.progress import short
 from ..training import dataset, frozen_features, loop
 from ..training import model as models
@@ -114,7 +114,7 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     memory = needed(model, round(few + (micro - PROBE) * (more - few) / PROBE), average=schedule.ema > 0)
     steps = schedule.epochs * math.ceil(rows / schedule.batch_size)
     plan = Plan(_counts(model, trained_names), memory, micro, free, steps, None)
-    if not plan.fits:
+    if not all(gather([plan.fits], processes)):  # or one process would wait for another in the step below
         return plan
     times = []
     for _ in range(2):

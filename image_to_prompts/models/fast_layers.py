@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d
 
 # Layers that networks repeat: timm's ConvNeXt, ViT and EVA, open_clip's ViT, diffusers' U-Net and VAE.
 REPEATED = {"ConvNeXtBlock", "Block", "EvaBlock", "ResidualAttentionBlock", "Transformer2DModel", "ResnetBlock2D"}
-SHAPES = 64  # inputs of different shape or precision for which one kind of layer may be compiled
+SHAPES = 256  # inputs of different shape or precision for which one kind of layer may be compiled
 
 
 class DepthwiseFunction(torch.autograd.Function):
@@ -55,8 +55,6 @@ class Depthwise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         convolution = self.convolution
-        if x.device.type != "cpu":
-            return convolution(x)
         kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         bias = None if convolution.bias is None else convolution.bias.to(kind)
         return DepthwiseFunction.apply(x.to(kind), convolution.weight.to(kind), bias, convolution.padding)
@@ -90,8 +88,11 @@ def faster(module: nn.Module) -> nn.Module:
         module: The network. What is frozen by now must stay so.
 
     Returns:
-        A shallow copy, or the module itself where nothing in it can be faster.
+        A shallow copy, or the module itself where nothing in it can be faster. (A copy of a compiled layer would not be
+        compiled.)
     """
+    if next(module.parameters()).device.type != "cpu":
+        return module
     new = _depthwise(module)
     return rebuilt(module, _depthwise) if new is None else new
 
@@ -118,7 +119,9 @@ def compiled(network: nn.Module) -> nn.Module:
     Returns:
         The network.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, SHAPES)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * SHAPES)
     for layer in [one for one in network.modules() if type(one).__name__ in REPEATED]:
         if not any(parameter.requires_grad for parameter in layer.parameters()):
             for name, child in layer.named_children():

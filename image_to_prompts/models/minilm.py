@@ -8,11 +8,13 @@ oneDNN's products; what is summed up from layer to layer stays float32 (docs/log
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, linear, normalize, scaled_dot_product_attention
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TOKENS, BLOCK = (65_536, 1024), (4096, 128)  # of a batch, and of a product, on a GPU and on a CPU
+# cuDNN's attention would plan anew for each number and length of texts.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Pair = tuple["Tensor", "Tensor"]  # weight and bias
 
 
@@ -88,6 +92,11 @@ class MiniLM:
         Returns:
             float32 (n, width) unit vectors on the CPU.
         """
+        # Not on CPUs, where several threads come through here: it is set for all of them.
+        with nullcontext() if self.device.type == "cpu" else sdpa_kernel(ATTENTION):
+            return self._encode(tokens)
+
+    def _encode(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         block = BLOCK[self.device.type == "cpu"]
         flat = [token for text in tokens for token in text]
         places = [place for text in tokens for place in range(len(text))]

@@ -34,7 +34,7 @@ def load() -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     with layouts.reading(folder, "a model of sentence-transformers"):
-        return SentenceTransformer(str(folder)).eval()
+        return SentenceTransformer(str(folder), device=str(local_device())).eval()
 
 
 @lru_cache(maxsize=2)

@@ -204,16 +204,19 @@ class StableDiffusionBackend:
     def call(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:
         """One pipeline call; each row's noise comes from a generator of its own, on the CPU so that machines agree."""
         own = self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor if self.any_model else RENDER_SIZE
+        # Another batch size would be compiled for itself.
+        every = [*rows, *([PROBE] * (self.limit - len(rows) if self.compiled else 0))]
         result = self.pipeline(
-            prompt=[row.prompt for row in rows],
-            generator=[torch.Generator("cpu").manual_seed(row.seed) for row in rows],
+            prompt=[row.prompt for row in every],
+            generator=[torch.Generator("cpu").manual_seed(row.seed) for row in every],
             num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             height=own,
             width=own,
         )
-        blacked = result.nsfw_content_detected or [False] * len(rows)
-        return [(image, NSFW if black else "") for image, black in zip(result.images, blacked, strict=True)]
+        blacked = result.nsfw_content_detected or [False] * len(every)
+        drawn = [(image, NSFW if black else "") for image, black in zip(result.images, blacked, strict=True)]
+        return drawn[: len(rows)]
 
 
 def _nothing(flag: str) -> Future:

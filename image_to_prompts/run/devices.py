@@ -40,7 +40,7 @@ def local_device() -> torch.device:
     import torch
 
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
     has_mps = torch.backends.mps.is_available()
@@ -152,7 +152,7 @@ def within_memory(
         try:
             return work(at_once), limit
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not should_reduce_batch_size(error) and "ALLOC_FAILED" not in str(error):
                 raise
             if at_once == 1 or not may_halve:
                 said, what = str(error).splitlines()[0], "one image" if at_once == 1 else f"{at_once} images at once"

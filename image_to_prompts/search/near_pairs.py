@@ -148,10 +148,17 @@ def joined(parts: Iterable[Pairs]) -> Pairs:
     return Pairs(*(np.concatenate(columns) for columns in zip(none, *parts, strict=True)))
 
 
-def whole_sums() -> None:
-    """Sums products of halves in float32 on GPUs; halves would round more than margins allow. For the whole process."""
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+def product(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Matrix product of halves, summed in float32 on GPUs too; halves would round more than margins allow."""
+    if rows.device.type == "cpu":
+        return rows @ others
+    flags = torch.backends.cuda.matmul
+    before = flags.allow_fp16_reduced_precision_reduction
+    flags.allow_fp16_reduced_precision_reduction = False
+    try:
+        return rows @ others
+    finally:
+        flags.allow_fp16_reduced_precision_reduction = before
 
 
 def half_of_unit(device: torch.device) -> torch.dtype:
@@ -202,7 +209,6 @@ class _Search:
         self.exact = torch.from_numpy(np.ascontiguousarray(vectors, np.float32)).to(self.device)
         if not all(((part.pow(2).sum(1) - 1).abs() < UNIT).all() for part in self.exact.split(BLOCK)):
             raise ValueError("a vector is not of length 1")
-        whole_sums()
         error = self._bound()
         margin = 2 * error * (1 + error) + error**2 + ROUNDING
         # Rounding keeps order: a product that reaches the limit reaches the rounded limit when it is rounded itself.
@@ -217,10 +223,10 @@ class _Search:
         axes = torch.linalg.eigh((sample.T @ sample).cpu().double())[1].flip(1)[:, : WIDTH - 1]
         axes = axes.float().to(self.device)
         self.coarse = torch.empty(count, axes.shape[1] + 1, dtype=self.kind, device=self.device)
-        largest = 0.0
+        largest, on_cpu = 0.0, self.device.type == "cpu"
         for start in range(0, count, BLOCK):
             part = self.exact[start : start + BLOCK]
-            head = part @ axes
+            head = part @ axes if on_cpu else (part.double() @ axes.double()).float()  # never in TF32
             rounded = head.to(self.kind)
             rest = (part.pow(2).sum(1) - head.pow(2).sum(1) + TINY).clamp_min(TINY).sqrt()
             up = torch.nextafter(rest.to(self.kind), torch.full_like(rounded[:, 0], 2))
@@ -257,14 +263,14 @@ class _Search:
     def _candidates(self, rows: torch.Tensor, others: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of a block whose bound reaches the limit."""
         if self.device.type != "cpu":
-            return places(reaches(rows @ others.T, self.limit.to(self.device)))
+            return places(reaches(product(rows, others.T), self.limit.to(self.device)))
         if not hasattr(self.buffers, "product"):
             self.buffers.product = torch.empty(TALL * WIDE, dtype=self.kind)
             self.buffers.enough = np.empty(TALL * WIDE, bool)
         shape = (len(rows), len(others))
         size = len(rows) * len(others)
-        product = torch.mm(rows, others.T, out=self.buffers.product[:size].view(shape))
-        return places(reaches(product, self.limit, self.buffers.enough[:size].reshape(shape)))
+        bounds = torch.mm(rows, others.T, out=self.buffers.product[:size].view(shape))
+        return places(reaches(bounds, self.limit, self.buffers.enough[:size].reshape(shape)))
 
     def _check(self, later: np.ndarray, earlier: np.ndarray) -> Pairs:
         """Those of some pairs whose float32 cosine reaches the threshold."""

@@ -25,7 +25,7 @@ from ..models.metrics import unit
 from ..run.devices import keep_memory, local_device, one_core_each
 from ..run.files import atomic_path, write_blocks
 from ..run.resume import Stamp
-from .near_pairs import ROUNDING, half_of_unit, places, reaches, whole_sums
+from .near_pairs import ROUNDING, half_of_unit, places, product, reaches
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,6 +35,7 @@ TILE, CHUNK = 2048, 16  # rows of a product, of which a CPU holds two in its cac
 TILE_ON_GPU, CHUNK_ON_GPU = 65_536, 1
 ASKED = 1024  # queries at once
 FIRST, FIRST_ON_GPU = 4096, 131_072  # rows whose best cosines give the first limits
+RUN = 64
 GATHERED = 512  # pairs computed again at once
 BLOCK = 65_536  # prompts embedded at once
 LONGEST = 1.001  # length of a unit vector that was rounded to float16
@@ -221,24 +222,26 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: i
         keep_memory()
     on_cpu = device.type == "cpu"
     tile, chunk, first = (TILE, CHUNK, FIRST) if on_cpu else (TILE_ON_GPU, CHUNK_ON_GPU, FIRST_ON_GPU)
-    whole_sums()
     kind = half_of_unit(device)
     coarse = torch.from_numpy(queries).to(device, kind).T.contiguous()
     lost = ROUNDING * max(1, queries.shape[1] / text_encoder.DIMENSION)  # by sums, the longer the more
     margin = 2 * (LONGEST * ((1 + ERROR[kind]) ** 3 - 1) + lost)  # by which the nearest may seem farther than another
 
-    def product(rows: np.ndarray) -> torch.Tensor:
+    def cosines_of(rows: np.ndarray) -> torch.Tensor:
         exact = torch.from_numpy(rows).to(device)
-        return exact.float().to(kind) @ coarse  # from float16 to bf16 by itself takes five times as long on a CPU
+        # From float16 to bf16 by itself takes five times as long on a CPU.
+        return product(exact.float().to(kind), coarse)
 
     def candidates(start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries, rows and coarse cosines that reach the limits."""
-        cosines = product(vectors[start : start + tile])
+        cosines = cosines_of(vectors[start : start + tile])
         row, query = places(reaches(cosines, limits))
         return query, row + start, cosines[torch.from_numpy(row), torch.from_numpy(query)].float().cpu().numpy()
 
-    sample = product(vectors[np.arange(0, len(vectors), max(1, len(vectors) // max(first, count)))]).float()
-    limits = sample.topk(count, dim=0).values[-1] - margin
+    runs = -(-max(first, count) // RUN)  # of rows, since single ones would be read one by one
+    begins = [len(vectors) * run // runs for run in range(runs)] if len(vectors) > runs * RUN else []
+    sample = np.concatenate([vectors[start : start + RUN] for start in begins]) if begins else vectors[0 : len(vectors)]
+    limits = cosines_of(sample).float().topk(count, dim=0).values[-1] - margin
     best = np.full((len(queries), count), -np.inf, np.float32)
     found = []
     with one_core_each(device) as threads:

@@ -258,53 +258,61 @@ class Trainer:
             group["lr"] = schedule.learning_rate * factor * group.get("share", 1.0)
         seed = np.random.SeedSequence((schedule.seed, standing.epoch, standing.step, self.rank))
         torch.manual_seed(int(seed.generate_state(1)[0]))
-        loss = self._within_memory(images, rows, planned) if len(rows) else self.no_gradients()
-        norm = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM)
-        if norm is not None and not self.accelerator.scaler and not torch.isfinite(norm):
-            self._stop(rows, f"the gradients' norm is {norm.item()}")
+        losses = self._within_memory(images, rows, planned) if len(rows) else self.no_gradients()
+        norm, scaler = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM), self.accelerator.scaler
+        # The one place where this process waits for a GPU.
+        *found, size = torch.cat([losses, losses.new_zeros(1) if norm is None else norm.to(losses)[None]]).tolist()
+        if not np.isfinite(found).all():
+            self._stop(rows[~np.isfinite(found)], "the loss is not a number")
+        if not scaler and not math.isfinite(size):
+            self._stop(rows, f"the gradients' norm is {size}")
         self.optimizer.step()
+        if scaler and scaler.get_scale() < 1:  # halved at each step that was left out
+            self._stop(rows, "the gradients are not finite, however small the loss is made")
         self.optimizer.zero_grad(set_to_none=True)
         if self.averages:
             get_ema_multi_avg_fn(schedule.ema)(self.averages, [p.detach() for p in self.parameters], 1)
-        return loss
+        return sum(found)
 
-    def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> float:
-        """Gradients of a share, in as few passes as memory allows; returns the sum of losses."""
+    def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> torch.Tensor:
+        """Gradients of a share, in as few passes as memory allows; returns the losses."""
+        import torch
 
-        def work(at_once: int) -> float:
+        def work(at_once: int) -> torch.Tensor:
             self.optimizer.zero_grad(set_to_none=True)
             pieces = -(-len(rows) // at_once)
             split = zip(images.tensor_split(pieces), rows.tensor_split(pieces), strict=True)
-            return sum(self.gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split))
+            return torch.cat([self.gradients(*piece, planned, i + 1 == pieces) for i, piece in enumerate(split)])
 
         alone = self.processes == 1
-        loss, self.micro = within_memory(work, self.micro, len(rows), alone, "lower --micro-batch")
-        return loss
+        losses, self.micro = within_memory(work, self.micro, len(rows), alone, "lower --micro-batch")
+        return losses
 
-    def no_gradients(self) -> float:
+    def no_gradients(self) -> torch.Tensor:
         """A gradient of 0 for a share none of whose images can be read: other processes wait for one."""
         import torch
 
         side = getattr(self.source, "size", 1)
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.accelerator.device)
         self.accelerator.backward(0 * self.wrapped(blank).float().sum())
-        return 0.0
+        return torch.zeros(0, device=self.accelerator.device)
 
-    def gradients(self, images: torch.Tensor, rows: torch.Tensor, planned: int, last: bool) -> float:
-        """Adds a piece's part of the gradient of the batch's mean loss; processes meet at the last piece."""
-        import torch
+    def gradients(self, images: torch.Tensor, rows: torch.Tensor, planned: int, last: bool) -> torch.Tensor:
+        """Adds a piece's part of the gradient of the batch's mean loss; processes meet at the last piece.
+
+        Returns:
+            1 - cosine of each image, float32 (n,) on the device; nothing here waits for a GPU.
+        """
         from torch.nn.functional import cosine_similarity
 
         device = self.accelerator.device
+        targets, weights = (part[rows].to(device, non_blocking=True) for part in (self.targets, self.weights))
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             predicted = self.wrapped(images.to(device, non_blocking=True)).float()
-            losses = 1 - cosine_similarity(predicted, self.targets[rows].to(device))
-            if not torch.isfinite(losses).all():
-                self._stop(rows, "the loss is not a number")
+            losses = 1 - cosine_similarity(predicted, targets)
             # Gradients are averaged over processes, hence the factor.
-            weighted = (losses * self.weights[rows].to(device)).sum() * (self.processes / planned)
-            self.accelerator.backward(weighted)
-        return losses.sum().item()
+            self.accelerator.backward((losses * weights).sum() * (self.processes / planned))
+        return losses.detach()
 
     def _stop(self, rows: torch.Tensor, what: str) -> None:
         names = self.rows.frame["image_name"].iloc[rows.tolist()]
