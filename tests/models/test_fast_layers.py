@@ -67,6 +67,12 @@ def test_others_stay(layer):
     assert faster(frozen) is frozen
 
 
+def test_on_a_gpu_all_stays():
+    network = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6))
+    assert faster(network) is not network
+    assert faster(network.to("meta")) is not None and faster(network) is network
+
+
 def convnext():
     """timm's small ConvNeXt with stochastic depth, its first three stages frozen."""
     network = timm.create_model("convnext_atto", drop_path_rate=0.1, num_classes=0)

@@ -156,10 +156,15 @@ def test_unet_and_vae_are_compiled_when_asked_to(tiny_sd2, small_run, tmp_path, 
     assert not compiled
     render.run(render.Config(out=tmp_path / "b", **values, compile=True))
     assert compiled == ["UNet2DConditionModel", "AutoencoderKL"]
+    backend = started(tiny_sd2, compiled=True)
+    asked, real = [], backend.pipeline
+    backend.pipeline = lambda prompt, **how: asked.append(prompt) or real(prompt, **how)
+    backend.pipeline.unet, backend.pipeline.device = real.unet, real.device
+    assert len(backend.render(rows_of(["a fox"], [1]))) == 1 and asked == [["a fox", ""]]  # one batch size alone
     one, other = (Image.open(tmp_path / name / plain["file"][0]) for name in "ab")
     assert np.abs(pixels(one) - pixels(other)).mean() < 0.1
     render.run(render.Config(out=tmp_path / "a", **values, compile=True))  # the same images, by rounding: none anew
-    assert len(compiled) == 2
+    assert len(compiled) == 4
 
 
 def test_one_bad_row_is_flagged(tiny_sd2, monkeypatch, tmp_path, caplog):

@@ -5,6 +5,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from image_to_prompts.run import devices
+
+
+def test_more_processes_than_gpus_share_them(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        devices.local_device()
+    assert [one.index for one in chosen] == [0, 1, 0, 1]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide by themselves")

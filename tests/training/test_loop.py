@@ -1,5 +1,6 @@
 """The training loop: any batch in any pieces, exact resume at any step, several processes, clear ends."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -480,6 +482,15 @@ def test_gradients_that_are_not_finite_are_told_with_their_images(trainer, monke
     names = ", ".join(trainer.rows.frame["image_name"].iloc[rows.tolist()])
     with pytest.raises(UserError, match=rf"step 1: the gradients' norm is inf \(images {names}\)"):
         trainer.step(batch, rows, 2, 0.0)
+
+
+def test_a_scale_that_only_falls_ends_a_training_in_float16(trainer, monkeypatch):
+    batch, rows = trainer.source.collate([trainer.source[row] for row in trainer.rows.train[:2]])
+    for scale, ends in ((1.0, False), (0.5, True)):
+        scaler = SimpleNamespace(get_scale=lambda scale=scale: scale, scale=lambda loss: loss)
+        monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+        with pytest.raises(UserError, match="gradients are not finite") if ends else contextlib.nullcontext():
+            trainer.step(batch, rows, 2, 0.0)
 
 
 def test_a_steps_random_numbers_are_those_of_its_place(trainer):
