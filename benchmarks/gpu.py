@@ -30,6 +30,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,16 +170,16 @@ def bench_card(sizes: Sizes, *_: Any) -> dict[str, Any]:
     return found
 
 
-def switched(_: torch.memory_format, attention: bool, tuned: bool, eager: bool) -> Callable[..., Any]:
-    """A module's forward pass with switches set, but for its layout."""
+def compiling(on: bool) -> contextlib.AbstractContextManager:
+    """Within it layers that are compiled run so, or as they are written."""
+    return contextlib.nullcontext() if on else torch.compiler.set_stance("force_eager")
 
-    def forward(do: Callable[[], Any]) -> Any:
-        torch.backends.cudnn.benchmark = tuned
-        stance = torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext()
-        with sdpa_kernel(HOPPER, set_priority=True) if attention else contextlib.nullcontext(), stance:
-            return do()
 
-    return forward
+def switched(do: Callable[[], Any], attention: bool, tuned: bool, compiled: bool) -> Any:
+    """Does it with switches set."""
+    torch.backends.cudnn.benchmark = tuned
+    with sdpa_kernel(HOPPER, set_priority=True) if attention else contextlib.nullcontext(), compiling(compiled):
+        return do()
 
 
 def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
@@ -194,46 +195,36 @@ def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
     fast_layers.compiled(pipeline.vae)
     last, plain = torch.channels_last, torch.contiguous_format
     switches = {
-        "plain": (plain, False, False, True),
-        "cuDNN tunes": (plain, False, True, True),
-        "channels last": (last, False, False, True),
-        "channels last, cuDNN tunes": (last, False, True, True),
-        "and cuDNN's attention": (last, True, True, True),
-        "and compiled": (last, True, True, False),
+        "plain": (plain, False, False, False),
+        "cuDNN tunes": (plain, False, True, False),
+        "channels last": (last, False, False, False),
+        "channels last, cuDNN tunes": (last, False, True, False),
+        "and cuDNN's attention": (last, True, True, False),
+        "and compiled": (last, True, True, True),
     }
     outputs: dict[str, torch.Tensor] = {}
 
-    def unet(name: str) -> Callable[[], None]:
-        forward = switched(*switches[name])
+    def unet(name: str) -> None:
+        outputs[name] = pipeline.unet(latents, time_step, said, return_dict=False)[0]
 
-        def run() -> None:
-            with torch.inference_mode():
-                outputs[name] = forward(
-                    lambda: [pipeline.unet(latents, time_step, said, return_dict=False)[0] for _ in range(2)]
-                )[0]
+    def measured(net: Any, count: int, once: Callable[[str], Any]) -> dict[str, Any]:
+        """What `in_turns` finds of doing something `count` times with each setting of the switches."""
 
-        return run
+        @torch.inference_mode()
+        def run(name: str) -> None:
+            switched(lambda: [once(name) for _ in range(count)], *switches[name][1:])
 
-    def vae(name: str) -> Callable[[], None]:
-        forward = switched(*switches[name])
+        ways = {name: partial(run, name) for name in switches}
+        return in_turns(ways, sizes.rounds, count, lambda name: net.to(memory_format=switches[name][0]))
 
-        def run() -> None:
-            with torch.inference_mode():
-                forward(lambda: [pipeline.vae.decode(latents[:1], return_dict=False)[0] for _ in range(4)])
-
-        return run
-
-    def laid_out(net: Any) -> Callable[[str], Any]:
-        return lambda name: net.to(memory_format=switches[name][0])
-
-    found = in_turns({name: unet(name) for name in switches}, sizes.rounds, 2, laid_out(pipeline.unet))
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    found = measured(pipeline.unet, 2, unet)
+    with torch.inference_mode(), compiling(False):
         found["operations"] = operations(lambda: pipeline.unet(latents, time_step, said))
         pipeline.unet.float()
         exact = pipeline.unet(latents[:2].float(), time_step, said[:2].float()).sample
         pipeline.unet.to(kind)
     found["error"] = {name: float((one[:2].float() - exact).norm() / exact.norm()) for name, one in outputs.items()}
-    found["vae"] = in_turns({name: vae(name) for name in switches}, sizes.rounds, 4, laid_out(pipeline.vae))
+    found["vae"] = measured(pipeline.vae, 4, lambda name: pipeline.vae.decode(latents[:1], return_dict=False))
     torch.backends.cudnn.benchmark = False
     return found
 
@@ -359,16 +350,16 @@ def train_tower(backbone: str, side: int, batch: int, rounds: int) -> dict[str, 
     pixels, targets = pixels.to(device), trained.targets.to(device)
     tf32, halved = plain_step(model, None), plain_step(model, half())
 
-    def ours(eager: bool) -> None:
-        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+    def ours(compiled: bool) -> None:
+        with compiling(compiled):
             for _ in range(4):
                 trained.step(pixels, rows, len(rows), 0.0)
 
     ways = {
         "plain, TF32": lambda: [tf32(pixels, targets) for _ in range(4)],
         "plain, half": lambda: [halved(pixels, targets) for _ in range(4)],
-        "ours": lambda: ours(True),
-        "ours, compiled": lambda: ours(False),
+        "ours": lambda: ours(False),
+        "ours, compiled": lambda: ours(True),
     }
     found = in_turns(ways, rounds, 4 * batch)
     found["operations an image"] = recipes.cost(recipes.Recipe("", backbone, side, **how))[2]
@@ -451,15 +442,15 @@ def bench_infer(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
         with torch.inference_mode(), torch.autocast(device.type, precision) if precision else contextlib.nullcontext():
             return torch.cat([model(some.to(device)) for some in loader]).float().cpu().numpy()
 
-    def ours(eager: bool) -> np.ndarray:
-        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+    def ours(compiled: bool) -> np.ndarray:
+        with compiling(compiled):
             return predictors.predict(predictor, files, predictors.Viewing(("whole",), 32)).vectors
 
     ways = {
         "plain, TF32": lambda: found.update(tf32=loop(None)),
         "plain, half": lambda: found.update(half=loop(half())),
-        "ours": lambda: found.update(ours=ours(True)),
-        "ours, compiled": lambda: found.update(compiled=ours(False)),
+        "ours": lambda: found.update(ours=ours(False)),
+        "ours, compiled": lambda: found.update(compiled=ours(True)),
     }
     result = in_turns(ways, min(2, sizes.rounds), len(files))
     torch.set_float32_matmul_precision("highest")

@@ -12,12 +12,12 @@ from turns import ratio
 ROOT = Path(__file__).resolve().parents[1]
 FAST = "<!-- table of speeds, by make bench-table -->\n", "<!-- end of the table of speeds -->"
 GPU = "<!-- GPU table, by make bench-table -->\n", "<!-- end of the GPU table -->"
-SPEEDS = (  # what, beside what, script with its part, and where in its JSON file; "/" before it: slower, not faster
+SPEEDS = (  # what, beside what, script with its part, and where in its JSON file
     (
         "rendering, the stage around Stable Diffusion",
         "a bare loop of pipeline calls that writes the same files",
         "render",
-        "/stable diffusion/stage ÷ bare loop",
+        "stable diffusion/times as fast",
     ),
     (
         "training step of ConvNeXt-XXLarge, 512 px",
@@ -119,10 +119,9 @@ def _row(name: str, seconds: dict[str, list[float]], unit: str, what: str, besid
 def fast(command: str, place: str) -> list[float]:
     """How many times as fast, minimum, median and maximum, by a benchmark's JSON file."""
     found = json.loads((ROOT / "benchmarks" / f"{command.split()[0]}.json").read_text(encoding="utf-8"))
-    for key in place.removeprefix("/").split("/"):
-        found = found[key.replace("÷", "/")]
-    values = [found[name] for name in ("min", "median", "max")]
-    return [1 / value for value in reversed(values)] if place.startswith("/") else values
+    for key in place.split("/"):
+        found = found[key]
+    return [found[name] for name in ("min", "median", "max")]
 
 
 def speeds() -> str:

@@ -3,6 +3,7 @@
 pytest -m gpu tests/test_gpu.py      wherever there is a GPU; the weights are tiny and random
 """
 
+import io
 import os
 import socket
 import subprocess
@@ -145,8 +146,6 @@ def rendered(tiny_sd2, folder, prompts, **values):
 
 
 def pixels(file):
-    import io
-
     return np.asarray(Image.open(io.BytesIO(file)), np.int16)
 
 

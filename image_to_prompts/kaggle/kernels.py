@@ -62,7 +62,7 @@ class Kernel:
         if values:
             notebook, place = self._parameters()
             cell = {**notebook["cells"][place], "id": "set", "metadata": {}}
-            cell["source"] = "".join(f"{name} = {value!r}\n" for name, value in map(self.setting, values))
+            cell["source"] = "".join(f"{name} = {value!r}\n" for name, value in self.settings(values).items())
             notebook["cells"].insert(place + 1, cell)
             write_json(folder / self.metadata["code_file"], notebook)
         return Kernel(folder, metadata)
@@ -75,24 +75,27 @@ class Kernel:
             raise UserError(f"{self.id}: its notebook has no parameters; leave --set out")
         return notebook, tags.index(["parameters"])
 
-    def setting(self, given: str) -> tuple[str, Any]:
-        """The name and the value of a parameter of the notebook.
+    def settings(self, given: Sequence[str]) -> dict[str, Any]:
+        """Names and values of parameters of the notebook.
 
         Args:
-            given: NAME=VALUE; a value that Python does not read as one (`vit-l-336`) is taken as text.
+            given: NAME=VALUE each; a value that Python does not read as one (`vit-l-336`) is taken as text.
 
         Raises:
-            UserError: If the notebook has no parameter of that name.
+            UserError: If the notebook has no parameter of a name.
         """
-        name, _, value = given.partition("=")
         notebook, place = self._parameters()
         known = re.findall(r"^(\w+) = ", "".join(notebook["cells"][place]["source"]), re.MULTILINE)
-        if name not in known or not value:
-            raise UserError(f"--set {given}: give NAME=VALUE with a parameter of the notebook: {', '.join(known)}")
-        try:
-            return name, ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            return name, value
+        found: dict[str, Any] = {}
+        for one in given:
+            name, _, value = one.partition("=")
+            if name not in known or not value:
+                raise UserError(f"--set {one}: give NAME=VALUE with a parameter of the notebook: {', '.join(known)}")
+            try:
+                found[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                found[name] = value
+        return found
 
 
 def read(folder: Path) -> Kernel:

@@ -119,8 +119,8 @@ class Push(Command):
             )
         if self.set and self.all:
             raise UserError("--set: parameters are those of one notebook; name a stage instead of --all")
-        for value in self.set:
-            kernel.setting(value)
+        if self.set:
+            kernel.settings(self.set)
 
     def _prepared(self, api: Any, kernel: Kernel, missing: list[str], folder: Path) -> Kernel:
         """A kernel as it is sent: without what is missing, with what sessions before it have left."""

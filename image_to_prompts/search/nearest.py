@@ -35,7 +35,7 @@ TILE, CHUNK = 2048, 16  # rows of a product, of which a CPU holds two in its cac
 TILE_ON_GPU, CHUNK_ON_GPU = 65_536, 1
 ASKED = 1024  # queries at once
 FIRST, FIRST_ON_GPU = 4096, 131_072  # rows whose best cosines give the first limits
-RUN = 64
+RUN = 64  # of them that follow each other: single ones would be read one by one
 GATHERED = 512  # pairs computed again at once
 BLOCK = 65_536  # prompts embedded at once
 LONGEST = 1.001  # length of a unit vector that was rounded to float16
@@ -218,10 +218,10 @@ def nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: in
 def _nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The same for at most `ASKED` unit vectors."""
     device = local_device()
+    tile, chunk, first = TILE_ON_GPU, CHUNK_ON_GPU, FIRST_ON_GPU
     if device.type == "cpu":
         keep_memory()
-    on_cpu = device.type == "cpu"
-    tile, chunk, first = (TILE, CHUNK, FIRST) if on_cpu else (TILE_ON_GPU, CHUNK_ON_GPU, FIRST_ON_GPU)
+        tile, chunk, first = TILE, CHUNK, FIRST
     kind = half_of_unit(device)
     coarse = torch.from_numpy(queries).to(device, kind).T.contiguous()
     lost = ROUNDING * max(1, queries.shape[1] / text_encoder.DIMENSION)  # by sums, the longer the more
@@ -238,7 +238,7 @@ def _nearest(queries: np.ndarray, vectors: np.ndarray | Stored | Parts, count: i
         row, query = places(reaches(cosines, limits))
         return query, row + start, cosines[torch.from_numpy(row), torch.from_numpy(query)].float().cpu().numpy()
 
-    runs = -(-max(first, count) // RUN)  # of rows, since single ones would be read one by one
+    runs = -(-max(first, count) // RUN)
     begins = [len(vectors) * run // runs for run in range(runs)] if len(vectors) > runs * RUN else []
     sample = np.concatenate([vectors[start : start + RUN] for start in begins]) if begins else vectors[0 : len(vectors)]
     limits = cosines_of(sample).float().topk(count, dim=0).values[-1] - margin
