@@ -27,7 +27,7 @@ from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import dataset
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
-from first_seed import PRESETS, SeedFusion
+from earlier_ensemble import PRESETS, SeedFusion
 
 log = logging.getLogger(__name__)
 Predict = Callable[[list[np.ndarray]], np.ndarray]
@@ -45,7 +45,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each."""
     preset: Literal["10k", "43k", "93k"] = "10k"
-    """The first seed's batch size and learning rate, for both attentions."""
+    """The earlier ensemble's batch size and learning rate, for both attentions."""
     epochs: int = 8
     """Passes over the training rows, of both attentions."""
 

@@ -13,6 +13,7 @@ pictures.py    pictures and tables to judge a threshold by, and the fate of one 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,13 +26,15 @@ from ..profiles import StageConfig
 from ..run.bounds import AtLeast
 from ..run.engine import EngineConfig
 from ..run.errors import UserError
+from ..run.files import let_go
 from ..run.resume import Stamp, alone, writing
-from ..search.groups import with_groups
+from ..search.groups import leaders, with_groups
 from . import pictures
-from .result import BLOCK, Result, dedupe
+from .result import BLOCK, Result, Search, dedupe
 
 __all__ = ["Config", "Result", "dedupe", "hold_out", "read", "removed_path", "run"]
 log = logging.getLogger(__name__)
+IN_MEMORY = 500_000  # rows whose vectors are in memory, 0.8 GB; of more they lie in a file, and decided blocks, too
 FATES = 1000  # rows of which float32's verdict is computed where the vectors are not float32's
 
 
@@ -60,7 +63,7 @@ class Speed:
     search: Literal["auto", "exact", "faiss"] = "auto"
     """exact, faiss (approximate; for many millions of rows), or auto."""
     fast: bool = False
-    """Embed in half precision, and only what is removed, with what removed it, in float32 too: for sets of which few
+    """Embed in half precision, and in float32 only removed prompts and those that removed them: for sets of which few
     rows will be trained on, since training embeds in float32."""
 
 
@@ -162,12 +165,26 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
         return metadata.read(config.out)
     outputs = [config.out, removed_path(config.out), picture_path(config.out)]
     stamp.claim(outputs)
+
+    many = len(frame) > IN_MEMORY
+
+    def encode(texts: list[str]) -> np.ndarray:
+        if not many:
+            return text_encoder.encode(texts, config.fast, config)
+        return text_encoder.encode_to(stamp.work_folder() / "vectors.npy", texts, config.fast, config)
+
+    search: Search | None = None
+    if config.engine == "ray" and config.search != "faiss":
+        search = _on_cluster(config, stamp.work_folder())
+    elif many:
+        search = partial(leaders, engine=config.search, folder=stamp.work_folder())
     result = dedupe(
         frame,
-        lambda texts: text_encoder.encode(texts, config.fast, config),
+        encode,
         config.threshold,
         fixed=fixed,
         engine=config.search,
+        search=search,
     )
     if config.fast:
         result = _as_float32(result)
@@ -182,6 +199,17 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
     log.info("%s; largest group %.1f %%", counts, 100 * kept["group"].value_counts(normalize=True).max())
     return kept
+
+
+def _on_cluster(config: Config, folder: Path) -> Search:
+    """What compares vectors on the cluster."""
+    from ..search import on_cluster
+
+    def search(vectors: np.ndarray, threshold: float, fixed: int) -> tuple[np.ndarray, np.ndarray, str]:
+        found = on_cluster.leaders(vectors, threshold, fixed, config, folder)
+        return *found, f"exact, {len(vectors)} texts, on Ray"
+
+    return search
 
 
 def _as_float32(result: Result) -> Result:
@@ -199,6 +227,7 @@ def _as_float32(result: Result) -> Result:
     for start in range(0, len(kept), BLOCK):
         some = kept[start : start + BLOCK]
         cosines = np.where(some < sample[:, None], result.vectors[sample] @ result.vectors[some].T, -1)
+        let_go(result.vectors)
         higher = cosines.max(1, initial=-1) > highest
         nearest[higher], highest[higher] = some[cosines[higher].argmax(1)], cosines[higher].max(1)
     changed = (cosine(sample, nearest) >= np.float32(result.threshold)) != (highest >= np.float32(result.threshold))

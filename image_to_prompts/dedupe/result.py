@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from ..run.files import let_go, write_blocks
 from ..search.groups import FLOOR, exactly, leaders
 
 if TYPE_CHECKING:
     from ..search.near_pairs import Pairs
 
+Search = Callable[[np.ndarray, float, int], tuple[np.ndarray, np.ndarray, str]]
+"""Given vectors, a threshold and how many first ones are kept whatever they resemble: leaders, cosines, and how."""
 log = logging.getLogger(__name__)
 MOST_PAIRS = 20_000_000  # more are not kept: 20 bytes each, several times that while they are found
 SAMPLE, BLOCK = 1000, 65_536  # rows whose neighbours are looked up to count pairs, and how many at once
@@ -41,7 +45,7 @@ class Result:
         pairs: All pairs of texts with a cosine of at least `floor`; None where there are too many.
         floor: See `pairs`.
         nearest: float32, the cosine of some texts, taken at random, with the nearest other one.
-        engine: The engine that was asked for.
+        search: Finds leaders among vectors; see `Search`.
         how: The engine that was used, and why.
     """
 
@@ -56,7 +60,7 @@ class Result:
     pairs: Pairs | None
     floor: float
     nearest: np.ndarray
-    engine: str
+    search: Search
     how: str
 
     @property
@@ -121,12 +125,27 @@ class Result:
         if self.pairs is not None and threshold >= self.floor:
             leader, cosine = resolved(self.pairs, len(self.first), threshold, self.fixed_texts)
             return replace(self, threshold=threshold, leader=leader, cosine=cosine)
-        leader, cosine, how = leaders(self.vectors, threshold, self.fixed_texts, self.engine)
+        leader, cosine, how = self.search(self.vectors, threshold, self.fixed_texts)
         return replace(self, threshold=threshold, leader=leader, cosine=cosine, how=how)
 
     def groups(self) -> np.ndarray:
         """int64 (kept,), for each kept row the number, among the kept ones, of its leader at cosine 0.7."""
-        return leaders(self.vectors[self.text[self.kept_rows]], FLOOR, 0, self.engine)[0]
+        return self.search(_rows(self.vectors, self.text[self.kept_rows]), FLOOR, 0)[0]
+
+
+def _rows(vectors: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array; if that is a mapped file, in a file beside it."""
+    if not isinstance(vectors, np.memmap) or vectors.filename is None:
+        return vectors[rows]
+
+    def blocks() -> Iterator[np.ndarray]:
+        for start in range(0, len(rows), BLOCK):
+            yield vectors[rows[start : start + BLOCK]]
+            let_go(vectors)
+
+    file = Path(vectors.filename).with_name("kept.npy")
+    write_blocks(file, (len(rows), vectors.shape[1]), vectors.dtype, blocks())
+    return np.load(file, mmap_mode="c")
 
 
 def normalised(prompt: str) -> str:
@@ -141,6 +160,7 @@ def dedupe(
     *,
     fixed: int = 0,
     engine: str = "auto",
+    search: Search | None = None,
 ) -> Result:
     """Goes through rows in order and keeps each that reaches the threshold with no earlier kept one.
 
@@ -150,7 +170,9 @@ def dedupe(
         threshold: Least cosine that makes a row a copy.
         fixed: So many first rows are compared with, but neither kept nor removed.
         engine: `exact`, `faiss`, or `auto`: whichever fits the number of rows.
+        search: What compares in place of these engines.
     """
+    search, pairwise = search or partial(leaders, engine=engine), not search
     frame = frame.reset_index(drop=True)
     for column, values in {"_file": "", "_row": frame.index + 1, "_position": frame.index}.items():
         if column not in frame:
@@ -162,16 +184,16 @@ def dedupe(
     floor, fixed_texts = min(FLOOR, threshold), int((first < fixed).sum())
     nearest, estimated = sampled(vectors, floor)
     pairs = None
-    if estimated <= MOST_PAIRS and exactly(engine, len(vectors)):
+    if pairwise and estimated <= MOST_PAIRS and exactly(engine, len(vectors)):
         from ..search import near_pairs
 
         pairs = near_pairs.pairs(vectors, floor)
         leader, cosine = resolved(pairs, len(vectors), threshold, fixed_texts)
         how = f"exact, all {len(pairs.later)} pairs from cosine {floor:g}"
     else:
-        leader, cosine, how = leaders(vectors, threshold, fixed_texts, engine)
+        leader, cosine, how = search(vectors, threshold, fixed_texts)
     log.info("%d rows, %d texts; engine: %s", len(frame) - fixed, len(texts), how)
-    return Result(frame, fixed, text, first, vectors, threshold, leader, cosine, pairs, floor, nearest, engine, how)
+    return Result(frame, fixed, text, first, vectors, threshold, leader, cosine, pairs, floor, nearest, search, how)
 
 
 def resolved(pairs: Pairs, count: int, threshold: float, fixed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -202,4 +224,5 @@ def sampled(vectors: np.ndarray, floor: float) -> tuple[np.ndarray, int]:
         cosines[own, rows[own] - start] = -1
         nearest = np.maximum(nearest, cosines.max(1))
         reached += int((cosines >= floor).sum())
+        let_go(vectors)
     return nearest, reached * count // (2 * max(len(rows), 1))

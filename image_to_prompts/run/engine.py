@@ -9,6 +9,7 @@ its files stay in the process that was started. All nodes need this package and 
 (docs/scale.md).
 """
 
+import functools
 import logging
 import os
 import pickle
@@ -58,13 +59,22 @@ class _Actor:
             return error
 
 
-def over_blocks(config: EngineConfig, start: Callable[[], Callable[[T], R]], blocks: Iterable[T]) -> Iterator[R]:
+def _task(start: Callable[[], Callable[[Any], Any]], batch: dict[str, Any]) -> dict[str, list[bytes]]:
+    """An actor's work, of a process that holds nothing."""
+    return _Actor(start)(batch)
+
+
+def over_blocks(
+    config: EngineConfig, start: Callable[[], Callable[[T], R]], blocks: Iterable[T], holds: bool = True
+) -> Iterator[R]:
     """Works on blocks, in order.
 
     Args:
         config: Which engine, and where it is.
         start: Gets a worker ready: loads its models, and returns what works on a block. For Ray it can be pickled.
         blocks: Blocks of rows.
+        holds: Whether what `start` gives is worth keeping between blocks, a model for example. Without, Ray takes tasks
+            for actors, whose processes it uses again in the next call.
 
     Yields:
         What each block gives.
@@ -89,16 +99,21 @@ def over_blocks(config: EngineConfig, start: Callable[[], Callable[[T], R]], blo
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False  # the stage has its own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    how: dict[str, Any] = {
+        "fn": _Actor,
+        "fn_constructor_args": (start,),
+        "compute": ray.data.ActorPoolStrategy(size=actors),
+    }
+    if not holds:
+        how = {"fn": functools.partial(_task, start), "compute": ray.data.TaskPoolStrategy(size=actors)}
     made = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _Actor,
-        fn_constructor_args=(start,),
+        **how,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
         num_gpus=1 if gpus else None,
         num_cpus=None if gpus else 1,
     )
     for number, row in enumerate(made.iter_rows()):
-        if not number:
+        if not number and holds:
             log.info("%d actors; the first block after %.1f s", actors, time.monotonic() - begun)
         found = pickle.loads(row["found"])
         if isinstance(found, UserError):
@@ -109,11 +124,9 @@ def over_blocks(config: EngineConfig, start: Callable[[], Callable[[T], R]], blo
 def _connected(config: EngineConfig) -> Any:
     """The ray module, connected to the cluster or with a local one started."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it reports each lost actor, which it replaces
-    try:
-        import ray
-        import ray.data
-    except ModuleNotFoundError as error:
-        raise UserError("Ray is not installed; python -m pip install 'image-to-prompts[cluster]'") from error
+    import ray
+    import ray.data
+
     if ray.is_initialized():
         return ray
     begun = time.monotonic()

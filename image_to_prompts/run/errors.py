@@ -11,6 +11,7 @@ NO_MEMORY = (
     *("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation"),
     *("can't start new thread", "could not create a primitive", "failed to map segment"),
 )
+EXTRAS = {"gradio": "demo", "starlette": "demo", "ray": "cluster", "kaggle": "kaggle", "six": "kaggle"}
 AGAIN = "run the same command again to continue"
 
 
@@ -36,6 +37,10 @@ def explained(error: BaseException) -> UserError | None:
         said = str(one).lower()
         code = getattr(one, "errno", None)
         where = getattr(one, "filename", None) or "a disk"
+        if isinstance(one, ModuleNotFoundError) and one.name and not one.name.startswith("image_to_prompts"):
+            package = one.name.partition(".")[0]
+            extra = EXTRAS.get(package, "full")
+            return UserError(f"{package} is not installed; python -m pip install 'image-to-prompts[{extra}]'")
         if code in NO_ROOM or "no space left on device" in said:
             return UserError(f"{where}: no space left; free some: {AGAIN}")
         if code in NOT_ALLOWED:
@@ -43,7 +48,7 @@ def explained(error: BaseException) -> UserError | None:
         if code == errno.EIO:
             return UserError(f"{where}: the disk fails ({os.strerror(code)}); copy the data to another one: {AGAIN}")
         if isinstance(one, BrokenExecutor):
-            return UserError(f"a helping process was ended, by a person or for want of memory: {AGAIN}")
+            return UserError(f"a helping process was ended, by a person or because memory ran out: {AGAIN}")
         if isinstance(one, MemoryError) or code == errno.ENOMEM or any(text in said for text in NO_MEMORY):
             return UserError(f"out of memory; close other programs or lower --batch-size: {AGAIN}")
     return None

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there whole, or not at all."""
+"""Atomic writes: a file is there whole, or not at all; and memory of mapped files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -81,6 +82,15 @@ def write_blocks(path: Path, shape: tuple[int, ...], dtype: np.dtype, blocks: It
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:  # by Python: NumPy's own writing does not say that a disk is full, a mapped file kills
             file.write(np.ascontiguousarray(block, dtype).data)
+
+
+def let_go(array: np.ndarray) -> None:
+    """Has the system forget what it read of an array in a mapped file, which would count as memory in use."""
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def write_tensors(path: Path, tensors: dict[str, Any]) -> None:

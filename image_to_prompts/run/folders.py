@@ -40,10 +40,16 @@ def kaggle_inputs(marker: str) -> list[Path]:
     return sorted(KAGGLE_INPUT.rglob(marker)) if KAGGLE_INPUT.is_dir() else []
 
 
-def package_folder(name: str) -> Path | None:
-    """Folder of an installed package, found without importing it; None if it is not installed."""
+def package_folder(name: str) -> Path:
+    """Folder of an installed package, found without importing it.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed.
+    """
     spec = importlib.util.find_spec(name)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 class Run:

@@ -96,11 +96,11 @@ class Deadline:
         """Seconds that are left; infinite where there is no limit."""
         return max(0.0, self.seconds - (time.monotonic() - BEGUN)) if self.seconds else float("inf")
 
-    def passed(self) -> bool:
-        """To be asked after every piece."""
+    def passed(self, more: int = 1) -> bool:
+        """To be asked after every piece, of so many more that will be done before the answer counts."""
         now = time.monotonic()
         self.longest, self.last = max(self.longest, now - self.last), now
-        return bool(self.seconds) and now - BEGUN + self.longest > self.seconds
+        return bool(self.seconds) and now - BEGUN + more * self.longest > self.seconds
 
 
 def short(value: float) -> str:

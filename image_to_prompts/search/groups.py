@@ -1,5 +1,7 @@
 """Which rows stand for others that are near to them: by the exact engine or by FAISS, and as groups and folds."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -15,13 +17,13 @@ def exactly(engine: str, count: int) -> bool:
 
 
 def leaders(
-    vectors: np.ndarray, threshold: float, fixed: int = 0, engine: str = "auto"
+    vectors: np.ndarray, threshold: float, fixed: int = 0, engine: str = "auto", folder: Path | None = None
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """`near_pairs.leaders` or `with_faiss.leaders`, and which of them and why."""
     if exactly(engine, len(vectors)):
         from . import near_pairs
 
-        return *near_pairs.leaders(vectors, threshold, fixed), f"exact, {len(vectors)} texts"
+        return *near_pairs.leaders(vectors, threshold, fixed, folder), f"exact, {len(vectors)} texts"
     from . import with_faiss
 
     leader, cosine, missed = with_faiss.leaders(vectors, threshold, fixed)

@@ -23,7 +23,7 @@ from ..data import metadata
 from ..models import text_cache, text_encoder
 from ..models.metrics import unit
 from ..run.devices import keep_memory, local_device, one_core_each
-from ..run.files import atomic_path, write_blocks
+from ..run.files import atomic_path
 from ..run.resume import Stamp
 from .near_pairs import ROUNDING, half_of_unit, places, product, reaches
 
@@ -37,7 +37,6 @@ ASKED = 1024  # queries at once
 FIRST, FIRST_ON_GPU = 4096, 131_072  # rows whose best cosines give the first limits
 RUN = 64  # of them that follow each other: single ones would be read one by one
 GATHERED = 512  # pairs computed again at once
-BLOCK = 65_536  # prompts embedded at once
 LONGEST = 1.001  # length of a unit vector that was rounded to float16
 ERROR = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 """Unit roundoff (half the gap after 1); a product of unit vectors is off by it three times: twice in, once out."""
@@ -109,8 +108,7 @@ def _prompts(csvs: Sequence[Path]) -> list[str]:
 
 def build(prompts: list[str], texts: Path, vectors: Path) -> None:
     """Writes the two files of an index."""
-    blocks = (text_encoder.encode(prompts[start : start + BLOCK]) for start in range(0, len(prompts), BLOCK))
-    write_blocks(vectors, (len(prompts), text_encoder.DIMENSION), np.dtype(np.float32), blocks)
+    text_encoder.encode_to(vectors, prompts)
     write_texts(texts, prompts)
 
 

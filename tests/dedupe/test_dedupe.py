@@ -2,6 +2,7 @@
 
 import gzip
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,14 @@ def clustered(count, seed, width):
     st.sampled_from([0.003, 0.5, 0.7, 0.8, 0.95, 1.0]),
     st.integers(0, 5),
     st.sampled_from([(8192, 2048, 2048), (16, 8, 8), (7, 3, 5)]),
+    st.booleans(),
 )
-@settings(max_examples=120)
-def test_the_law_in_blocks_of_any_size(count, seed, width, threshold, fixed, blocks):
+@settings(max_examples=160)
+def test_the_law_in_blocks_of_any_size(count, seed, width, threshold, fixed, blocks, whole):
     vectors = clustered(count, seed, width)
     fixed = min(fixed, count)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near_pairs, "fast_int8", lambda device: whole)
         for name, value in zip(("BLOCK", "TALL", "WIDE"), blocks, strict=True):
             patch.setattr(near_pairs, name, value)
         leader, cosine = near_pairs.leaders(vectors, threshold, fixed)
@@ -114,6 +117,7 @@ def test_threads_and_precision_change_nothing(monkeypatch):
     whole = near_pairs.leaders(vectors, 0.8)
     assert 100 < (whole[0] == np.arange(3000)).sum() < 2900
     monkeypatch.setattr(near_pairs, "mixed_precision", lambda device: "no")
+    monkeypatch.setattr(near_pairs, "fast_int8", lambda device: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 3)
     try:
@@ -122,6 +126,91 @@ def test_threads_and_precision_change_nothing(monkeypatch):
         torch.set_num_threads(threads)
     for one, other in zip(whole, again, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def memory_of(file):
+    """Bytes of a mapped file that count as this process's memory."""
+    _, _, rest = Path("/proc/self/smaps").read_text().partition(str(file))
+    return 1024 * int(rest.partition("Rss:")[2].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="Linux tells the memory of a mapping")
+def test_of_a_mapped_file_little_is_in_memory(tmp_path, monkeypatch):
+    vectors, file, seen, real = clustered(40_000, 4, 384), tmp_path / "v.npy", [], near_pairs.let_go
+    np.save(file, vectors)
+    expected = near_pairs.leaders(vectors, 0.8)
+
+    def let_go(array):
+        seen.append(memory_of(file))
+        real(array)
+
+    monkeypatch.setattr(near_pairs, "let_go", let_go)
+    monkeypatch.setattr(near_pairs, "LET_GO", 100)
+    mapped = np.load(file, mmap_mode="c")
+    found = near_pairs.leaders(mapped, 0.8)
+    assert all(np.array_equal(*both) for both in zip(found, expected, strict=True))
+    assert len(seen) > 20 and np.median(seen) < file.stat().st_size / 4
+    real(mapped)
+    assert memory_of(file) < 2e6
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The rows of which the exact engine compared each block, and how to kill it after some."""
+
+    class Seen(list):
+        stop = None
+
+    seen, real = Seen(), near_pairs.product
+
+    def product(rows, *others):
+        if len(seen) == seen.stop:
+            raise KeyboardInterrupt
+        seen.append(len(rows))
+        return real(rows, *others)
+
+    monkeypatch.setattr(near_pairs, "product", product)
+    monkeypatch.setattr(near_pairs, "BLOCK", 32)
+    return seen
+
+
+@pytest.mark.parametrize("stop", [0, 1, 6, 9])
+def test_a_killed_search_goes_on_after_the_last_decided_block(compared, tmp_path, stop):
+    vectors = clustered(300, 3, 20)
+    expected = near_pairs.leaders(vectors, 0.8, 7)
+    in_all = len(compared)
+    assert in_all == 2 * -(-293 // 32)  # each block with what was kept, and with itself
+    compared.clear()
+    compared.stop = stop
+    with pytest.raises(KeyboardInterrupt):
+        near_pairs.leaders(vectors, 0.8, 7, tmp_path)
+    compared.stop = None
+    compared.clear()
+    for todo in (in_all - stop // 2 * 2, 0):
+        found = near_pairs.leaders(vectors, 0.8, 7, tmp_path)
+        assert all(np.array_equal(*both) for both in zip(found, expected, strict=True)) and len(compared) == todo
+        compared.clear()
+    damaged = max(tmp_path.rglob("decided-*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert np.array_equal(near_pairs.leaders(vectors, 0.8, 7, tmp_path)[0], expected[0]) and len(compared) == 2
+    for others in ((vectors[::-1], 0.8, 7), (vectors, 0.75, 7), (vectors, 0.8, 6)):
+        compared.clear()
+        assert np.array_equal(near_pairs.leaders(*others, tmp_path)[0], oracle(*others)) and compared, "other work"
+
+
+def test_a_killed_deduplication_of_many_rows_goes_on(compared, small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(dedupe, "IN_MEMORY", 10)
+    monkeypatch.setattr(near_pairs, "BLOCK", 16)
+    config = dedupe.Config(prompts=(small_run.prompts,), out=tmp_path / "m.csv", threshold=0.75)
+    expected = dedupe.run(replace(config, out=tmp_path / "whole" / "m.csv"))
+    in_all, compared.stop = len(compared), 9
+    compared.clear()
+    with pytest.raises(KeyboardInterrupt):
+        dedupe.run(config)
+    compared.stop = None
+    pd.testing.assert_frame_equal(dedupe.run(config), expected)
+    assert len(compared) == in_all + 1  # of the fifth block one half was done, and is done again
+    assert not list(tmp_path.glob(".m-*")), "half-done work is removed"
 
 
 def test_vectors_that_are_not_of_length_1_are_refused():
@@ -366,6 +455,20 @@ def test_a_prompt_is_explained(tmp_path, command):
         code, said, err = command("explain", prompt, "--metadata", out)
         assert code == 0 and fate in said and said.count("\n") >= 4, (said, err)
     assert command("explain", "a cat", "--metadata", tmp_path / "none.csv")[0] == 2
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_vectors_in_a_file_change_nothing(small_run, tmp_path, monkeypatch, fast):
+    mapped, real = [], text_encoder.encode_to
+    monkeypatch.setattr(text_encoder, "encode_to", lambda *told: mapped.append(told[0]) or real(*told))
+    monkeypatch.setattr(text_encoder, "MANY", 7)
+    for name, most in (("memory", 1000), ("file", 10)):
+        monkeypatch.setattr(dedupe, "IN_MEMORY", most)
+        out = tmp_path / name / "m.csv"
+        dedupe.run(dedupe.Config(prompts=(small_run.prompts,), out=out, threshold=0.7, fast=fast))
+    assert len(mapped) == 1 and not mapped[0].exists(), "what it needed goes when it is done"
+    for name in ("m.csv", "m.removed.csv"):
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
 
 
 def test_adding_rows_at_the_end_moves_no_old_one(small_run, tmp_path):

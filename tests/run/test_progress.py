@@ -61,7 +61,7 @@ def test_log_lines_stand_above_the_bar():
 
 
 def test_models_load_without_reports(tiny_encoders):
-    """transformers tells of each weight that it does not use, and shows bars of its own."""
+    """transformers reports each weight that it does not use, and shows bars of its own."""
     code = (
         "from image_to_prompts.cli import set_up\n"
         "set_up(quiet=False)\n"
@@ -69,7 +69,7 @@ def test_models_load_without_reports(tiny_encoders):
         f"encoders.build('interrogator', 0, caption={str(tiny_encoders['blip'])!r}, "
         f"ranker='open_clip:{tiny_encoders['clip']}', terms={str(tiny_encoders['terms'])!r})\n"
         "from image_to_prompts.models import text_encoder\n"
-        "text_encoder.load()\n"
+        "text_encoder.encode_once(['a cat'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     said = [line for line in done.stderr.splitlines() if "terms" not in line]
