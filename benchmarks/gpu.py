@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -40,25 +41,24 @@ import pandas as pd
 import random_weights
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from image_to_prompts.models import fast_layers
 from image_to_prompts.run import devices
 from image_to_prompts.run import progress as bars
 
 WORDS = "a fox in the snow by night, oil on canvas, castle over misty hills, portrait of an old sailor, soft light"
-HOPPER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
 class Sizes:
     """How much of everything."""
 
-    images: int = 8
+    images: int = 32
+    batch: int = 8
     steps: int = 0
     towers: tuple[tuple[str, int, int], ...] = (("open_clip:convnext_xxlarge", 512, 8), ("open_clip:ViT-H-14", 224, 32))
     text: str = "ViT-L-14"
-    trained: int = 128
+    trained: int = 512
     inferred: int = 256
     prompts: int = 10_000
     searched: int = 2_000_000
@@ -70,9 +70,9 @@ class Sizes:
 
 
 # A card of less than 40 GB does not hold two towers of that size, nor eight decoded images of plain diffusers.
-SMALLER = Sizes(images=2, towers=(("open_clip:convnext_large_d", 256, 8), ("open_clip:ViT-L-14", 224, 16)))
+SMALLER = Sizes(8, 2, trained=128, towers=(("open_clip:convnext_large_d", 256, 8), ("open_clip:ViT-L-14", 224, 16)))
 TINY = (("open_clip:convnext_tiny", 64, 2),)
-SMALL = Sizes(2, 2, TINY, "ViT-S-32-alt", 4, 4, 64, 3000, 10, 500, 64, 2)
+SMALL = Sizes(4, 2, 2, TINY, "ViT-S-32-alt", 4, 4, 64, 3000, 10, 500, 64, 2)
 
 
 def half() -> torch.dtype:
@@ -175,57 +175,52 @@ def compiling(on: bool) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if on else torch.compiler.set_stance("force_eager")
 
 
-def switched(do: Callable[[], Any], attention: bool, tuned: bool, compiled: bool) -> Any:
-    """Does it with switches set."""
-    torch.backends.cudnn.benchmark = tuned
-    with sdpa_kernel(HOPPER, set_priority=True) if attention else contextlib.nullcontext(), compiling(compiled):
-        return do()
-
-
 def bench_unet(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
     from image_to_prompts.render import stable_diffusion
 
     pipeline = stable_diffusion.load(weights, any_model=True)
-    device, kind, batch = pipeline.device, pipeline.unet.dtype, 2 * sizes.images
+    device, kind, batch = pipeline.device, pipeline.unet.dtype, 2 * sizes.batch
     side, width = pipeline.unet.config.sample_size, pipeline.unet.config.cross_attention_dim
     latents = torch.randn(batch, 4, side, side, device=device, dtype=kind)
     said = torch.randn(batch, 77, width, device=device, dtype=kind)
     time_step = torch.tensor(500, device=device)
-    fast_layers.compiled(pipeline.unet)
-    fast_layers.compiled(pipeline.vae)
+    fused = copy.deepcopy(pipeline.unet)
+    fused.fuse_qkv_projections()
+    for net in (pipeline.unet, pipeline.vae, fused):
+        fast_layers.compiled(net)
     last, plain = torch.channels_last, torch.contiguous_format
-    switches = {
-        "plain": (plain, False, False, False),
-        "cuDNN tunes": (plain, False, True, False),
-        "channels last": (last, False, False, False),
-        "channels last, cuDNN tunes": (last, False, True, False),
-        "and cuDNN's attention": (last, True, True, False),
-        "and compiled": (last, True, True, True),
-    }
+    switches = {"plain": (plain, False), "channels last": (last, False), "compiled, channels last": (last, True)}
     outputs: dict[str, torch.Tensor] = {}
 
-    def unet(name: str) -> None:
-        outputs[name] = pipeline.unet(latents, time_step, said, return_dict=False)[0]
+    def unet(name: str, net: Any) -> None:
+        outputs[name] = net(latents, time_step, said, return_dict=False)[0]
 
-    def measured(net: Any, count: int, once: Callable[[str], Any]) -> dict[str, Any]:
-        """What `in_turns` finds of doing something `count` times with each setting of the switches."""
+    def measured(count: int, once: Callable[[str, Any], Any], nets: dict[str, Any]) -> dict[str, Any]:
+        """What `in_turns` finds of doing something `count` times with the net and the switches of a way."""
+        how = {name: switches.get(name, (last, True)) for name in nets}
 
         @torch.inference_mode()
         def run(name: str) -> None:
-            switched(lambda: [once(name) for _ in range(count)], *switches[name][1:])
+            with compiling(how[name][1]):
+                for _ in range(count):
+                    once(name, nets[name])
 
-        ways = {name: partial(run, name) for name in switches}
-        return in_turns(ways, sizes.rounds, count, lambda name: net.to(memory_format=switches[name][0]))
+        ways = {name: partial(run, name) for name in nets}
+        return in_turns(ways, sizes.rounds, count, lambda name: nets[name].to(memory_format=how[name][0]))
 
-    found = measured(pipeline.unet, 2, unet)
+    nets = dict.fromkeys(switches, pipeline.unet) | {"compiled, channels last, fused QKV": fused}
+    found = measured(2, unet, nets)
     with torch.inference_mode(), compiling(False):
         found["operations"] = operations(lambda: pipeline.unet(latents, time_step, said))
         pipeline.unet.float()
         exact = pipeline.unet(latents[:2].float(), time_step, said[:2].float()).sample
         pipeline.unet.to(kind)
     found["error"] = {name: float((one[:2].float() - exact).norm() / exact.norm()) for name, one in outputs.items()}
-    found["vae"] = measured(pipeline.vae, 4, lambda name: pipeline.vae.decode(latents[:1], return_dict=False))
-    torch.backends.cudnn.benchmark = False
+
+    def decode(_: str, vae: Any) -> None:
+        vae.decode(latents[:1], return_dict=False)
+
+    found["vae"] = measured(4, decode, dict.fromkeys(switches, pipeline.vae))
     return found
 
 
@@ -240,6 +235,7 @@ def bench_render(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
     kind = torch.float16 if device.type == "cuda" else torch.float32
     frame = metadata.with_keys(pd.DataFrame({"prompt": texts(sizes.images)}), Path("benchmark"))
     metadata.write_table(folder / "m.csv", frame)
+    metadata.write_table(folder / "batch.csv", frame.iloc[: sizes.batch])
     plain = StableDiffusionPipeline.from_pretrained(weights, torch_dtype=kind, local_files_only=True)
     plain.scheduler = DDIMScheduler.from_config(plain.scheduler.config)
     plain.set_progress_bar_config(disable=True)
@@ -274,24 +270,25 @@ def bench_render(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
 
         return run
 
-    def stage(name: str, **how: Any) -> Callable[[], None]:
+    def stage(name: str, prompts: str = "m.csv", **how: Any) -> Callable[[], None]:
         def run() -> None:
             written[name] = Path(tempfile.mkdtemp(dir=folder))
             values = {"backend": "sd2", "weights": weights, "steps": sizes.steps, "quiet": True}
-            values |= {"batch_size": sizes.images, **how}
-            render.run(render.Config(metadata=folder / "m.csv", out=written[name], **values))
+            values |= {"batch_size": sizes.batch, **how}
+            render.run(render.Config(metadata=folder / prompts, out=written[name], **values))
 
         return run
 
-    few = max(1, sizes.images // 8)
+    few = max(1, sizes.batch // 8)
     ways = {
         "one prompt a call": calls("one prompt a call", 1, few),
-        "plain": calls("plain", sizes.images, sizes.images),
-        "ours": stage("ours"),
+        "plain": calls("plain", sizes.batch, sizes.batch),
+        "ours": stage("ours", "batch.csv"),
         "ours, compiled": stage("ours, compiled", compile=True),
         "ours --fast, compiled": stage("ours --fast, compiled", fast=True, compile=True),
     }
-    per = dict.fromkeys(ways, float(sizes.images)) | {"one prompt a call": float(few)}
+    per = dict.fromkeys(ways, float(sizes.images)) | dict.fromkeys(("plain", "ours"), float(sizes.batch))
+    per["one prompt a call"] = float(few)
     found = in_turns(ways, min(2, sizes.rounds), per)
     found["levels apart"] = {}
     for name in ("one prompt a call", "ours", "ours, compiled"):
@@ -301,7 +298,7 @@ def bench_render(sizes: Sizes, folder: Path, weights: Path) -> dict[str, Any]:
                     np.asarray(Image.open(written["plain"] / file), np.int16)
                     - np.asarray(Image.open(written[name] / file), np.int16)
                 ).ravel()
-                for file in frame["image_name"][: few if name == "one prompt a call" else None]
+                for file in frame["image_name"][: few if name == "one prompt a call" else sizes.batch]
             ]
         )
         found["levels apart"][name] = [float(differences.mean()), float((differences <= 1).mean())]
@@ -353,7 +350,8 @@ def train_tower(backbone: str, side: int, batch: int, rounds: int) -> dict[str, 
     def ours(compiled: bool) -> None:
         with compiling(compiled):
             for _ in range(4):
-                trained.step(pixels, rows, len(rows), 0.0)
+                begun = trained.begin(pixels, rows, len(rows), 0.0)
+            trained.read(begun)
 
     ways = {
         "plain, TF32": lambda: [tf32(pixels, targets) for _ in range(4)],
@@ -380,7 +378,7 @@ def bench_loop(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
     from image_to_prompts.data.rows import ImageRows
 
     device, (backbone, side, batch) = devices.local_device(), sizes.towers[0]
-    files = pictures(folder, sizes.trained)
+    files = pictures(folder, min(64, sizes.trained)) * max(1, sizes.trained // 64)
     found = {}
     for compile in (False, True):
         trained, _, _ = finetune.trainer(backbone, side, batch, device=device, images=len(files))
@@ -388,9 +386,13 @@ def bench_loop(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
         trained.schedule.save_minutes = 1e9
         if compile:
             fast_layers.compiled(trained.model.backbone)
-        trained.epoch()
-        trained.standing.step = 0
-        wait()
+        unwatched = []
+        for _ in range(3):
+            start = time.perf_counter()
+            trained.epoch()
+            wait()
+            unwatched.append((time.perf_counter() - start) / len(files))
+            trained.standing = type(trained.standing)()
         kinds = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[kinds.CUDA if device.type == "cuda" else kinds.CPU]) as profile:
             start = time.perf_counter()
@@ -398,16 +400,21 @@ def bench_loop(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
             wait()
             seconds = time.perf_counter() - start
         spans = sorted(
-            (event.time_range.start, event.time_range.end)
-            for event in profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
+            (event.start_ns(), event.end_ns())
+            for event in profile.profiler.kineto_results.events()  # profile.events() takes minutes
+            if event.device_type() == torch.autograd.DeviceType.CUDA
         )
         busy, end = 0.0, 0.0
         for first, last in spans:
             busy += max(0.0, last - max(first, end))
             end = max(end, last)
         name = "compiled" if compile else "as it is"
-        found[name] = {"seconds an image": seconds / len(files), "GPU busy": busy / 1e6 / seconds}
+        found[name] = {
+            "not profiled": unwatched,
+            "seconds an image": seconds / len(files),
+            "GPU busy": busy / 1e9 / seconds,
+            "GPU's seconds an image": busy / 1e9 / len(files),
+        }
         del trained
     return found
 
@@ -460,6 +467,7 @@ def bench_infer(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
 
 
 def bench_encode(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
+    from sentence_transformers import SentenceTransformer
 
     from image_to_prompts.encode import text_tower
     from image_to_prompts.models import text_cache, text_encoder
@@ -468,7 +476,7 @@ def bench_encode(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
     device = devices.local_device()
     random_weights.minilm(folder / text_encoder.NAME, sizes.minilm or random_weights.minilm_settings())
     text_encoder.weights = SimpleNamespace(locate=lambda *_: folder / text_encoder.NAME)  # not those that it checks for
-    encoder = text_encoder.load()
+    encoder = SentenceTransformer(str(folder / text_encoder.NAME), device=str(device))
     found: dict[str, np.ndarray] = {}
 
     def uncached(fast: bool) -> np.ndarray:
@@ -485,6 +493,7 @@ def bench_encode(sizes: Sizes, folder: Path, *_: Any) -> dict[str, Any]:
         "sentence-transformers, half": lambda: found.update(half=plain(True)),
         "ours": lambda: found.update(ours=uncached(False)),
         "ours, fast": lambda: found.update(fast=uncached(True)),
+        "ours, fast, nothing kept": lambda: found.update(once=text_encoder.encode_once(prompts)),
     }
     result = {"all-MiniLM-L6-v2": in_turns(ways, sizes.rounds, len(prompts) / 1000)}
     cosines = {name: float((found["plain"] * found[name]).sum(1).min()) for name in ("half", "ours", "fast")}

@@ -91,14 +91,8 @@ ROWS = {  # ways of each part: what, beside what, and their names there
 UNITS = {"render": "s an image", "train": "s an image", "infer": "s an image", "encode": "s a thousand"}
 
 
-def table(result: dict[str, Any] | None) -> str:
-    """The table as Markdown.
-
-    Args:
-        result: What benchmarks/gpu.py wrote; None: nobody has run it.
-    """
-    if result is None:
-        return NOTHING
+def table(result: dict[str, Any]) -> str:
+    """The table of what benchmarks/gpu.py wrote, as Markdown."""
     lines = [f"| {result['device']} | beside what | theirs | ours | times as fast: min, median, max |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for part, rows in ROWS.items():
@@ -108,6 +102,20 @@ def table(result: dict[str, Any] | None) -> str:
                 there = [row for row in rows if {row[2], row[3]} <= set(one["seconds"])]
                 lines += [_row(name, one["seconds"], UNITS.get(part, "s"), *row) for row in there]
     return "\n".join(lines) + "\n"
+
+
+def gpus() -> str:
+    """The tables of all cards, whose files are named gpu*.json.
+
+    Raises:
+        SystemExit: If a file was made with --small.
+    """
+    files = sorted((ROOT / "benchmarks").glob("gpu*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    for path, result in zip(files, found, strict=True):
+        if result["small"]:
+            raise SystemExit(f"{path}: made with --small; these are no figures to show")
+    return "\n".join(map(table, found)) or NOTHING
 
 
 def _row(name: str, seconds: dict[str, list[float]], unit: str, what: str, beside: str, theirs: str, ours: str) -> str:
@@ -141,12 +149,8 @@ def put(page: str, marks: tuple[str, str], text: str) -> str:
 
 
 def main() -> None:
-    path = ROOT / "benchmarks" / "gpu.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if result and result["small"]:
-        raise SystemExit(f"{path}: made with --small; these are no figures to show")
     page = ROOT / "docs" / "performance.md"
-    text = put(put(page.read_text(encoding="utf-8"), FAST, speeds()), GPU, table(result))
+    text = put(put(page.read_text(encoding="utf-8"), FAST, speeds()), GPU, gpus())
     page.write_text(text, encoding="utf-8")
     print(speeds())
 

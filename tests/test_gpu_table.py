@@ -12,9 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ["card", "unet", "render", "train", "loop", "infer", "encode", "search", "dedupe"]
 
 
-def test_what_nobody_measured_is_called_so(bench_table):
-    assert bench_table.table(None) == "Nobody has run it yet.\n"
-    assert len(bench_table.table({"device": "Tesla T4", "parts": {}}).splitlines()) == 2
+def test_each_card_has_a_table(bench_table, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_table, "ROOT", tmp_path)
+    assert bench_table.gpus() == "Nobody has run it yet.\n"
+    (tmp_path / "benchmarks").mkdir()
+    for file, device in (("gpu.json", "Tesla T4"), ("gpu_l4.json", "L4")):
+        found = {"device": device, "small": False, "parts": {}}
+        (tmp_path / "benchmarks" / file).write_text(json.dumps(found))
+    lines = bench_table.gpus().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("| Tesla T4 |") and lines[3].startswith("| L4 |")
+    (tmp_path / "benchmarks" / "gpu.json").write_text(json.dumps(found | {"small": True}))
+    with pytest.raises(SystemExit, match="--small"):
+        bench_table.gpus()
 
 
 def test_figures_become_rows(bench_table):

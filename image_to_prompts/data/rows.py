@@ -169,9 +169,13 @@ class Readable(Protocol):
     def collate(self, items: list[Any]) -> tuple[Any, torch.Tensor]: ...
 
 
-def _pinned(value: Any) -> Any:
-    """Tensors, alone or in tuples and lists, in memory from which a GPU copies while the program goes on."""
-    return type(value)(map(_pinned, value)) if isinstance(value, (tuple, list)) else value.pin_memory()
+def pinned(value: Any) -> Any:
+    """Tensors, alone or in tuples and lists, in memory from which a GPU, if there is one, copies by itself."""
+    import torch
+
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(pinned, value))
+    return value.pin_memory() if torch.cuda.is_available() else value
 
 
 def load(rows: Readable, batches: Iterable[Sequence[int]], workers: int = 0) -> Iterator[tuple[Any, torch.Tensor]]:
@@ -185,11 +189,9 @@ def load(rows: Readable, batches: Iterable[Sequence[int]], workers: int = 0) -> 
     Yields:
         What `rows.collate` makes of each batch.
     """
-    import torch
 
     def collated(items: list[Future]) -> tuple[Any, torch.Tensor]:
-        found = rows.collate([item.result() for item in items])
-        return _pinned(found) if torch.cuda.is_available() else found
+        return pinned(rows.collate([item.result() for item in items]))
 
     waiting: deque[Future] = deque()
     pool = ThreadPoolExecutor(workers or cores(), "loader")

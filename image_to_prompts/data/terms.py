@@ -34,8 +34,6 @@ def read(
         UserError: If the folder has none of these files, or one is not UTF-8.
     """
     wheel = package_folder("clip_interrogator")
-    if wheel is None:
-        raise UserError("clip-interrogator is not installed; python -m pip install clip-interrogator")
     found: dict[str, list[str]] = {"trendings": [*SITES]}
     found["trendings"] += [f"trending on {site}" for site in SITES]
     found["trendings"] += [f"featured on {site}" for site in SITES]

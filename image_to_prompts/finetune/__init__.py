@@ -28,7 +28,7 @@ from ..run.files import sha256
 from ..run.folders import BANK, LAST, MANIFEST
 from ..run.progress import STOPPED
 from ..run.resume import Stamp, alone
-from ..training import dataset, frozen_features, loop
+from ..training import dataset, epochs, frozen_features, loop
 from ..training import model as models
 from ..training import state as state_file
 from . import recipes
@@ -162,6 +162,18 @@ def _called(config: Config) -> dict[str, str]:
     return {"image_name": config.image_column, "prompt": config.prompt_column}
 
 
+def answer(config: Config) -> str | dry_run.Plan | None:
+    """The table that `--recipe list` asks for, the plan of `--dry-run`, or None where a training is asked for.
+
+    Raises:
+        UserError: On bad settings; see `plan`.
+    """
+    if config.recipe == recipes.LIST:
+        return recipes.table()
+    _check(config)
+    return plan(config) if config.dry_run else None
+
+
 def run(config: Config) -> pd.DataFrame:
     """Runs the stage; also under `accelerate launch`.
 
@@ -172,13 +184,9 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad input, settings or weights, or if the loss becomes infinite.
     """
-    if config.recipe == recipes.LIST:
-        log.info("%s", recipes.table())
-        return pd.DataFrame(columns=COLUMNS)
-    _check(config)
-    if config.dry_run:
-        planned = plan(config)
-        log.log(logging.INFO if planned.fits else logging.WARNING, "%s", planned)
+    found = answer(config)
+    if found is not None:
+        log.log(logging.INFO if getattr(found, "fits", True) else logging.WARNING, "%s", found)
         return pd.DataFrame(columns=COLUMNS)
     with alone(config.out):
         return _train(config)
@@ -321,7 +329,7 @@ def _epochs(config: Config, keeper: Keeper) -> bool:
     trainer = keeper.trainer
     if not trainer.standing.history:
         keeper.finish_epoch(0, math.nan)  # the fitted head on frozen features: with few rows nothing may beat it
-    while trainer.standing.epoch <= config.epochs and not loop.has_stalled(keeper.history, config.patience):
+    while trainer.standing.epoch <= config.epochs and not epochs.has_stalled(keeper.history, config.patience):
         loss = trainer.epoch()
         if loss is None:
             return False

@@ -108,7 +108,7 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     freezing.set_training(trained, True)
 
     def step(count: int) -> None:
-        trainer.step(images[:count], torch.arange(count), count, 0.0)
+        trainer.read(trainer.begin(images[:count], torch.arange(count), count, 0.0))
 
     few, more = (kept_by(model, partial(step, count)) for count in (PROBE, 2 * PROBE))
     memory = needed(model, round(few + (micro - PROBE) * (more - few) / PROBE), average=schedule.ema > 0)

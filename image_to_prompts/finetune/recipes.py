@@ -49,7 +49,7 @@ class Recipe:
 # ViT-B and .6 for ViT-L "so that the first layers get about 1e-6", which a floor of 1e-6 makes true for both; a higher
 # peak rate than without them; weak augmentation +.007. Peak, batch and epochs: 4th [410798], 4e-5 to 5e-5, 160, 3 to 4.
 _CLIP = Recipe(
-    "3rd's way",
+    "",
     "",
     224,
     train_from=0,
@@ -63,21 +63,28 @@ _CLIP = Recipe(
 )
 RECIPES = {
     "reference": Recipe(
-        "the reference: last quarter, two cosine cycles", "open_clip:convnext_xxlarge", 512, cycles=2, epochs=25
+        "the reference of the competition's bronze medal: last quarter, two cosine cycles",
+        "open_clip:convnext_xxlarge",
+        512,
+        cycles=2,
+        epochs=25,
     ),
     "vit-b": replace(
-        _CLIP, about="3rd's way, ViT-B/16 of LAION-2B: .614 alone", backbone="open_clip:ViT-B-16", layer_decay=0.4
+        _CLIP,
+        about="as the third team tuned it, LAION-2B's weights; it reached .614 alone",
+        backbone="open_clip:ViT-B-16",
+        layer_decay=0.4,
     ),
     "vit-l-336": replace(
         _CLIP,
-        about="3rd's way, OpenAI's ViT-L/14-336: .634 alone",
+        about="as the third team tuned it, OpenAI's weights; it reached .634 alone",
         backbone="open_clip:ViT-L-14-336-quickgelu",
         image_size=336,
         layer_decay=0.6,
     ),
     "vit-h": replace(
         _CLIP,
-        about="4th's, from block 14 on; in a blend of .641",
+        about="as the fourth team tuned it, from block 14 on; it is in their blend, .641",
         backbone="open_clip:ViT-H-14",
         train_from=15,  # the stem is group 0, block 14 group 15
         learning_rate=5e-5,
@@ -86,7 +93,7 @@ RECIPES = {
     ),
     "convnext-xxl": replace(
         _CLIP,
-        about="the tower that 2nd and 7th tuned; their values are not published, these are guesses",
+        about="the second and seventh team tuned this tower; their values are not published, these are guesses",
         backbone="open_clip:convnext_xxlarge",
         image_size=384,
         train_from=-1,
@@ -96,7 +103,7 @@ RECIPES = {
     ),
     "eva02-l-336": replace(
         _CLIP,
-        about="3rd's way; the tower is in the blends of the first three",
+        about="tuned as vit-l-336; the tower is in the blends of the first three teams",
         backbone="open_clip:EVA02-L-14-336",
         image_size=336,
         layer_decay=0.6,
@@ -134,8 +141,8 @@ def table() -> str:
     that a batch needs (`--dry-run` measures those). Images an hour: floating-point operations of a training step on one
     image, counted on the model, at an assumed share of a T4's peak.
     """
-    head = ("recipe", "tower", "px", "trains", "GFLOP", "GB", "images/h, 2 T4", "what it is")
-    rows = [head]
+    head = ("recipe", "tower", "px", "epochs", "batch", "rate", "trains", "GFLOP", "GB", "images/h, 2 T4")
+    rows: list[tuple[str, ...]] = [head]
     for name, one in RECIPES.items():
         trained, every, operations = cost(one)
         copies = 4 + (one.ema > 0)  # weights, gradients, two moments
@@ -147,9 +154,12 @@ def table() -> str:
             f"{size:.1f}",
             f"{rate:,.0f}",
         )
-        rows.append((name, one.backbone, str(one.image_size), *said, one.about))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
-    return "\n".join("  ".join(map(str.ljust, row, [*widths, 0])) for row in rows)
+        rows.append(
+            (name, one.backbone, *map(str, (one.image_size, one.epochs, one.batch_size, one.learning_rate)), *said)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, "", *(f"{name}: {one.about}" for name, one in RECIPES.items())])
 
 
 def cost(recipe: Recipe) -> tuple[int, int, float]:

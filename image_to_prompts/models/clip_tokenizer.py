@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..run.folders import package_folder
@@ -21,7 +20,7 @@ def load() -> CLIPTokenizer:
     """The tokenizer (Radford et al. 2021) as Stable Diffusion 2 uses it: 77 tokens, padded with "!"."""
     from transformers import CLIPTokenizer
 
-    folder = package_folder("open_clip") or Path()
+    folder = package_folder("open_clip")
     with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         merges = [tuple(line.split()) for line in file.read().split("\n")[1 : MERGES + 1]]
     letters = [*map(chr, PRINTABLE), *(chr(256 + number) for number in range(256 - len(PRINTABLE)))]

@@ -63,7 +63,7 @@ class Doubt:
         mean, scale = known.mean(0), known.std(0) + 1e-6
         left = torch.from_numpy((known - mean) / scale)
         torch.manual_seed(0)  # the components are found from random vectors
-        count = min(COMPONENTS, max(1, len(left) // 4), left.shape[1])  # what is left tells of images not seen
+        count = min(COMPONENTS, max(1, len(left) // 4), left.shape[1])  # what is left stands for images not seen
         _, sizes, axes = torch.svd_lowrank(left, count, niter=8)
         own = sizes.pow(2) / len(left)
         rest = (left.pow(2).sum() / len(left) - own.sum()).clamp_min(0) / max(1, left.shape[1] - count)

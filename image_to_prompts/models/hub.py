@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,22 +20,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 HUB = "huggingface.co"
 REACHED = 1.0  # seconds in which the hub must answer at all
-_stay_here = False  # see `without_network`
 
 
 class Unavailable(Exception):
     """Where nothing was got, and why, in a few words."""
-
-
-@contextlib.contextmanager
-def without_network(stay_here: bool = True) -> Iterator[None]:
-    """Within it the hub is not asked."""
-    global _stay_here
-    before, _stay_here = _stay_here, stay_here
-    try:
-        yield
-    finally:
-        _stay_here = before
 
 
 def cache() -> Path:
@@ -64,7 +51,7 @@ def listing(repository: str) -> list[RepoFile]:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
-    if _stay_here or constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise Unavailable(f"{HUB} (not asked)")
     if problem := _unreachable():
         raise Unavailable(f"{HUB} ({problem})")

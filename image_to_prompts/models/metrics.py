@@ -42,6 +42,14 @@ def in_fixed_rows(work: Callable[[list[np.ndarray]], np.ndarray], arrays: list[n
     return np.concatenate(found)[:count]
 
 
+def mapped(vectors: np.ndarray, weight: np.ndarray, bias: np.ndarray | float = 0.0) -> np.ndarray:
+    """`vectors @ weight + bias`, float32 (n, d), of float32 (n, width), in fixed rows."""
+    import torch
+
+    matrix = torch.from_numpy(weight)
+    return in_fixed_rows(lambda rows: (torch.from_numpy(rows[0]) @ matrix).numpy() + bias, [vectors])
+
+
 def constant_score(mean: np.ndarray, targets: np.ndarray) -> float:
     """Score of predicting the mean training target (384,) for every row of `targets` (n, 384)."""
     return mean_cosine(np.broadcast_to(mean, targets.shape), targets)

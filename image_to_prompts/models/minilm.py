@@ -7,19 +7,18 @@ oneDNN's products; what is summed up from layer to layer stays float32 (docs/log
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import gelu, layer_norm, linear, normalize, scaled_dot_product_attention
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from torch import Tensor, nn
+    from torch import Tensor
 
 TOKENS, BLOCK = (65_536, 1024), (4096, 128)  # of a batch, and of a product, on a GPU and on a CPU
 # cuDNN's attention would plan anew for each number and length of texts.
@@ -42,34 +41,42 @@ class Layer:
 class MiniLM:
     """A BERT encoder with mean pooling."""
 
-    def __init__(self, model: SentenceTransformer, kind: torch.dtype) -> None:
+    def __init__(
+        self, state: Mapping[str, Tensor], settings: Mapping[str, Any], kind: torch.dtype, device: torch.device
+    ) -> None:
         """Takes the weights of a model.
 
         Args:
-            model: A BERT with mean pooling and normalisation.
+            state: Tensors of a `BertModel` of transformers, by their names.
+            settings: Its config.json.
             kind: Type to multiply matrices in.
-        """
-        bert = model[0].auto_model
-        self.kind, self.device = kind, model.device
-        self.heads, self.epsilon = bert.config.num_attention_heads, bert.config.layer_norm_eps
-        embeddings = bert.embeddings
-        self.words = embeddings.word_embeddings.weight.detach()
-        kinds = embeddings.token_type_embeddings.weight.detach()
-        self.positions = embeddings.position_embeddings.weight.detach() + kinds[0]
-        self.norm = _pair(embeddings.LayerNorm)
-        self.layers = [self._layer(layer) for layer in bert.encoder.layer]
+            device: Where to.
 
-    def _layer(self, layer: nn.Module) -> Layer:
-        own, attention = layer.attention.self, layer.attention.output
-        parts = [_pair(part, self.kind) for part in (own.query, own.key, own.value)]
-        return Layer(
-            (torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])),
-            _pair(attention.dense, self.kind),
-            _pair(attention.LayerNorm),
-            _pair(layer.intermediate.dense, self.kind),
-            _pair(layer.output.dense, self.kind),
-            _pair(layer.output.LayerNorm),
-        )
+        Raises:
+            KeyError: If a tensor or a setting is missing.
+        """
+        self.kind, self.device = kind, device
+        self.heads, self.epsilon = settings["num_attention_heads"], settings["layer_norm_eps"]
+
+        def pair(name: str, kind: torch.dtype = torch.float32) -> Pair:
+            return state[f"{name}.weight"].to(device, kind), state[f"{name}.bias"].to(device, kind)
+
+        def layer(name: str) -> Layer:
+            parts = [pair(f"{name}.attention.self.{part}", kind) for part in ("query", "key", "value")]
+            return Layer(
+                (torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])),
+                pair(f"{name}.attention.output.dense", kind),
+                pair(f"{name}.attention.output.LayerNorm"),
+                pair(f"{name}.intermediate.dense", kind),
+                pair(f"{name}.output.dense", kind),
+                pair(f"{name}.output.LayerNorm"),
+            )
+
+        tables = [state[f"embeddings.{one}_embeddings.weight"] for one in ("word", "position", "token_type")]
+        self.words, positions, kinds = (table.to(device, torch.float32) for table in tables)
+        self.positions = positions + kinds[0]
+        self.norm = pair("embeddings.LayerNorm")
+        self.layers = [layer(f"encoder.layer.{number}") for number in range(settings["num_hidden_layers"])]
 
     def _product(self, x: Tensor, pair: Pair, activation: str = "none") -> Tensor:
         """A layer's product of all tokens, `BLOCK` at once: with other numbers of rows a product rounds otherwise."""
@@ -122,10 +129,6 @@ class MiniLM:
 
     def _add(self, x: Tensor, y: Tensor, norm: Pair) -> Tensor:
         return layer_norm(x.add_(y), norm[0].shape, *norm, self.epsilon)
-
-
-def _pair(module: nn.Module, kind: torch.dtype = torch.float32) -> Pair:
-    return module.weight.detach().to(kind), module.bias.detach().to(kind)
 
 
 def batches(tokens: Sequence[Sequence[int]], device: str = "cpu") -> Iterator[list[int]]:

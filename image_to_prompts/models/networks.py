@@ -25,24 +25,17 @@ class Fusion(nn.Module):
     and dropout within costs a third of a step on CPUs (docs/log.md).
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        width: int = WIDTH,
-        layers: int = LAYERS,
-        heads: int = HEADS,
-        feed_forward: int = FEED_FORWARD,
-    ) -> None:
-        """Takes the width of each embedding, and the size of the encoder."""
+    def __init__(self, widths: Sequence[int]) -> None:
+        """Takes the width of each embedding."""
         super().__init__()
         self.widths = list(widths)
         self.register_buffer("mean", torch.zeros(sum(widths)))
         self.register_buffer("std", torch.ones(sum(widths)))
-        self.projections = nn.ModuleList(nn.Linear(one, width) for one in widths)
-        self.marks = nn.Parameter(0.02 * torch.randn(len(widths), width))
-        layer = nn.TransformerEncoderLayer(width, heads, feed_forward, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, DIMENSION)
+        self.projections = nn.ModuleList(nn.Linear(one, WIDTH) for one in widths)
+        self.marks = nn.Parameter(0.02 * torch.randn(len(widths), WIDTH))
+        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, FEED_FORWARD, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, DIMENSION)
         self.linear = nn.Linear(sum(widths), DIMENSION)
 
     def start(self, scale: tuple[np.ndarray, np.ndarray], ridge: tuple[np.ndarray, np.ndarray]) -> Fusion:

@@ -3,49 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..run.devices import keep_memory, local_device, mixed_precision, one_core_each, type_of
 from ..run.engine import EngineConfig, over_blocks
+from ..run.files import write_blocks
 from ..run.progress import progress_to
 from . import layouts, text_cache, weights
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer
     from torch import Tensor
 
     from .minilm import MiniLM
 
 NAME = "all-MiniLM-L6-v2"
+WHAT = "a model of sentence-transformers"
 DIMENSION = 384
-BLOCK = 4096  # texts kept at once
+BLOCK, MANY = 4096, 65_536  # texts kept at once, and texts whose vectors are in memory before they go to a file
 SHAPES = "fixed"  # how texts share batches; vectors of another way are others by rounding
 
 
 @lru_cache(maxsize=1)
-def load() -> SentenceTransformer:
-    """Loads the model once per process, on the GPU where there is one."""
-    folder = weights.locate(NAME)
-    from sentence_transformers import SentenceTransformer
+def tokenizer() -> Tokenizer:
+    """The model's tokenizer, which cuts texts at the model's 256 tokens."""
+    from tokenizers import Tokenizer
 
-    with layouts.reading(folder, "a model of sentence-transformers"):
-        return SentenceTransformer(str(folder), device=str(local_device())).eval()
+    folder = weights.locate(NAME)
+    with layouts.reading(folder, WHAT):
+        loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        loaded.enable_truncation(json.loads((folder / "sentence_bert_config.json").read_bytes())["max_seq_length"])
+        loaded.no_padding()
+        return loaded
 
 
 @lru_cache(maxsize=2)
 def _encoder(precision: str) -> MiniLM:
-    """The encoder in a precision of `devices.mixed_precision`."""
+    """The encoder in a precision of `devices.mixed_precision`, on the GPU where there is one."""
+    from . import backbones
     from .minilm import MiniLM
 
-    model = load()
-    if model.device.type == "cpu":
+    folder, device = weights.locate(NAME), local_device()
+    if device.type == "cpu":
         keep_memory()
-    return MiniLM(model, type_of(precision))
+    (first, *_) = layouts.tensors((path.name for path in folder.iterdir()), layouts.TRANSFORMERS)
+    state = backbones.read_state(folder / first)
+    with layouts.reading(folder, WHAT):
+        return MiniLM(state, json.loads((folder / "config.json").read_bytes()), type_of(precision), device)
 
 
 def _precision(fast: bool) -> str:
@@ -89,6 +100,24 @@ def encode(prompts: Sequence[str], fast: bool = False, engine: EngineConfig | No
     return vectors if len(texts) == len(prompts) else vectors[rows]
 
 
+def encode_to(file: Path, prompts: Sequence[str], fast: bool = False, engine: EngineConfig | None = None) -> np.ndarray:
+    """`encode` into a .npy file, for so many prompts that memory does not hold their vectors.
+
+    Returns:
+        The array in the file, mapped.
+    """
+
+    def blocks() -> Iterator[np.ndarray]:
+        with progress_to(len(prompts), "all prompts") as advance:
+            for start in range(0, len(prompts), MANY):
+                some = prompts[start : start + MANY]
+                yield encode(some, fast, engine)
+                advance(len(some))
+
+    write_blocks(file, (len(prompts), DIMENSION), np.dtype(np.float32), blocks())
+    return np.load(file, mmap_mode="c")
+
+
 def _start(precision: str) -> Callable[[list[str]], np.ndarray]:
     """What embeds a block of texts."""
     model = _encoder(precision)
@@ -116,8 +145,7 @@ def _embed(model: MiniLM, texts: Sequence[str], threads: ThreadPoolExecutor) -> 
     """Row numbers and embeddings, batch by batch; texts of like length share one."""
     from .minilm import batches
 
-    tokenizer, most = load().tokenizer, load().max_seq_length
-    tokens = tokenizer(list(texts), truncation=True, max_length=most)["input_ids"]
+    tokens = [found.ids for found in tokenizer().encode_batch_fast(list(texts))]
     parts = list(batches(tokens, model.device.type))
     encoded = threads.map(lambda part: model.encode([tokens[row] for row in part]), parts)
     yield from zip(parts, encoded, strict=True)

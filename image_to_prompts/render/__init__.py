@@ -47,7 +47,7 @@ class Main:
     out: Path = Path("images/prompts")
     """Folder for the images and manifest.csv."""
     backend: Literal["scenes", "sd2"] = "scenes"
-    """Who draws."""
+    """Renderer: emoji scenes, or Stable Diffusion 2 (sd2)."""
     seeds: Positive = 1
     """Images a prompt: the row's own seed, then others derived from it."""
     format: Literal["png", "jpg", "webp"] = "png"

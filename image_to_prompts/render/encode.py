@@ -31,17 +31,19 @@ def flag_of(image: Image.Image) -> str:
     return BLANK if not any(ImageStat.Stat(image).var) else NEAR_UNIFORM
 
 
-def finish(image: Image.Image, flag: str, suffix: str) -> tuple[bytes, str]:
+def finish(image: Image.Image | None, flag: str, suffix: str) -> tuple[bytes | None, str]:
     """Downsizes to 512 px (Lanczos, as Pillow names it), flags and encodes.
 
     Args:
-        image: RGB image, square.
+        image: RGB image, square; None where drawing it failed.
         flag: What the backend says of it; it wins over what is seen.
         suffix: A key of `FORMATS`.
 
     Returns:
-        The file's bytes and the flag.
+        The file's bytes, None without an image, and the flag.
     """
+    if image is None:
+        return None, flag
     if image.size != (SIZE, SIZE):
         image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     kind, options = FORMATS[suffix]

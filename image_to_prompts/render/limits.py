@@ -73,10 +73,7 @@ class Limits:
         self.images, self.bytes, self.blocks, self.last = self.images + images, self.bytes + size, self.blocks + 1, now
 
     def estimate(self) -> Estimate:
-        """What the images of this process that are not there yet will take."""
+        """What the images of this process that are not there yet will take, after the first block."""
         left = self.total - self.before - self.images
-        if not self.images:
-            return Estimate("images", self.total, left, 0.0, 0.0)
-        return Estimate(
-            "images", self.total, left, (self.last - self.drawing_since) / self.images, self.bytes / self.images
-        )
+        seconds = (self.last - self.drawing_since) / self.images
+        return Estimate("images", self.total, left, seconds, self.bytes / self.images)

@@ -114,8 +114,9 @@ def features(
     from safetensors.torch import load_file
 
     model.eval()
+    folder = make_folder(work / "features")
     if cache:
-        _announce(model, len(only), images.size, device, mixed, work)
+        _announce(model, len(only), images.size, device, mixed, folder)
 
     tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
     stages = freezing.stages(model.backbone)
@@ -137,7 +138,7 @@ def features(
                 _compare(tail, stored["activations"], part[:, : model.width], device)
             yield {name: tensor.contiguous() for name, tensor in stored.items()}
 
-    files = resume.blocks(make_folder(work / "features"), len(only), BLOCK, make)
+    files = resume.blocks(folder, len(only), BLOCK, make)
     parts = [load_file(file)["features"].numpy() for file in files]
     widest = max(part.shape[1] for part in parts)  # one column where no image of a block can be read
     both = np.full((len(images), max(widest, model.width)), np.nan, np.float32)
@@ -158,18 +159,18 @@ def _stored_type(mixed: bool, device: torch.device) -> torch.dtype:
     return type_of(mixed_precision(device) if mixed else "no")
 
 
-def _announce(model: nn.Module, count: int, side: int, device: torch.device, mixed: bool, work: Path) -> None:
+def _announce(model: nn.Module, count: int, side: int, device: torch.device, mixed: bool, folder: Path) -> None:
     """Says how large the cache will be, found out with one image; raises UserError if there is less room."""
     import torch
 
     one = activations(model, torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
     size = one.numel() * _stored_type(mixed, device).itemsize * count
-    there = sum(file.stat().st_size for file in work.glob("block-*.safetensors"))
-    free = shutil.disk_usage(work).free + there
-    log.info("cached features of %d images: %.2f GB in %s (%.0f GB free)", count, size / 1e9, work, free / 1e9)
+    there = sum(file.stat().st_size for file in folder.glob("block-*.safetensors"))
+    free = shutil.disk_usage(folder).free + there
+    log.info("cached features of %d images: %.2f GB in %s (%.0f GB free)", count, size / 1e9, folder, free / 1e9)
     if size > free:
         need = f"cached features need {size / 1e9:.1f} GB, {free / 1e9:.1f} are free"
-        raise UserError(f"{work}: {need}; use --no-cache-features")
+        raise UserError(f"{folder}: {need}; use --no-cache-features")
 
 
 def over_cache(model: nn.Module) -> nn.Module:

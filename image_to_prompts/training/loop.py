@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.rows import load
+from ..data.rows import load, pinned
 from ..models import freezing
 from ..run.devices import rank_and_processes, within_memory
 from ..run.errors import UserError
 from ..run.progress import Deadline, progress_to
 from . import state as state_file
+from .epochs import batches, learning_rate_factor, one_of_each
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -59,33 +60,24 @@ class Standing:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def learning_rate_factor(done: float, cycles: int) -> float:
-    """Cosine from 1 to 0 in each of `cycles` equal parts (SGDR, Loshchilov & Hutter 2017); `done` in 0..1."""
-    return 0.5 * (1 + math.cos(math.pi * ((done * cycles) % 1.0)))
+@dataclass
+class Begun:
+    """A step whose results are still to be read.
 
+    Attributes:
+        number: Which step of the epoch, from 1.
+        rows: int64 (n,), row numbers of this process's images.
+        over: Whether this process is over its time.
+        told: Numbers on the CPU: 1 - cosine of each image, the gradients' norm, and of several processes the sum of
+            1 - cosine, the rows, and how many of them are over their time.
+        there: What to wait for before `told` is read, on a GPU.
+    """
 
-def batches(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[np.ndarray]:
-    """The rows of an epoch, ordered by (seed, epoch) alone, in batches whose sizes differ by one at most."""
-    order = np.random.default_rng((seed, epoch)).permutation(rows)
-    return np.array_split(order, -(-len(order) // batch_size) or 1)
-
-
-def one_of_each(rows: np.ndarray, prompts: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Of the rows of each prompt one, drawn by (seed, epoch) alone; in the order of the prompts' first rows."""
-    order = np.random.default_rng((seed, epoch, 1)).permutation(len(rows))
-    _, first, of = np.unique(prompts, return_index=True, return_inverse=True)
-    drawn = np.empty(len(first), int)
-    drawn[of[order]] = order  # of several the last that is written
-    return rows[drawn[np.argsort(first)]]
-
-
-def has_stalled(history: list[dict[str, float]], patience: int) -> bool:
-    """Whether the last `patience` epochs brought nothing; never with patience 0."""
-    cosines = [entry["cosine"] for entry in history]
-    stalled = bool(patience) and len(cosines) > patience and max(cosines[-patience:]) <= max(cosines[:-patience])
-    if stalled:
-        log.info("no epoch of the last %d was better: stopped early", patience)
-    return stalled
+    number: int
+    rows: torch.Tensor
+    over: bool
+    told: torch.Tensor
+    there: torch.cuda.Event | None
 
 
 class Trainer:
@@ -128,6 +120,7 @@ class Trainer:
         self.wrapped, self.optimizer = accelerator.prepare(trained, optimizer)
         self.averages = [p.detach().clone() for p in self.parameters] if schedule.ema else []
         self.standing = Standing()
+        self.begun: Begun | None = None
         self.steps = len(self._planned(1))  # of an epoch
         self.micro = schedule.micro_batch or schedule.batch_size
         self.deadline = Deadline(schedule.max_hours)
@@ -180,19 +173,22 @@ class Trainer:
         if hasattr(self.source, "epoch"):
             self.source.epoch = standing.epoch
         shares = [batch[self.rank :: self.processes].tolist() for batch in planned[standing.step :]]
-        loader = load(self.source, shares, self.schedule.loader_workers)
+        loader, over = load(self.source, shares, self.schedule.loader_workers), False
         with progress_to(len(planned), f"epoch {standing.epoch}/{self.schedule.epochs}", standing.step) as advance:
             for (images, rows), batch in zip(loader, planned[standing.step :], strict=True):
-                loss = self.step(images, rows, len(batch), standing.step / len(planned))
-                loss, seen, over = self._summed(loss, len(rows), self.deadline.passed())
+                # A step is read when the next one has begun, so that a GPU never waits for this process.
+                begun = self.begin(images, rows, len(batch), standing.step / len(planned))
                 standing.step += 1
-                standing.loss += loss
-                standing.rows += seen
+                over = self._read_last()
+                self.begun = begun
                 advance(1)
-                if over or time.monotonic() - self.saved > self.schedule.save_minutes * 60:
-                    self.save()
                 if over:
-                    return None
+                    break
+                if time.monotonic() - self.saved > self.schedule.save_minutes * 60:
+                    self.save()
+        if self._read_last() or over:
+            self.save()
+            return None
         if not standing.rows:
             raise UserError("no readable training image; check --images")
         return standing.loss / standing.rows
@@ -205,6 +201,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes the state, in the main process."""
+        self._read_last()
         self.saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
@@ -234,8 +231,8 @@ class Trainer:
         self.standing, self.micro = Standing(**state["standing"]), self.schedule.micro_batch or state["micro"]
         log.info("continuing at epoch %d, step %d", self.standing.epoch, self.standing.step)
 
-    def step(self, images: torch.Tensor, rows: torch.Tensor, planned: int, done: float) -> float:
-        """One optimizer step.
+    def begin(self, images: torch.Tensor, rows: torch.Tensor, planned: int, done: float) -> Begun:
+        """One optimizer step, which a GPU may still be computing on return.
 
         Args:
             images: uint8 (n, 3, s, s) or cached features, this process's readable share of a batch.
@@ -244,7 +241,7 @@ class Trainer:
             done: How much of the epoch was done before, 0..1.
 
         Returns:
-            The sum of 1 - cosine over the share.
+            What `read` reads.
         """
         import torch
         from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -260,19 +257,47 @@ class Trainer:
         torch.manual_seed(int(seed.generate_state(1)[0]))
         losses = self._within_memory(images, rows, planned) if len(rows) else self.no_gradients()
         norm, scaler = self.accelerator.clip_grad_norm_(self.parameters, CLIP_NORM), self.accelerator.scaler
-        # The one place where this process waits for a GPU.
-        *found, size = torch.cat([losses, losses.new_zeros(1) if norm is None else norm.to(losses)[None]]).tolist()
-        if not np.isfinite(found).all():
-            self._stop(rows[~np.isfinite(found)], "the loss is not a number")
-        if not scaler and not math.isfinite(size):
-            self._stop(rows, f"the gradients' norm is {size}")
+        size = losses.new_zeros(1) if norm is None else norm.to(losses)[None]
+        over = self.deadline.passed(2)  # the next step begins before this one is read
+        told = torch.cat([losses, size, self._summed(losses, over)]).to("cpu", non_blocking=losses.is_cuda)
+        there = torch.cuda.current_stream().record_event() if losses.is_cuda else None
         self.optimizer.step()
         if scaler and scaler.get_scale() < 1:  # halved at each step that was left out
-            self._stop(rows, "the gradients are not finite, however small the loss is made")
+            self._stop(standing.step + 1, rows, "the gradients are not finite, however small the loss is made")
         self.optimizer.zero_grad(set_to_none=True)
         if self.averages:
             get_ema_multi_avg_fn(schedule.ema)(self.averages, [p.detach() for p in self.parameters], 1)
-        return sum(found)
+        return Begun(standing.step + 1, rows, over, told, there)
+
+    def read(self, begun: Begun) -> tuple[float, int, bool]:
+        """Waits for a step's results.
+
+        Returns:
+            The sum of 1 - cosine and the number of rows over all processes, and whether any is over its time.
+
+        Raises:
+            UserError: If the loss or the gradients are not finite; the weights are spoiled, the saved state is not.
+        """
+        if begun.there is not None:
+            begun.there.synchronize()
+        told, count = begun.told.tolist(), len(begun.rows)
+        losses, size, summed = told[:count], told[count], told[count + 1 :]
+        if not np.isfinite(losses).all():
+            self._stop(begun.number, begun.rows[~np.isfinite(losses)], "the loss is not a number")
+        if not self.accelerator.scaler and not math.isfinite(size):
+            self._stop(begun.number, begun.rows, f"the gradients' norm is {size}")
+        loss, rows, over = summed or (sum(losses), count, begun.over)
+        return loss, int(rows), bool(over)
+
+    def _read_last(self) -> bool:
+        """Counts the step that was begun last, unless that was done; returns whether a process is over its time."""
+        if self.begun is None:
+            return False
+        begun, self.begun = self.begun, None
+        loss, rows, over = self.read(begun)
+        self.standing.loss += loss
+        self.standing.rows += rows
+        return over
 
     def _within_memory(self, images: torch.Tensor, rows: torch.Tensor, planned: int) -> torch.Tensor:
         """Gradients of a share, in as few passes as memory allows; returns the losses."""
@@ -301,12 +326,12 @@ class Trainer:
         """Adds a piece's part of the gradient of the batch's mean loss; processes meet at the last piece.
 
         Returns:
-            1 - cosine of each image, float32 (n,) on the device; nothing here waits for a GPU.
+            1 - cosine of each image, float32 (n,) on the device.
         """
         from torch.nn.functional import cosine_similarity
 
         device = self.accelerator.device
-        targets, weights = (part[rows].to(device, non_blocking=True) for part in (self.targets, self.weights))
+        targets, weights = (pinned(part[rows]).to(device, non_blocking=True) for part in (self.targets, self.weights))
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
             predicted = self.wrapped(images.to(device, non_blocking=True)).float()
             losses = 1 - cosine_similarity(predicted, targets)
@@ -314,20 +339,23 @@ class Trainer:
             self.accelerator.backward((losses * weights).sum() * (self.processes / planned))
         return losses.detach()
 
-    def _stop(self, rows: torch.Tensor, what: str) -> None:
+    def _stop(self, step: int, rows: torch.Tensor, what: str) -> None:
         names = self.rows.frame["image_name"].iloc[rows.tolist()]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         raise UserError(
-            f"epoch {self.standing.epoch}, step {self.standing.step + 1}: {what} (images {', '.join(names[:NAMED])}"
+            f"epoch {self.standing.epoch}, step {step}: {what} (images {', '.join(names[:NAMED])}"
             f"{more}); lower --learning-rate; the best checkpoint so far is kept in {self.state.parent}"
         )
 
-    def _summed(self, loss: float, rows: int, over: bool) -> tuple[float, int, bool]:
-        """A step's loss and rows over all processes, and whether any of them is over its time."""
-        if self.processes == 1:
-            return loss, rows, over
+    def _summed(self, losses: torch.Tensor, over: bool) -> torch.Tensor:
+        """Of several processes: sum and number of a step's losses, how many are over their time; float64 (3,)."""
         import torch
 
-        own = torch.tensor([loss, rows, over], dtype=torch.float64, device=self.accelerator.device)
-        loss, rows, over = self.accelerator.reduce(own).tolist()
-        return loss, int(rows), bool(over)
+        if self.processes == 1:
+            return losses.new_empty(0)
+        # Made on the device: numbers that are moved there are waited for.
+        own = torch.zeros(3, dtype=torch.float64, device=losses.device)
+        own[0] += losses.sum(dtype=own.dtype)
+        own[1] += len(losses)
+        own[2] += over
+        return self.accelerator.reduce(own)

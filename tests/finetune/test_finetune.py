@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from image_to_prompts.models import backbones, checkpoints, doubt, freezing, met
 from image_to_prompts.predict import predictors
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.run.resume import is_finished
-from image_to_prompts.training import frozen_features, loop
+from image_to_prompts.training import epochs, frozen_features, loop
 
 
 def config(run, out, **overrides):
@@ -69,6 +70,18 @@ def test_cached_and_uncached_training_agree(small_run, tmp_path):
     plain = finetune.run(config(small_run, tmp_path / "b", cache_features=False, **options))
     assert cached["cosine"].iloc[-1] == pytest.approx(plain["cosine"].iloc[-1], abs=0.005)
     assert cached["loss"].iloc[-1] == pytest.approx(plain["loss"].iloc[-1], abs=0.005)
+
+
+def test_what_is_cached_already_needs_no_room_again(small_run, tmp_path, monkeypatch):
+    room, free = shutil.disk_usage(tmp_path), [1000]
+    monkeypatch.setattr(frozen_features.shutil, "disk_usage", lambda _: room._replace(free=free[0]))
+    settings = config(small_run, tmp_path / "c", epochs=2)
+    with pytest.raises(UserError, match=r"GB, 0\.0 are free; use --no-cache-features"):
+        finetune.run(settings)
+    free[0] = room.free
+    finetune.run(replace(settings, max_hours=1e-6))
+    free[0] = 1000
+    assert len(finetune.run(settings)) == 3  # epoch 0 and the two
 
 
 def test_rows_near_training_rows_do_not_validate(tmp_path, small_run):
@@ -207,9 +220,9 @@ def test_knn_of_the_nearest_alone_is_its_own_target():
 
 
 def test_learning_rate_restarts():
-    assert loop.learning_rate_factor(0, 2) == loop.learning_rate_factor(0.5, 2) == 1
-    assert loop.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
-    assert loop.learning_rate_factor(0.999, 1) < 1e-4
+    assert epochs.learning_rate_factor(0, 2) == epochs.learning_rate_factor(0.5, 2) == 1
+    assert epochs.learning_rate_factor(0.25, 2) == pytest.approx(0.5)
+    assert epochs.learning_rate_factor(0.999, 1) < 1e-4
 
 
 def test_a_checkpoint_tells_familiar_images_from_strange_ones(small_run, small_checkpoint, tmp_path):

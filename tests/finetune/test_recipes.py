@@ -15,7 +15,7 @@ from image_to_prompts.models import backbones, freezing
 from image_to_prompts.predict import predictors
 from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.training import loop
+from image_to_prompts.training import epochs
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -49,10 +49,12 @@ def test_an_unknown_recipe_and_values_out_of_bounds_are_refused(refused, small_r
 
 
 def test_the_table_lists_every_recipe_with_its_cost(command, tmp_path):
-    code, _, said = command("finetune", "--run", tmp_path, "--recipe", "list")
-    rows = {line.split()[0]: line for line in said.splitlines()[2:]}
-    assert code == 0 and rows.keys() == recipes.RECIPES.keys()
-    assert rows["vit-b"].split()[2:9] == ["224", "86", "of", "86", "M", "105", "1.7"]
+    code, said, _ = command("finetune", "--run", tmp_path / "run", "--recipe", "list")
+    rows, abouts = ([line.split() for line in part.splitlines()] for part in said.split("\n\n"))
+    costs = {row[0]: row for row in rows[1:]}
+    assert code == 0 and not (tmp_path / "run").exists()
+    assert costs.keys() == recipes.RECIPES.keys() == {about[0].rstrip(":") for about in abouts}
+    assert costs["vit-b"][2:12] == ["224", "4", "160", "0.0001", "86", "of", "86", "M", "105", "1.7"]
     trained, every, operations = recipes.cost(recipes.RECIPES["vit-b"])
     assert trained == every and operations == pytest.approx(3 * 35.1e9, rel=0.02)  # 17.56 G products an image
 
@@ -60,14 +62,14 @@ def test_the_table_lists_every_recipe_with_its_cost(command, tmp_path):
 @given(st.lists(st.sampled_from("abcde"), min_size=1), st.integers(0, 3), st.integers(1, 4))
 def test_of_the_images_of_a_prompt_an_epoch_takes_one(prompts, seed, epoch):
     rows = np.arange(len(prompts)) + 10
-    drawn = loop.one_of_each(rows, np.array(prompts), seed, epoch)
+    drawn = epochs.one_of_each(rows, np.array(prompts), seed, epoch)
     assert [prompts[row - 10] for row in drawn] == list(dict.fromkeys(prompts))
-    assert (drawn == loop.one_of_each(rows, np.array(prompts), seed, epoch)).all()
+    assert (drawn == epochs.one_of_each(rows, np.array(prompts), seed, epoch)).all()
 
 
 def test_every_image_of_a_prompt_is_taken_in_some_epoch():
     rows, prompts = np.arange(6), np.array(["a", "a", "a", "b", "b", "c"])
-    seen = {int(row) for epoch in range(1, 40) for row in loop.one_of_each(rows, prompts, 0, epoch)}
+    seen = {int(row) for epoch in range(1, 40) for row in epochs.one_of_each(rows, prompts, 0, epoch)}
     assert seen == set(range(6))
 
 

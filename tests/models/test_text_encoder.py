@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from image_to_prompts.embedded import grammar
-from image_to_prompts.models import minilm, text_cache, text_encoder
+from image_to_prompts.models import minilm, text_cache, text_encoder, weights
 
 PROMPTS = [grammar.prompt(3, i) for i in range(60)] + ["", "x", "word " * 400, "Ünïcode 中文 🦊 ???"]
+PROMPTS += ["ﬁne\u200b naïve CAFÉ", "[MASK] [CLS] a token", "\x00a\x01b\ttab"]
 
 
 @pytest.fixture
@@ -35,7 +36,12 @@ def encoded(monkeypatch):
 
 @pytest.mark.parametrize(("fast", "least"), [(False, 0.999999), (True, 0.9999)])
 def test_same_vectors_as_sentence_transformers(cache, fast, least):
-    theirs = text_encoder.load().encode(PROMPTS, normalize_embeddings=True)
+    from sentence_transformers import SentenceTransformer  # slow to import, as other processes of this file need not do
+
+    plain = SentenceTransformer(str(weights.locate(text_encoder.NAME)), device="cpu")
+    theirs = plain.encode(PROMPTS, normalize_embeddings=True)
+    tokens = plain.tokenizer(PROMPTS, truncation=True, max_length=plain.max_seq_length)["input_ids"]
+    assert [found.ids for found in text_encoder.tokenizer().encode_batch(PROMPTS)] == tokens
     ours = text_encoder.encode(PROMPTS, fast=fast)
     assert ours.dtype == np.float32 and ours.shape == theirs.shape
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)

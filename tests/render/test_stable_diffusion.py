@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from single_file_layout import NARROW, save, unet_name, vae_name
 from tiny_models import save_diffusion
@@ -68,8 +69,8 @@ def test_presets(tiny_sd2, monkeypatch, fast, steps, scheduler):
 
     def record(**arguments):
         seen.update(arguments)
-        image = Image.new("RGB", (arguments["width"], arguments["height"]))
-        return type("Result", (), {"images": [image], "nsfw_content_detected": [True]})
+        image = torch.zeros(1, 3, arguments["height"], arguments["width"])
+        return type("Result", (), {"images": image, "nsfw_content_detected": [True]})
 
     monkeypatch.setattr(backend, "pipeline", record)
     assert backend.render(rows_of(["a cat"], [1]))[0][1] == "nsfw_blacked"
@@ -339,8 +340,9 @@ def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
 
     def pipeline(**values):
         asked.append(values)
-        images = [Image.effect_noise((768, 768), 50 + number).convert("RGB") for number in range(2)]
-        pictures[:] = images
+        pictures[:] = [Image.effect_noise((768, 768), 50 + number).convert("RGB") for number in range(2)]
+        images = np.stack([np.asarray(picture, np.float32) for picture in pictures]) / 255
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
         return SimpleNamespace(images=images, nsfw_content_detected=flags[0])
 
     pipeline.unet, pipeline.vae_scale_factor = SimpleNamespace(config=SimpleNamespace(sample_size=64)), 8
@@ -349,7 +351,7 @@ def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
         flags[:] = [black]
         found = backend.render(rows_of(["a cat", "a dog"], [5, 6]))
         assert [flag for _, flag in found] == expected
-        assert all(image is picture for (image, _), picture in zip(found, pictures, strict=True))
+        assert all(image == picture for (image, _), picture in zip(found, pictures, strict=True))
     generators = asked[0].pop("generator")
     assert [one.initial_seed() for one in generators] == [5, 6] and {str(one.device) for one in generators} == {"cpu"}
     expected = {
@@ -358,11 +360,27 @@ def test_the_pipeline_is_asked_as_the_reference_asks_it(tiny_sd2, monkeypatch):
         "guidance_scale": 9,
         "height": 768,
         "width": 768,
+        "output_type": "pt",
     }
     assert asked[0] == expected
     backend.any_model = True
     backend.render(rows_of(["a cat", "a dog"], [5, 6]))
     assert asked[-1]["height"] == asked[-1]["width"] == 512
+
+
+def test_pictures_are_those_that_diffusers_makes(tiny_sd2):
+    backend = started(tiny_sd2, steps=2)
+    found = [image for image, _ in backend.render(rows_of(["a cat", "a dog"], [5, 6]))]
+    plain = backend.pipeline(
+        ["a cat", "a dog"],
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in (5, 6)],
+        num_inference_steps=2,
+        guidance_scale=9.0,
+        height=found[0].height,
+        width=found[0].width,
+    ).images
+    assert all(np.array_equal(one, other) for one, other in zip(found, plain, strict=True))
+    assert np.asarray(plain[0]).std() > 1, "a flat picture would say nothing"
 
 
 def test_an_attached_single_file_is_found(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from image_to_prompts.data.rows import ImageRows
 from image_to_prompts.models import backbones, checkpoints, freezing
 from image_to_prompts.run import folders, progress
 from image_to_prompts.run.errors import UserError
-from image_to_prompts.training import loop
+from image_to_prompts.training import epochs, loop
 from image_to_prompts.training import model as models
 from image_to_prompts.training import state as state_file
 
@@ -61,11 +61,11 @@ def difference(one, two):
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 3), st.integers(1, 3))
 def test_an_epoch_sees_every_row_once(count, batch_size, seed, epoch):
-    found = loop.batches(np.arange(count), seed, epoch, batch_size)
+    found = epochs.batches(np.arange(count), seed, epoch, batch_size)
     assert sorted(np.concatenate(found)) == list(range(count))
     sizes = [len(batch) for batch in found]
     assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
-    again = loop.batches(np.arange(count), seed, epoch, batch_size)
+    again = epochs.batches(np.arange(count), seed, epoch, batch_size)
     assert all((one == two).all() for one, two in zip(found, again, strict=True))
 
 
@@ -105,7 +105,7 @@ def test_gradient_checkpointing_changes_nothing(small_run, tiny_open_clip, tmp_p
 def test_a_time_budget_stops_and_the_same_command_goes_on(small_run, tiny_open_clip, tmp_path, monkeypatch, caplog):
     whole = finetune.run(config(small_run, tmp_path / "a", tiny_open_clip, epochs=2))
     calls = iter(range(1000))
-    monkeypatch.setattr(progress.Deadline, "passed", lambda self: next(calls) % 3 == 2)
+    monkeypatch.setattr(progress.Deadline, "passed", lambda self, _: next(calls) % 3 == 2)
     for _ in range(20):
         history = finetune.run(config(small_run, tmp_path / "b", tiny_open_clip, epochs=2, max_hours=1))
         if not list((tmp_path / "b").glob("unfinished-*")):
@@ -122,14 +122,14 @@ def test_the_next_kernel_goes_on_from_what_the_last_one_left(small_run, tiny_ope
     finetune.run(replace(settings, out=tmp_path / "whole", max_hours=0))
     calls = iter(range(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Deadline, "passed", lambda self: next(calls) == 1)
+        patch.setattr(progress.Deadline, "passed", lambda self, _: next(calls) == 1)
         finetune.run(settings)
     assert list((tmp_path / "first").glob("unfinished-*.pt"))
     (tmp_path / "input").mkdir()
     (tmp_path / "first").rename(tmp_path / "input" / "kernel-output")
     monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "input")
     finetune.run(replace(settings, out=tmp_path / "second"))
-    assert "continuing at epoch 1, step 2" in caplog.text
+    assert "continuing at epoch 1, step 3" in caplog.text
     assert difference(weights_of(tmp_path / "second"), weights_of(tmp_path / "whole")) == 0
 
 
@@ -139,7 +139,7 @@ def test_deadline_counts_the_longest_piece(monkeypatch):
     deadline = progress.Deadline(1)
     assert not deadline.passed()
     now[0] += 1000
-    assert not deadline.passed()
+    assert not deadline.passed(2) and deadline.passed(3)
     now[0] += 1650  # 2,650 s are over, another 1,650 would end after the hour
     assert deadline.passed()
     assert not progress.Deadline(0).passed()
@@ -248,7 +248,7 @@ def stopped_after(monkeypatch, steps, settings):
     """Runs a training that --max-hours ends after some steps."""
     calls = iter(range(1000))
     with monkeypatch.context() as patch:
-        patch.setattr(progress.Deadline, "passed", lambda self: next(calls) == steps - 1)
+        patch.setattr(progress.Deadline, "passed", lambda self, _: next(calls) == steps - 1)
         finetune.run(replace(settings, max_hours=1))
 
 
@@ -435,18 +435,18 @@ def test_nodes_that_do_not_share_the_output_are_told(small_run, tiny_open_clip, 
 
 def test_the_learning_rate_follows_a_cosine_in_each_cycle():
     for done, factor in ((0, 1), (0.25, 0.8535534), (0.5, 0.5), (0.75, 0.1464466)):
-        assert loop.learning_rate_factor(done, 1) == pytest.approx(factor)
-        assert loop.learning_rate_factor(done / 2, 2) == pytest.approx(factor)
-        assert loop.learning_rate_factor(0.5 + done / 2, 2) == pytest.approx(factor)
+        assert epochs.learning_rate_factor(done, 1) == pytest.approx(factor)
+        assert epochs.learning_rate_factor(done / 2, 2) == pytest.approx(factor)
+        assert epochs.learning_rate_factor(0.5 + done / 2, 2) == pytest.approx(factor)
 
 
 def test_an_epochs_order_depends_on_seed_and_epoch():
     rows = np.arange(10, 60)
-    orders = {(s, e): np.concatenate(loop.batches(rows, s, e, 8)).tolist() for s in (0, 1) for e in (1, 2)}
+    orders = {(s, e): np.concatenate(epochs.batches(rows, s, e, 8)).tolist() for s in (0, 1) for e in (1, 2)}
     assert len({tuple(order) for order in orders.values()}) == 4
     assert orders[0, 1] == np.random.default_rng((0, 1)).permutation(rows).tolist()
-    assert [len(batch) for batch in loop.batches(rows, 0, 1, 8)] == [8, 7, 7, 7, 7, 7, 7]
-    assert [len(batch) for batch in loop.batches(rows, 0, 1, 50)] == [50]
+    assert [len(batch) for batch in epochs.batches(rows, 0, 1, 8)] == [8, 7, 7, 7, 7, 7, 7]
+    assert [len(batch) for batch in epochs.batches(rows, 0, 1, 50)] == [50]
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_an_epochs_order_depends_on_seed_and_epoch():
     ],
 )
 def test_a_training_has_stalled_when_its_last_epochs_brought_nothing(cosines, patience, stalled):
-    assert loop.has_stalled([{"cosine": cosine} for cosine in cosines], patience) == stalled
+    assert epochs.has_stalled([{"cosine": cosine} for cosine in cosines], patience) == stalled
 
 
 @pytest.fixture
@@ -481,7 +481,7 @@ def test_gradients_that_are_not_finite_are_told_with_their_images(trainer, monke
     monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
     names = ", ".join(trainer.rows.frame["image_name"].iloc[rows.tolist()])
     with pytest.raises(UserError, match=rf"step 1: the gradients' norm is inf \(images {names}\)"):
-        trainer.step(batch, rows, 2, 0.0)
+        trainer.read(trainer.begin(batch, rows, 2, 0.0))
 
 
 def test_a_scale_that_only_falls_ends_a_training_in_float16(trainer, monkeypatch):
@@ -490,7 +490,7 @@ def test_a_scale_that_only_falls_ends_a_training_in_float16(trainer, monkeypatch
         scaler = SimpleNamespace(get_scale=lambda scale=scale: scale, scale=lambda loss: loss)
         monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
         with pytest.raises(UserError, match="gradients are not finite") if ends else contextlib.nullcontext():
-            trainer.step(batch, rows, 2, 0.0)
+            trainer.read(trainer.begin(batch, rows, 2, 0.0))
 
 
 def test_a_steps_random_numbers_are_those_of_its_place(trainer):
@@ -498,7 +498,7 @@ def test_a_steps_random_numbers_are_those_of_its_place(trainer):
 
     def seed(epoch, step):
         trainer.standing.epoch, trainer.standing.step = epoch, step
-        trainer.step(batch, rows, 2, 0.0)
+        trainer.read(trainer.begin(batch, rows, 2, 0.0))
         return torch.initial_seed()
 
     first = seed(1, 0)
@@ -510,9 +510,9 @@ def test_a_step_sets_the_rate_of_its_place_and_moves_what_trains(trainer):
     before = [parameter.detach().clone() for parameter in trainer.parameters]
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
     trainer.standing.epoch = 2
-    loss = trainer.step(batch, rows, 6, 0.5)
+    loss, *_ = trainer.read(trainer.begin(batch, rows, 6, 0.5))
     assert 0 < loss / 6 < 2
-    rate = 1e-3 * loop.learning_rate_factor((2 - 1 + 0.5) / 5, 2)
+    rate = 1e-3 * epochs.learning_rate_factor((2 - 1 + 0.5) / 5, 2)
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [pytest.approx(rate)]
     assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {1e-4}
     assert all(not torch.equal(one, other) for one, other in zip(before, trainer.parameters, strict=True))
@@ -534,7 +534,7 @@ def test_the_loss_is_one_minus_the_cosine_and_its_gradient_the_batches_mean(trai
 
 def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path):
     loss = trainer.epoch()
-    count = len(loop.batches(trainer.rows.train, 0, 1, 16))
+    count = len(epochs.batches(trainer.rows.train, 0, 1, 16))
     assert trainer.standing.step == count and trainer.standing.rows == len(trainer.rows.train)
     assert loss == pytest.approx(trainer.standing.loss / len(trainer.rows.train))
     trainer.finish_epoch({"epoch": 1, "loss": loss, "cosine": 0.3})
@@ -548,18 +548,18 @@ def test_an_epoch_sums_up_and_a_finished_one_is_noted_and_kept(trainer, tmp_path
 
 def test_an_epoch_trains_what_trains_and_adds_up_its_steps(trainer, monkeypatch):
     """In training mode, with the augmentation of its number, each step told how much of the epoch was done."""
-    modes, steps, step = [], [], trainer.step
+    modes, steps, begin = [], [], trainer.begin
     trains = next(
         m for m in trainer.model.modules() if (p := [*m.parameters()]) and all(one.requires_grad for one in p)
     )
     trains.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    monkeypatch.setattr(trainer, "step", lambda *told: steps.append((step(*told), *told[2:])) or steps[-1][0])
+    monkeypatch.setattr(trainer, "begin", lambda *told: steps.append((begin(*told), *told[2:])) or steps[-1][0])
     trainer.standing.epoch = 3
     trainer.epoch()
-    sizes = [len(batch) for batch in loop.batches(trainer.rows.train, 0, 3, 16)]
+    sizes = [len(batch) for batch in epochs.batches(trainer.rows.train, 0, 3, 16)]
     assert modes == [True] * len(sizes) and trainer.source.epoch == 3  # images vary with it
     assert [told[1:] for told in steps] == [(size, place / len(sizes)) for place, size in enumerate(sizes)]
-    assert trainer.standing.loss == pytest.approx(sum(told[0] for told in steps))
+    assert trainer.standing.loss == pytest.approx(sum(trainer.read(told[0])[0] for told in steps))
 
 
 @pytest.mark.parametrize(("minutes", "ago", "saved"), [(10, 0, False), (10, 590, False), (10, 605, True), (0, 0, True)])
@@ -578,13 +578,14 @@ def test_a_loss_that_is_no_number_names_five_images_at_most(trainer, count, more
     trainer.parameters[0].data.fill_(float("nan"))
     trainer.standing.step = 3
     with pytest.raises(UserError) as raised:
-        trainer.step(batch, rows, count, 0.0)
+        trainer.read(trainer.begin(batch, rows, count, 0.0))
     named = ", ".join(trainer.rows.frame["image_name"].iloc[rows.tolist()][:5])
     assert f"epoch 1, step 4: the loss is not a number (images {named}{more});" in str(raised.value)
 
 
 def test_a_share_without_images_gives_a_gradient_of_zero(trainer):
-    assert trainer.step(torch.empty(0), torch.empty(0, dtype=torch.int64), 4, 0.0) == 0.0
+    begun = trainer.begin(torch.empty(0), torch.empty(0, dtype=torch.int64), 4, 0.0)
+    assert trainer.read(begun) == (0.0, 0, False)
     trainer.no_gradients()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in trainer.parameters)
 
@@ -607,15 +608,15 @@ def trainer_of(small_run, tiny_open_clip, tmp_path):
 def test_the_moving_average_is_one_kept_by_hand(trainer_of):
     trainer = trainer_of(ema=0.9, epochs=100)
     by_hand = [p.detach().clone() for p in trainer.parameters]
-    step = trainer.step
+    begin = trainer.begin
 
     def followed(*arguments):
-        loss = step(*arguments)
+        begun = begin(*arguments)
         for kept, now in zip(by_hand, trainer.parameters, strict=True):
             kept.mul_(0.9).add_(now.detach(), alpha=0.1)
-        return loss
+        return begun
 
-    trainer.step = followed
+    trainer.begin = followed
     steps = 0
     while steps < 50:
         trainer.standing.step = 0
@@ -640,8 +641,8 @@ def test_each_group_of_layers_gets_its_share_of_the_rate(trainer_of):
         expected = max(0.1, 0.5 ** (len(groups) - 1 - place))
         assert {shares[id(named[name])] for name in group} == {expected}
     assert {shares[id(p)] for p in trainer.model.head.parameters()} == {1.0}
-    trainer.step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), 2, 0.5)
-    half = loop.learning_rate_factor(0.5, 1)
+    trainer.read(trainer.begin(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), 2, 0.5))
+    half = epochs.learning_rate_factor(0.5, 1)
     assert all(g["lr"] == pytest.approx(1e-3 * half * g["share"]) for g in trainer.optimizer.param_groups)
 
 
@@ -650,9 +651,9 @@ def test_the_rate_rises_to_its_peak(trainer_of):
     rates = []
     for step in range(12):
         trainer.standing.epoch, trainer.standing.step = 1 + step // trainer.steps, step % trainer.steps
-        trainer.step(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), 2, 0.0)
+        trainer.read(trainer.begin(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.arange(2), 2, 0.0))
         rates.append(trainer.optimizer.param_groups[0]["lr"])
-    flat = [1e-3 * loop.learning_rate_factor((step // trainer.steps) / 100, 1) for step in range(12)]
+    flat = [1e-3 * epochs.learning_rate_factor((step // trainer.steps) / 100, 1) for step in range(12)]
     assert rates == pytest.approx([rate * min(1, (step + 1) / 10) for step, rate in enumerate(flat)])
 
 
