@@ -31,7 +31,7 @@ check: install ## lint and types
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
 test: install ## all tests that this machine can run (python -m pytest alone: the fast ones)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not network'
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not gpu and not network and not rehearsal'
 
 test-kaggle: install ## the fast tests with pandas and numpy of Kaggle's image, everything else as in .venv
 	$(PYTHON) -m venv .venv-kaggle
@@ -51,11 +51,14 @@ docs: install ## the documentation as a site in site/, every link checked
 
 ## Longer checks
 
+coverage: install ## all tests, and the lines that they leave out; fails below 90.8 %
+	PYTEST_ADDOPTS="--cov=image_to_prompts --cov-branch --cov-report=term:skip-covered --cov-fail-under=90.8" $(MAKE) test
+
 chaos: install ## the failure suite in full, about half an hour; writes docs/reliability.md
 	$(VENV)/bin/python -m pytest -n 2 -m chaos --rounds=8 --reliability=docs/reliability.md
 
 PRELOADED := accelerate diffusers faiss matplotlib.pyplot open_clip polars pyarrow scipy.optimize sentence_transformers sklearn.pipeline sympy timm
-MODULES := models.doubt training.dataset models.metrics data.metadata search.nearest search.groups infer.submission training.loop training.state search.near_pairs dedupe.result embedded.ceiling
+MODULES := models.doubt training.dataset models.metrics data.metadata search.nearest search.groups infer.submission training.loop training.epochs training.state search.near_pairs dedupe.result embedded.ceiling
 FUNCTIONS := data.images.x_join predict.predictors.x_blend_weights predict.blend.x_fitted predict.predictors.x__predict_block render.stable_diffusion.xǁStableDiffusionBackendǁcall
 mutants: install ## one-line faults where they cost most, and which of them no test notices (two hours)
 	rm -rf mutants
@@ -71,7 +74,12 @@ rehearse: install ## every reference model and stage at full size, and the kerne
 	$(VENV)/bin/python tools/rehearsal.py $(ROOM)/models --out docs/rehearsal.md
 	$(VENV)/bin/python tools/rehearse_stages.py $(ROOM)/stages --out docs/rehearsal.md
 	REHEARSAL_PYTHON=$(KAGGLE_PYTHON) REHEARSAL_TORCH='torch==2.10.* torchvision==0.25.*' REHEARSAL_FOLDER=$(ROOM)/kaggle \
-		$(VENV)/bin/python -m pytest tests/kaggle/test_rehearsal.py -m slow
+		$(VENV)/bin/python -m pytest tests/kaggle/test_rehearsal.py -m rehearsal
+
+release-check: install ## builds the wheel and tries it in empty environments: three Pythons (in PATH or downloaded), lowest versions (half an hour, 12 GB in ROOM)
+	$(VENV)/bin/python -m pip install --quiet uv
+	PATH=$(CURDIR)/$(VENV)/bin:$$PATH UV_CACHE_DIR=$(ROOM)/uv $(VENV)/bin/python tools/release_check.py $(ROOM)/release
+	$(MAKE) docs
 
 bench: install ## speed on this machine, beside plain versions of the same (an hour); prints a table and puts it into the docs
 	$(VENV)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[bench]'
@@ -82,4 +90,4 @@ bench: install ## speed on this machine, beside plain versions of the same (an h
 bench-table: ## put the figures that benchmarks wrote, those of a GPU too, into docs/performance.md
 	$(PYTHON) benchmarks/table.py
 
-.PHONY: help install check run quick test test-kaggle chaos mutants rehearse bench bench-table notebooks kernels docs fix
+.PHONY: help install check run quick test test-kaggle coverage chaos mutants rehearse release-check bench bench-table notebooks kernels docs fix

@@ -1,4 +1,4 @@
-"""The first seed's network predicts as published, trains and writes a submission; its bare arrays come and go."""
+"""The earlier ensemble's network predicts as published, trains and writes a submission; its bare arrays come and go."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import first_seed
+import earlier_ensemble
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,7 +20,7 @@ from image_to_prompts.encode import embeddings
 from image_to_prompts.models import networks
 from image_to_prompts.run.errors import UserError
 
-TOOL = Path(__file__).resolve().parents[2] / "tools/first_seed.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools/earlier_ensemble.py"
 
 WIDTHS = (512, 768, 384)
 
@@ -31,8 +31,8 @@ def inputs(count, widths=WIDTHS, seed=0):
 
 
 def imported(file, folder):
-    first_seed.import_checkpoint(file, folder / "c")
-    return first_seed.load(folder / "c")[0]
+    earlier_ensemble.import_checkpoint(file, folder / "c")
+    return earlier_ensemble.load(folder / "c")[0]
 
 
 def tool(*words):
@@ -48,7 +48,7 @@ def stored(tmp_path_factory):
     prompts = [f"{how} {thing} {end}" for thing in things for how in ("old", "red", "tiny") for end in ends]
     names = pd.DataFrame({"image_name": [f"{row:03d}.png" for row in range(len(prompts))]})
     frame = names.assign(prompt=prompts, fold=np.arange(len(prompts)) % 3)
-    targets = first_seed.text_encoder.encode(prompts)
+    targets = earlier_ensemble.text_encoder.encode(prompts)
     for name, width in zip(("clip", "convnext", "text"), WIDTHS, strict=True):
         embeddings.write(folder, name, targets @ rng.normal(size=(384, width)), names, {})
     embeddings.write(folder, embeddings.PROMPTS, targets, frame, {})
@@ -56,7 +56,7 @@ def stored(tmp_path_factory):
 
 
 class Published(nn.Module):
-    """The structure of the first seed's network as facts.md tells it, with the names of its published checkpoints."""
+    """The structure of the earlier network as facts.md tells it, with the names of its published checkpoints."""
 
     def __init__(self):
         super().__init__()
@@ -105,11 +105,11 @@ def test_the_seed_depends_on_batch_mates_and_ours_does_not(published, tmp_path):
 
 def test_no_checkpoint_of_the_seed_is_one_line(tmp_path):
     torch.save({"state_dict": {"model.linear2.weight": torch.zeros(512, 768)}}, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match="no checkpoint of the first seed's network"):
-        first_seed.import_checkpoint(tmp_path / "x.ckpt", tmp_path / "c")
+    with pytest.raises(UserError, match="no checkpoint of the earlier ensemble's network"):
+        earlier_ensemble.import_checkpoint(tmp_path / "x.ckpt", tmp_path / "c")
     with pytest.raises(UserError, match="not a file of weights"):
         (tmp_path / "torn.ckpt").write_bytes(b"torn")
-        first_seed.import_checkpoint(tmp_path / "torn.ckpt", tmp_path / "c")
+        earlier_ensemble.import_checkpoint(tmp_path / "torn.ckpt", tmp_path / "c")
 
 
 def test_it_trains_and_writes_a_submission(stored, tmp_path):
@@ -119,8 +119,8 @@ def test_it_trains_and_writes_a_submission(stored, tmp_path):
     assert json.loads((tmp_path / "c/config.json").read_text())["batch_size"] == 64
     done = tool("predict", tmp_path / "c", "--embeddings", stored, "--out", tmp_path / "s.csv")
     assert done.returncode == 0, done.stderr
-    vectors = first_seed.submission.read(tmp_path / "s.csv", [f"{row:03d}" for row in range(90)])
-    network, _ = first_seed.load(tmp_path / "c")
+    vectors = earlier_ensemble.submission.read(tmp_path / "s.csv", [f"{row:03d}" for row in range(90)])
+    network, _ = earlier_ensemble.load(tmp_path / "c")
     arrays = embeddings.load(stored, ["clip", "convnext", "text"]).arrays.values()
     with torch.no_grad():
         expected = torch.nn.functional.normalize(network([torch.from_numpy(one[:64]) for one in arrays]))
@@ -131,7 +131,7 @@ def test_bare_arrays_come_and_go(stored, tmp_path):
     done = tool("export-embeddings", stored, "--out", tmp_path / "bare")
     assert done.returncode == 0, done.stderr
     files = [tmp_path / "bare" / f"{name}.npy" for name in ("clip", "prompt")]
-    first_seed.import_embeddings(tuple(files), tmp_path / "bare/images.txt", tmp_path / "e")
+    earlier_ensemble.import_embeddings(tuple(files), tmp_path / "bare/images.txt", tmp_path / "e")
     again, before = embeddings.load(tmp_path / "e"), embeddings.load(stored)
     np.testing.assert_array_equal(again.arrays["clip"], before.arrays["clip"])
     assert ensemble.run(ensemble.Config(embeddings=tmp_path / "e", out=tmp_path / "o", epochs=1)).notna().any().all()
@@ -142,11 +142,13 @@ def test_it_overwrites_neither_what_it_reads_nor_what_it_did_not_write(stored, t
     (tmp_path / "e/config.json").write_text("mine\n")
     before = {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir()}
     with pytest.raises(UserError, match="is read here"):
-        first_seed.export_embeddings(tmp_path / "e", tmp_path / "e")
+        earlier_ensemble.export_embeddings(tmp_path / "e", tmp_path / "e")
     with pytest.raises(UserError, match="is read here"):
-        first_seed.import_embeddings((tmp_path / "e/prompt.npy",), tmp_path / "e/prompt.names.csv", tmp_path / "e")
+        earlier_ensemble.import_embeddings(
+            (tmp_path / "e/prompt.npy",), tmp_path / "e/prompt.names.csv", tmp_path / "e"
+        )
     with pytest.raises(UserError, match="not written by"):
-        first_seed.train(stored, tmp_path / "e", epochs=1)
+        earlier_ensemble.train(stored, tmp_path / "e", epochs=1)
     assert {path.name: path.read_bytes() for path in (tmp_path / "e").iterdir() if path.suffix != ".lock"} == before
 
 
@@ -162,7 +164,7 @@ def test_wrong_bare_arrays_are_refused(array, said, tmp_path):
     (tmp_path / "images.txt").write_text("a.png\nb.png\nc.png\nd.png\n")
     (tmp_path / "clip.npy").write_text("no") if array is None else np.save(tmp_path / "clip.npy", array)
     with pytest.raises(UserError, match=re.escape(said)):
-        first_seed.import_embeddings((tmp_path / "clip.npy",), tmp_path / "images.txt", tmp_path / "e")
+        earlier_ensemble.import_embeddings((tmp_path / "clip.npy",), tmp_path / "images.txt", tmp_path / "e")
 
 
 def test_what_cannot_be_used_is_one_line(stored, tmp_path):
@@ -174,9 +176,9 @@ def test_what_cannot_be_used_is_one_line(stored, tmp_path):
     metadata.write_table(tmp_path / "less/clip.names.csv", metadata.read_table(stored / "clip.names.csv", ()).iloc[1:])
     np.save(tmp_path / "less/clip.npy", np.load(stored / "clip.npy")[1:])
     with pytest.raises(UserError, match=r"clip\.npy: no row for 000\.png"):
-        first_seed.train(tmp_path / "less", tmp_path / "c")
-    first_seed.train(stored, tmp_path / "c", arrays=("text", "clip"), epochs=1)
+        earlier_ensemble.train(tmp_path / "less", tmp_path / "c")
+    earlier_ensemble.train(stored, tmp_path / "c", arrays=("text", "clip"), epochs=1)
     with pytest.raises(UserError, match="needs"):
         (tmp_path / "c/config.json").write_text((tmp_path / "c/config.json").read_text().replace("text", "convnext"))
-        (tmp_path / "c/.first-seed.done").unlink()
-        first_seed.predict(tmp_path / "c", stored, tmp_path / "s.csv")
+        (tmp_path / "c/.earlier-ensemble.done").unlink()
+        earlier_ensemble.predict(tmp_path / "c", stored, tmp_path / "s.csv")

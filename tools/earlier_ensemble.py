@@ -1,10 +1,10 @@
-"""What the first seed of this project published: its network, and its bare arrays of embeddings.
+"""The transformer ensemble as the project that this one grew from published it: its network, its bare arrays.
 
-    python tools/first_seed.py import-checkpoint 10K_ensemble_model.ckpt --out checkpoints/seed
-    python tools/first_seed.py train --embeddings embeddings --out checkpoints/seed --preset 43k
-    python tools/first_seed.py predict checkpoints/seed --embeddings embeddings --out submission.csv
-    python tools/first_seed.py import-embeddings clip.npy prompt.npy --images images.txt --out embeddings
-    python tools/first_seed.py export-embeddings embeddings --out bare
+    python tools/earlier_ensemble.py import-checkpoint 10K_ensemble_model.ckpt --out checkpoints/earlier
+    python tools/earlier_ensemble.py train --embeddings embeddings --out checkpoints/earlier --preset 43k
+    python tools/earlier_ensemble.py predict checkpoints/earlier --embeddings embeddings --out submission.csv
+    python tools/earlier_ensemble.py import-embeddings clip.npy prompt.npy --images images.txt --out embeddings
+    python tools/earlier_ensemble.py export-embeddings embeddings --out bare
 
 Its network attends across the images of a batch: its layers take (sequence, batch, width) and were given (batch, 3,
 width). So what it says of an image depends on the others in the batch. The stage `ensemble` does not have this fault.
@@ -92,12 +92,12 @@ class SeedFusion(nn.Module):
 
 
 def _save(out: Path, network: SeedFusion, batch_size: int, arrays: Sequence[str], reads: Sequence[Path]) -> None:
-    with writing(out / ".first-seed.done", "first_seed", [out / name for name in FILES], reads):
+    with writing(out / ".earlier-ensemble.done", "earlier_ensemble", [out / name for name in FILES], reads):
         write_tensors(out / "model.safetensors", network.state_dict())
         write_json(out / "config.json", {"widths": network.widths, "batch_size": batch_size, "arrays": list(arrays)})
 
 
-def import_checkpoint(file: Annotated[Path, tyro.conf.Positional], out: Path = Path("checkpoints/seed")) -> str:
+def import_checkpoint(file: Annotated[Path, tyro.conf.Positional], out: Path = Path("checkpoints/earlier")) -> str:
     """Converts a published .ckpt, of which nothing is unpickled but tensors.
 
     Args:
@@ -109,14 +109,14 @@ def import_checkpoint(file: Annotated[Path, tyro.conf.Positional], out: Path = P
         network.load_published(backbones.read_state(file))
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip()
-        raise UserError(f"{file}: no checkpoint of the first seed's network: {detail}") from error
+        raise UserError(f"{file}: no checkpoint of the earlier ensemble's network: {detail}") from error
     _save(out, network, PRESETS["10k"].batch_size, (), [file])
     return f"{file}: imported to {out}"
 
 
 def train(
     embeddings: Path,
-    out: Path = Path("checkpoints/seed"),
+    out: Path = Path("checkpoints/earlier"),
     arrays: tuple[str, ...] = (),
     preset: Literal["10k", "43k", "93k"] = "10k",
     epochs: int = 8,
@@ -157,7 +157,7 @@ def predict(
     if widths != about["widths"]:
         raise UserError(f"{embeddings}: arrays of {widths} numbers; {checkpoint} needs {about['widths']}")
     vectors = ensemble.predict(network, list(table.arrays.values()), about["batch_size"])
-    with writing(out.with_name(f".{out.stem}.done"), "first_seed predict", [out], [checkpoint / FILES[0]]):
+    with writing(out.with_name(f".{out.stem}.done"), "earlier_ensemble predict", [out], [checkpoint / FILES[0]]):
         submission.write(out, [metadata.stem(name) for name in table.frame["image_name"]], metrics.unit(vectors))
     return f"{out}: cosine {metrics.mean_cosine(vectors, table.targets):.4f} with the prompts of {len(vectors)} images"
 
@@ -257,4 +257,4 @@ if __name__ == "__main__":
     try:
         sys.stdout.write(tyro.extras.subcommand_cli_from_dict(COMMANDS, description=__doc__) + "\n")
     except UserError as error:
-        raise SystemExit(f"first_seed: {error}") from None
+        raise SystemExit(f"earlier_ensemble: {error}") from None
