@@ -13,7 +13,7 @@
 
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
-profile = None  # None: kaggle on Kaggle, embedded elsewhere
+profile = None  # None: full on Kaggle, embedded elsewhere
 count = None  # None: 100,000 with MagicPrompt, 3,800 with the grammar
 collect = None  # "<source>:<file> ..." of public sources; None: data_meta's 10,000 prompts, in a clone
 
@@ -33,7 +33,7 @@ print(f"profile {profile}: {config.count:,} prompts from {config.source}")
 # Candidate i depends on the seed and i alone: not on the batch, the GPU or what was written before. Empty and repeated
 # ones are passed over until there are as many prompts as were asked for. A killed run continues where it stopped.
 #
-# With MagicPrompt, `temperature`, `top_k` and `top_p` say how daring it is, and `starts` names a file of phrases to
+# With MagicPrompt, `temperature`, `top_k` and `top_p` set how daring it is, and `starts` names a file of phrases to
 # start from.
 
 # %%

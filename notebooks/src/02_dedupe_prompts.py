@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 02 · Deduplicate prompts
 #
-# Thousands of prompts say nearly the same. If one of a pair trains and the other validates, the score lies; and
+# Thousands of prompts say nearly the same. If one of a pair trains and the other validates, the score is too high; and
 # rendering both wastes GPU hours. The remedy of most teams: embed each prompt with all-MiniLM-L6-v2, the
 # competition's own target space, and drop every prompt **within cosine 0.8** of one that is kept.
 #
@@ -53,7 +53,7 @@ print(f"{kept.sum()} of {len(kept)} prompts stay")
 # %% [markdown]
 # ## The stage
 #
-# The same rule, exact too but far faster (`dedupe/exact.py` says how), with a witness for each dropped prompt, and two
+# The same rule, exact too but far faster (`search/near_pairs.py`), with the kept row for each dropped prompt, and two
 # more columns: `group`, the prompt's leader at cosine 0.7, and `fold`, a hash of the group. Splitting by fold never
 # puts near-twins on both sides.
 
@@ -73,7 +73,7 @@ removed.head()
 # %% [markdown]
 # ## Is 0.8 the right threshold?
 #
-# One pass finds all pairs from 0.7 up, so that every threshold above comes for nothing. Judge by the pairs just below
+# One pass finds all pairs from 0.7 up, so that every higher threshold comes for free. Judge by the pairs just below
 # and just above it: would you render both?
 
 # %%

@@ -62,7 +62,7 @@ flags = {name: manifest["flag"].replace("", "fine").value_counts() for name, man
 pd.DataFrame(flags).fillna(0).astype(int)
 
 # %% [markdown]
-# What a picture depends on stands in its manifest row.
+# Its manifest row has everything that a picture depends on.
 
 # %%
 manifests[shown].head(1).T
@@ -88,7 +88,7 @@ show(pictures.gallery(manifests[shown], folders[shown], count=18), "gallery_trai
 # %% [markdown]
 # ## One prompt, four seeds
 #
-# The seed moves what the prompt does not say. Several seeds a prompt (`seeds` above, `--seeds`) are the cheapest
+# The seed changes what the prompt leaves open. Several seeds a prompt (`seeds` above, `--seeds`) are the cheapest
 # augmentation; the winners rendered two or three.
 
 # %%

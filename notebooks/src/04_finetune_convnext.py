@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 04 · Fine-tune ConvNeXt
 #
-# An image backbone that has seen the world, its **last quarter unfrozen**, and a linear head to the 384 numbers of
+# A pretrained image backbone, its **last quarter unfrozen**, and a linear head to the 384 numbers of
 # all-MiniLM-L6-v2. The reference takes OpenCLIP's ConvNeXt-XXLarge at 512 px. The `embedded` profile takes
 # EfficientNet-Lite2 with its ImageNet weights at 224 px, and treats it the same way.
 #
@@ -44,10 +44,22 @@ share = sum(p.numel() for p in tower.parameters() if p.requires_grad) / sum(p.nu
 print(f"{len(trained)} of {len(list(tower.parameters()))} tensors, {share:.0%} of the numbers; first: {trained[0]}")
 
 # %% [markdown]
+# ## Recipes
+#
+# `recipe` among the parameters chooses one of these: an image tower with all settings of its training, as the best
+# teams published them. Memory and speed are predictions. `docs/recipes.md` says what to train in one session, in a week
+# and in a month.
+
+# %%
+from image_to_prompts.finetune import recipes
+
+print(recipes.table())
+
+# %% [markdown]
 # ## What it will take
 #
 # Counted on the model, measured on one step; nothing is trained yet. `micro_batch` lowers the memory, `cache_features`
-# keeps what the frozen three quarters put out on the disk, so that an epoch runs the trained quarter alone.
+# stores the output of the frozen three quarters on disk, so that an epoch runs the trained quarter alone.
 
 # %%
 from image_to_prompts import finetune, profiles
@@ -87,32 +99,6 @@ Image(filename=str(config.out / "history.png"))
 
 # %%
 pd.read_csv(config.out / "sources.csv").round(4)
-
-# %% [markdown]
-# ## What else was tried
-#
-# On the embedded profile, one thing changed at a time, three seeds each: mean cosine ± deviation on the validating fold
-# and on held-out scenes, and on those drawn with another set of pictures (OpenMoji) that never trained. Rows below
-# the second were measured with its peak rate.
-#
-# | | validation | held-out | OpenMoji |
-# | --- | --- | --- | --- |
-# | as here, one view of each picture | .6522 ± .0025 | .6507 ± .0004 | .5595 ± .0024 |
-# | peak learning rate 5e-4 instead of 4e-3, no warm-up | .6158 ± .0004 | .6140 ± .0007 | .5335 ± .0078 |
-# | head from random numbers | .5899 ± .0017 | .5894 ± .0011 | .5194 ± .0012 |
-# | learning rate × .9 a layer group | .6103 ± .0008 | .6083 ± .0011 | .5336 ± .0006 |
-# | moving average of the weights | .6172 ± .0016 | .6149 ± .0020 | .5373 ± .0110 |
-# | hidden layer beside the linear head | .6138 ± .0010 | .6125 ± .0016 | .5355 ± .0058 |
-# | 6 epochs instead of 4 | .6171 ± .0018 | .6137 ± .0032 | .5288 ± .0085 |
-# | 256 px instead of 224 | .6253 ± .0021 | .6263 ± .0011 | .5330 ± .0019 |
-# | 288 px | .6313 ± .0019 | .6307 ± .0018 | .5351 ± .0021 |
-# | weak augmentation | .6226 ± .0021 | .6179 ± .0020 | .5288 ± .0014 |
-# | two images a prompt | .6146 ± .0020 | .6128 ± .0014 | .5092 ± .0022 |
-# | two stages, other images first | .6178 ± .0016 | .6163 ± .0014 | .5270 ± .0052 |
-#
-# The rest wins less than the rate, and what wins on the hand that was trained on, resolution before all, loses on the
-# other, so none of it is a default here.
-# Averaging three views of each picture (notebook 07) gains .004 on both. `python benchmarks/ablation.py` measures it.
 
 # %% [markdown]
 # ## The best and the worst

@@ -44,11 +44,31 @@ from image_to_prompts.data import images, pictures
 from image_to_prompts.encode import embeddings
 
 table = embeddings.load(config.out)
+names = table.frame["image_name"]
+found = zip(*(images.join(names, images.find(folder), folder) for folder in config.images), strict=True)
+file_of = {name: next(filter(None, some), None) for name, some in zip(names, found, strict=True)}
 tables = [embeddings.read(config.out, name)[1] for name in table.arrays]
-said = next((names.head(12) for names in tables if "text" in names), pd.DataFrame(columns=["image_name", "text"]))
-found = zip(*(images.join(said["image_name"], images.find(folder), folder) for folder in config.images), strict=True)
-tiles = [pictures.tile(next(filter(None, some)), text) for some, text in zip(found, said["text"], strict=True)]
+said = next((rows.head(12) for rows in tables if "text" in rows), pd.DataFrame(columns=["image_name", "text"]))
+tiles = [pictures.tile(file_of[name], text) for name, text in zip(said["image_name"], said["text"], strict=True)]
 pictures.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the encoders"
+
+# %% [markdown]
+# ## What each encoder looks at
+#
+# One picture, and in each row the five that one encoder finds most like it, with their cosines. Image encoders go by
+# shapes and colours; the interrogator goes by its own words.
+
+# %%
+from image_to_prompts.models import metrics
+from image_to_prompts.search import nearest
+
+tiles = []
+for name, vectors in table.arrays.items():
+    some = metrics.unit(vectors[:20_000])
+    (rows,), (cosines,) = nearest.nearest(some[:1], some, 6)
+    said = [name, *(f"{cosine:.2f}" for cosine in cosines[1:])]
+    tiles += [pictures.tile(file_of[names[row]], text) for row, text in zip(rows, said, strict=True)]
+pictures.grid(tiles, 6).quantize(96)
 
 # %% [markdown]
 # ## What each embedding knows
@@ -58,7 +78,6 @@ pictures.grid(tiles, 6).quantize(96) if tiles else "no interrogator among the en
 
 # %%
 from image_to_prompts import ensemble
-from image_to_prompts.models import metrics
 
 rows, _ = ensemble.load_rows(table, fold=0, test_fold=1)
 train, truth = table.targets[rows.train], table.targets[rows.valid]

@@ -80,7 +80,7 @@ shown.style.set_caption(f"mean cosine {cosines.mean():.3f}").format(precision=3)
 # ## What was wrong with the published network
 #
 # Its layers expected (sequence, batch, width) and got (batch, 3, width), so attention ran across the pictures of a
-# batch: the same picture with other batch mates got another answer. `tools/first_seed.py` reads the published
+# batch: the same picture with other batch mates got another answer. `tools/earlier_ensemble.py` reads the published
 # checkpoints and trains that network.
 # `benchmarks/compare.py` trains both on the same rows. Of 13,005 scenes and three seeds it found, on the test fold:
 #

@@ -16,7 +16,7 @@
 # %% tags=["parameters"]
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
-checkpoint_folder = None  # None: the newest in the run or among the attached inputs
+checkpoint_folder = None  # None: the newest of each kind; several, with spaces between them, are blended
 processes = None  # None: one a GPU
 
 # %%
@@ -35,7 +35,7 @@ config = profiles.default_config(
     run,
     profile,
     images=folder,
-    checkpoint=(Path(checkpoint_folder),) if checkpoint_folder else (),
+    checkpoint=tuple(map(Path, (checkpoint_folder or "").split())),
     out=run.submission if known else run.folder / "submission.csv",
     key=run.test_metadata if known else folders.competition_key(folder),
     bank=(run.train_metadata,) if known else (),

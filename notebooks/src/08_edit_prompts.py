@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 08 · A prompt that can be edited
 #
-# The competition asks for 384 numbers an image. What one wants to have is a text, to change a word of it and render it
+# The competition asks for 384 numbers an image. What you want is a text in which you can change a word and render it
 # again. Two steps lead there. *Retrieval* looks up the known prompts whose embeddings are nearest to the predicted one.
 # *Composition* starts from the nearest, cuts it into phrases, and drops, swaps and adds phrases, of the other known
 # prompts and of a vocabulary, as long as the embedding of the text comes nearer to the prediction.
@@ -31,6 +31,29 @@ known = folder.name == run.test_images.name and (folder / folders.MANIFEST).is_f
 config = profiles.default_config("describe", run, profile, paths=(folder,), out=run.folder / "prompts.csv")
 
 # %% [markdown]
+# ## Two pictures to begin with
+#
+# Most programs that make images write the prompt into the file. Then it is read, and nothing has to be predicted. The
+# second picture, a fractal, is like nothing that a model of emoji scenes has seen: `familiar` is False, and the answer
+# is a guess.
+
+# %%
+from PIL import Image as Picture
+from PIL.PngImagePlugin import PngInfo
+
+from image_to_prompts.data import images, pictures
+
+two = run.report / "with_prompt.png", run.report / "strange.png"
+two[0].parent.mkdir(parents=True, exist_ok=True)
+about = PngInfo()
+about.add_text("parameters", "a lighthouse in a storm\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512")
+images.read(images.find(folder)[0]).save(two[0], pnginfo=about)
+Picture.effect_mandelbrot((512, 512), (-1.5, -1, 0.5, 1), 50).convert("RGB").save(two[1])
+seen = describe(list(two), run.folder, profile)
+display(pictures.grid([pictures.tile(one.path, f"{one.source}: {one.prompt}") for one in seen], 2).quantize(96))
+pd.DataFrame({"source": one.source, "familiar": one.familiar, "prompt": one.prompt, "seed": one.seed} for one in seen)
+
+# %% [markdown]
 # ## Describe a folder
 #
 # The same as `image-to-prompts describe FOLDER --out prompts.csv`; killed and started again it continues.
@@ -41,8 +64,6 @@ pd.read_csv(config.out, nrows=5, usecols=["image", "prompt", "cosine", "nearest_
 
 # %%
 from IPython.display import Image
-
-from image_to_prompts.data import pictures
 
 tiles = [pictures.tile(one.path, f"{one.cosine or 0:.2f} · {one.prompt}") for one in found[:12]]
 pictures.save(pictures.grid(tiles, 6).quantize(96), run.report / "described.png")
@@ -94,7 +115,7 @@ else:
 # %% [markdown]
 # ## Edit, and render again
 #
-# What each phrase of a prompt contributes, and the picture of the edited prompt beside the original. On one's own
+# What each phrase of a prompt contributes, and the picture of the edited prompt beside the original. On your own
 # machine `image-to-prompts demo` is a page for that.
 
 # %%
