@@ -56,11 +56,12 @@ def ours(run: Path, count: int, rounds: int) -> Prepared:
 
 def loop(run: Path, count: int, rounds: int) -> Prepared:
     import faiss
+    from sentence_transformers import SentenceTransformer
 
-    from image_to_prompts.models import text_encoder
+    from image_to_prompts.models import text_encoder, weights
 
     describer, some = _describer(run), parts(run, count, rounds)
-    model, prompts = text_encoder.load(), describer.index.prompts
+    model, prompts = SentenceTransformer(str(weights.locate(text_encoder.NAME))), describer.index.prompts
     index = faiss.IndexFlatIP(text_encoder.DIMENSION)
     index.add(np.ascontiguousarray(describer.index.vectors))
 

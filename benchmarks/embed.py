@@ -1,4 +1,4 @@
-"""Images a second through `embed`'s encoders, beside the first seed's loops, on tiny models of the same classes.
+"""Images a second through `embed`'s encoders, beside earlier loops, on tiny models of the same classes.
 
 python benchmarks/embed.py [--images 96] [--rounds 4]
 
@@ -43,9 +43,10 @@ def seeds_way(folder: Path) -> Prepared:
     import torch
     from clip_interrogator import Config, Interrogator
     from PIL import Image
+    from sentence_transformers import SentenceTransformer
     from transformers import AutoImageProcessor, BlipForConditionalGeneration, BlipProcessor, ConvNextModel
 
-    from image_to_prompts.models import text_encoder
+    from image_to_prompts.models import text_encoder, weights
 
     config = Config(clip_model_name="ViT-B-32/openai", device="cpu", quiet=True, download_cache=False)
     config.cache_path = str(folder / "cache")
@@ -55,7 +56,8 @@ def seeds_way(folder: Path) -> Prepared:
     config.clip_model, config.clip_preprocess = clip.eval(), preprocess
     interrogator = Interrogator(config)
     processor = AutoImageProcessor.from_pretrained(folder / "convnext")
-    convnext, texts = ConvNextModel.from_pretrained(folder / "convnext").eval(), text_encoder.load()
+    convnext = ConvNextModel.from_pretrained(folder / "convnext").eval()
+    texts = SentenceTransformer(str(weights.locate(text_encoder.NAME)))
     files = sorted((folder / "images").glob("*.png"))
 
     def run() -> int:

@@ -36,9 +36,11 @@ def read(file: Path | None, count: int | None = None) -> list[str]:
 
 
 def theirs(prompts: list[str], batch: int) -> Prepared:
-    from image_to_prompts.models import text_encoder
+    from sentence_transformers import SentenceTransformer
 
-    model = text_encoder.load()
+    from image_to_prompts.models import text_encoder, weights
+
+    model = SentenceTransformer(str(weights.locate(text_encoder.NAME)))
     return lambda: model.encode(prompts, batch_size=batch, normalize_embeddings=True, show_progress_bar=False)
 
 

@@ -1,4 +1,4 @@
-"""Seconds of an epoch of the ensemble's training beside the first seed's loop, and a whole training.
+"""Seconds of an epoch of the ensemble's training beside that of the project it comes from, and a whole training.
 
 python benchmarks/ensemble.py epoch [--rounds 4]                10,000 rows, the 10k configuration, same model size
 python benchmarks/ensemble.py train --embeddings DIR            our network to convergence on real arrays, with its time
@@ -32,7 +32,7 @@ def data() -> tuple[list[np.ndarray], np.ndarray]:
 
 def seeds_loop() -> Prepared:
     import torch
-    from first_seed import PRESETS, SeedFusion
+    from earlier_ensemble import PRESETS, SeedFusion
     from torch import nn
 
     preset = PRESETS["10k"]
@@ -69,7 +69,7 @@ def ours() -> Prepared:
     from image_to_prompts.training.loop import batches
 
     process_state()  # which keeps freed memory, as `loop.fit` does
-    config = Config()  # the first seed's 10k preset
+    config = Config()  # the earlier ensemble's 10k preset
     arrays, targets = data()
     trainer = loop.Trainer(networks.Fusion(WIDTHS), config.learning_rate)
     tensors, truth = [torch.from_numpy(array) for array in arrays], torch.from_numpy(targets)
@@ -82,7 +82,7 @@ def ours() -> Prepared:
 
 
 def epoch(options: argparse.Namespace) -> dict[str, object]:
-    from first_seed import SeedFusion
+    from earlier_ensemble import SeedFusion
 
     from image_to_prompts.models import networks
 

@@ -136,7 +136,7 @@ def prepare_reference(backbone: str, size: int, batch: int, steps: int) -> Prepa
 def prepare_ours(backbone: str, size: int, batch: int, accumulated: int, cached: bool) -> Prepared:
     ours, images, rows = trainer(backbone, size, batch, accumulated, cached)
     images = images.to(ours.accelerator.device)
-    return lambda: ours.step(images, rows, len(rows), 0.0)
+    return lambda: ours.read(ours.begin(images, rows, len(rows), 0.0))
 
 
 def bench_step(options: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +172,8 @@ def bench_loss(options: argparse.Namespace) -> dict[str, Any]:
         losses["reference"].append(statistics.mean(found[-5:]))
         ours.model.load_state_dict(build(backbone, size, seed).state_dict())
         ours.optimizer.state.clear()
-        found = [ours.step(pictures[rows], torch.from_numpy(rows), batch, 0.0) / batch for rows in chosen]
+        begun = (ours.begin(pictures[rows], torch.from_numpy(rows), batch, 0.0) for rows in chosen)
+        found = [ours.read(one)[0] / batch for one in begun]
         losses["ours"].append(statistics.mean(found[-5:]))
     print(f"{backbone}, {size} px, batch {batch}: mean loss of steps 46 to 50, by seed")
     for way, values in losses.items():
@@ -205,12 +206,12 @@ def _measured(name: str, micro: int) -> float:
 
     how = {**recipes.flags(name, "full")}
     small, images, rows = trainer("timm:tf_efficientnet_lite0", 32, 4)  # loads what training needs
-    small.step(images, rows, len(rows), 0.0)
+    small.read(small.begin(images, rows, len(rows), 0.0))
     before = psutil.Process().memory_info().rss / 1e9
     backbone, size = how.pop("backbone"), how.pop("image_size")
     ours, images, rows = trainer(backbone, size, micro, cached=how["cache_features"], how=how)
     for _ in range(3):
-        ours.step(images, rows, len(rows), 0.0)
+        ours.read(ours.begin(images, rows, len(rows), 0.0))
     return peak() - before
 
 

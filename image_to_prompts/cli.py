@@ -40,11 +40,11 @@ COMMANDS = {stage.name: (f"{stage.name}:Config", f"{stage.number} {stage.does}")
 # What version 0.1 had: until version 0.3 a line says what to take instead.
 REPLACED = {
     ("ensemble", "--preset"): "give --batch-size 256 --learning-rate 1e-3 for 43k and 93k (10k is the default)",
-    ("ensemble", "--attention"): "for the earlier project's network: python tools/first_seed.py train",
-    ("import-checkpoint", "--ensemble"): "python tools/first_seed.py import-checkpoint FILE --out DIR",
+    ("ensemble", "--attention"): "for the earlier project's network: python tools/earlier_ensemble.py train",
+    ("import-checkpoint", "--ensemble"): "python tools/earlier_ensemble.py import-checkpoint FILE --out DIR",
     ("kaggle", "output"): "kaggle kernels output OWNER/KERNEL -p DIR, of the kaggle package itself, downloads it",
-    ("import-embeddings",): "python tools/first_seed.py import-embeddings FILE... --images LIST --out DIR",
-    ("export-embeddings",): "python tools/first_seed.py export-embeddings DIR --out DIR",
+    ("import-embeddings",): "python tools/earlier_ensemble.py import-embeddings FILE... --images LIST --out DIR",
+    ("export-embeddings",): "python tools/earlier_ensemble.py export-embeddings DIR --out DIR",
 }
 ABOUT = """Recovers the prompt of a Stable Diffusion image. The numbered commands are the stages, in their order.
 
@@ -174,6 +174,8 @@ def _run(words: list[str]) -> str:
         pipeline.announce(name)
         module.run(found, None if found.out else lambda some: progress.say(module.printed(some)))
         return ""
+    if name == "finetune" and (found.dry_run or found.recipe == module.recipes.LIST):
+        return str(module.answer(found))
     if name in STAGES:
         folders.open_run(found.run, found.profile)
         pipeline.announce(name)

@@ -176,7 +176,7 @@ def _plan(name: str, half: bool) -> Download:
         if not one.kaggle:
             raise
         if find_spec("kagglehub") is None:
-            advice = f"Kaggle's {one.kaggle} (python -m pip install kagglehub)"
+            advice = f"Kaggle's {one.kaggle} (python -m pip install 'image-to-prompts[kaggle]')"
             raise hub.Unavailable(f"{error}; {advice}") from error
         return Download(name, "", [])
 

@@ -154,7 +154,7 @@ STAGES = (
         8,
         "describe",
         "08_edit_prompts",
-        "says the prompt of any image in words that can be edited",
+        "writes an editable prompt for any image",
         "any images, checkpoints/",
         "prompts.csv, prompts.jsonl or a .txt beside each image",
         Kernel(

@@ -111,7 +111,7 @@ def _work(words: list[str], cache: Path, log: Path, memory: int) -> None:
     text_encoder.BLOCK, predictors.BLOCK, embed.BLOCK, SceneBackend.block, formats.BLOCK = 16, 8, 8, 4, 8
     describe.BLOCK, frozen_features.BLOCK = 8, 16
     bank.BLOCK, bank.SHARD = 8, 20
-    networks.Fusion.__init__.__defaults__ = (32, 1, 2, 64)  # not 10 million parameters
+    networks.WIDTH, networks.LAYERS, networks.HEADS, networks.FEED_FORWARD = 32, 1, 2, 64  # not 10 million parameters
     os.environ[text_cache.FOLDER] = str(cache)
     if memory:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

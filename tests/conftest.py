@@ -67,6 +67,16 @@ def pytest_collection_modifyitems(items):
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="module")
+def ray():
+    """A cluster on this machine, with room for three actors."""
+    ray = pytest.importorskip("ray")
+    ray.shutdown()  # of a command that another test ran in this process
+    ray.init("local", num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield ray
+    ray.shutdown()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Keeps embeddings of tests out of the user's cache."""

@@ -120,8 +120,8 @@ def test_a_switch_has_both_names_and_a_text_that_fits(stage, command, tmp_path):
 def test_both_words_of_a_switch_are_understood(command, small_run, tmp_path):
     words = ["finetune", "--images", small_run.images, "--image-size", 64, "--dry-run", "--run", tmp_path / "run"]
     for word in ("--cache-features", "--no-cache-features"):
-        code, _, err = command(*words, word)
-        assert code == 0 and "groups" in err, err
+        code, said, err = command(*words, word)
+        assert code == 0 and "groups" in said, err
 
 
 def test_after_the_chain_each_stage_runs_without_flags(command, small_run, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import first_seed
+import earlier_ensemble
 import numpy as np
 import pytest
 from PIL import Image
@@ -72,7 +72,7 @@ def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small
     file = evil_weights(tmp_path / "published.ckpt", marker)
     refused(["import-checkpoint", file, "--out", tmp_path / "out"], "published.ckpt")
     with pytest.raises(UserError, match=r"published\.ckpt"):
-        first_seed.import_checkpoint(file, tmp_path / "out")
+        earlier_ensemble.import_checkpoint(file, tmp_path / "out")
     assert state.read(evil_weights(tmp_path / "state.pt", marker), "cpu") is None
     folder = tmp_path / "e"
     shutil.copytree(small_embeddings, folder)
@@ -82,7 +82,7 @@ def test_checkpoints_states_and_arrays_are_not_unpickled(tmp_path, marker, small
         embeddings.load(folder)
     (tmp_path / "names.txt").write_text("a.png\n")
     with pytest.raises(UserError, match=r"prompt\.npy"):
-        first_seed.import_embeddings((folder / "prompt.npy",), tmp_path / "names.txt", tmp_path / "out")
+        earlier_ensemble.import_embeddings((folder / "prompt.npy",), tmp_path / "names.txt", tmp_path / "out")
     spec = backbones.describe("timm:tf_efficientnet_lite2", 64)
     with pytest.raises(UserError):
         checkpoints.import_reference(file, spec, tmp_path / "out")

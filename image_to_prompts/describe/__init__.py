@@ -34,7 +34,7 @@ from ..predict.predictors import Viewing
 from ..profiles import Models, StageConfig
 from ..run.bounds import Positive
 from ..run.devices import gather, rank_and_processes
-from ..run.errors import UserError
+from ..run.errors import UserError, explained
 from ..run.files import shown
 from ..run.folders import Run, default_run, profile_of
 from ..run.progress import progress_to
@@ -69,17 +69,17 @@ class Main:
     ignore_file: bool = False
     """Predict prompts of images whose file carries one, too."""
     out: Path | None = None
-    """Table to write, .csv or .jsonl; what it says already is not worked out again."""
+    """Table to write, .csv or .jsonl; images already in it are not described again."""
     txt: bool = False
     """Write a .txt beside each image that has none."""
     append: bool = False
-    """Add the prompt to the .txt that is there (--txt)."""
+    """With --txt, add the prompt to an existing .txt."""
     overwrite: bool = False
     """Replace tables and texts that others wrote or edited."""
     recompute: bool = False
     """Work everything out again."""
     top: Positive = 5
-    """How many of the nearest known prompts to tell."""
+    """How many of the nearest known prompts to list."""
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Words:
 
 @dataclass
 class Config(Main, Words, Viewing, Models, StageConfig):
-    """Says the prompts of images: the one that is in the file, or what a model predicts; a guess is called one."""
+    """Gives the prompts of images: the one in the file, or what a model predicts; a guess is labelled as one."""
 
 
 @lru_cache(maxsize=1)
@@ -130,6 +130,7 @@ def describe(
         A `Description`; for a list, a list of them, in which an image that cannot be read has an `error`.
 
     Raises:
+        ModuleNotFoundError: If an image has no prompt in its file, and the package is installed without `[full]`.
         UserError: If the image, or one of the list, is not there; if a single one cannot be read; or see `Describer`.
     """
     folder = (Path(run) if run else default_run()).resolve()
@@ -205,7 +206,7 @@ def _run(config: Config, files: list[Path], show: Show) -> list[Description]:
             log.info("%d images have a .txt already; --append adds to it, --overwrite replaces it", len(done))
     banned, describer = outputs.banned(config.ban), Describer(config)
     table = _table(config, describer.csvs)
-    known: outputs.Known | None = None
+    ask = _asking(config, describer)
     found: list[Description] = []
     stay: list[Path] = []
     rank, processes = rank_and_processes()
@@ -214,15 +215,8 @@ def _run(config: Config, files: list[Path], show: Show) -> list[Description]:
             block = files[len(found) : len(found) + processes * (BLOCK if found else FIRST)]
             mine = {file: outputs.key(file) for file in block[rank::processes]}  # as they are before they are read
             said = {} if config.ignore_file else from_files(mine)
-            if rest := [file for file in mine if file not in said]:
-                if known is None:
-                    of = _fingerprint(describer) if config.out else ""
-                    known = outputs.Known(config.out, of, config.recompute)
-                said |= known.of({file: mine[file] for file in rest})
-                new = [file for file in rest if file not in said]
-                predicted = dict(zip(new, describer.predict(new), strict=True))
-                known.keep({mine[file]: one for file, one in predicted.items()})
-                said |= predicted
+            if rest := {file: key for file, key in mine.items() if file not in said}:
+                said |= ask(rest)
             share = [outputs.worded(said[file], config.prefix, config.suffix, banned, config.top) for file in mine]
             both = gather(share, len(block))
             if table:
@@ -237,6 +231,27 @@ def _run(config: Config, files: list[Path], show: Show) -> list[Description]:
         log.warning("%s: holds another text and stays; --append or --overwrite", shown(outputs.beside(path)))
     _tell(describer.folders, found)
     return found
+
+
+def _asking(config: Config, describer: Describer) -> Callable[[dict[Path, str]], dict[Path, Description]]:
+    """What answers by the models, given images with their keys; what is known is not computed again."""
+
+    @lru_cache(maxsize=1)
+    def known() -> outputs.Known:
+        return outputs.Known(config.out, _fingerprint(describer) if config.out else "", config.recompute)
+
+    def ask(keys: dict[Path, str]) -> dict[Path, Description]:
+        try:
+            said = known().of(keys)
+            new = [file for file in keys if file not in said]
+            predicted = dict(zip(new, describer.predict(new), strict=True))
+            known().keep({keys[file]: one for file, one in predicted.items()})
+            return said | predicted
+        except ModuleNotFoundError as error:  # installed without [full]: prompts from files are there
+            why = f"no prompt in the file, and {explained(error) or error}"
+            return {file: Description(file, "", error=why) for file in keys}
+
+    return ask
 
 
 def _table(config: Config, reads: list[Path]) -> outputs.Table | None:
@@ -256,11 +271,11 @@ def _table(config: Config, reads: list[Path]) -> outputs.Table | None:
 def _tell(folders: list[Path], found: list[Description]) -> None:
     """Says how many prompts came by which way, and how to get better ones."""
     broken = [one for one in found if one.error]
-    for one in broken:
-        log.warning("%s", one.error)
+    for error in dict.fromkeys(one.error for one in broken):
+        log.warning("%s", error)
     counts = Counter(one.source for one in found if one.source)
     ways = ", ".join(f"{counts[source]} {said}" for source, said in WAYS.items() if counts[source])
-    failed = f"{len(broken)} cannot be read" if broken else ""
+    failed = f"{len(broken)} without an answer" if broken else ""
     log.info("%d images: %s", len(found), ", ".join(filter(None, [ways, failed])))
     if strange := sum(one.familiar is False for one in found):
         known = predictors.knows(folders)

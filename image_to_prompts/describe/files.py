@@ -41,7 +41,7 @@ class Description:
         seed: See negative_prompt.
         generator: See negative_prompt; the program that made the image.
         model: See negative_prompt.
-        error: Why the image cannot be read; "" if it can.
+        error: Why there is no prompt; "" if there is one.
         vector: float32 (384,), the embedding that the checkpoints predict; None where they were not asked, and in what
             `run` returns, which keeps texts alone.
     """

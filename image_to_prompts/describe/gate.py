@@ -21,14 +21,10 @@ MOST_BYTES = 2_000_000_000  # of all uploads together; they are deleted after an
 READ_ERRORS = (OSError, ValueError, SyntaxError)  # what Pillow raises for files that are no images
 
 
-def check_upload(path: Path) -> None:
-    """Refuses what is no image, or too large to decode, from its first bytes.
-
-    Raises:
-        ValueError: Says why.
-    """
+def why_refused(path: Path) -> str:
+    """Why an upload is no image, or too large to decode, from its first bytes; "" if it is neither."""
     if path.stat().st_size > MEGABYTES * 1_000_000:
-        raise ValueError(f"The file has more than {MEGABYTES} MB.")
+        return f"The file has more than {MEGABYTES} MB."
     pixels = float("inf")
     try:
         with warnings.catch_warnings():  # Pillow warns of, and then refuses, what is large; our limit is lower
@@ -37,10 +33,9 @@ def check_upload(path: Path) -> None:
                 pixels = file.width * file.height
     except Image.DecompressionBombError:
         pass
-    except READ_ERRORS as error:
-        raise ValueError("This file cannot be read as a PNG, JPEG or WebP picture.") from error
-    if pixels > MEGAPIXELS * 1e6:
-        raise ValueError(f"The image has more than {MEGAPIXELS} megapixels. Make it smaller.")
+    except READ_ERRORS:
+        return "This file cannot be read as a PNG, JPEG or WebP picture."
+    return f"The image has more than {MEGAPIXELS} megapixels. Make it smaller." if pixels > MEGAPIXELS * 1e6 else ""
 
 
 def account(auth: str) -> tuple[str, str]:
@@ -86,22 +81,20 @@ class Gate:
 
     async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         """Answers in place of the page, or lets it answer."""
+        from starlette.responses import PlainTextResponse
+
         headers = dict(scope.get("headers", ()))
         given = headers.get(b"authorization", b"")
         asked = scope["type"] in ("http", "websocket") and self.expected and scope["path"] != STARTED
         if asked and not secrets.compare_digest(given, self.expected):
-            await _answer(send, 401, b"Password, please.", (b"www-authenticate", b'Basic realm="image-to-prompts"'))
+            asking = {"www-authenticate": 'Basic realm="image-to-prompts"'}
+            await PlainTextResponse("Password, please.", 401, asking)(scope, receive, send)
         elif scope["type"] == "http" and scope["path"].endswith(UPLOADS) and self._full(headers):
-            await _answer(send, 507, b"Too many uploads are kept at the moment. Try again in an hour.")
+            full = "Too many uploads are kept at the moment. Try again in an hour."
+            await PlainTextResponse(full, 507)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
     def _full(self, headers: dict[bytes, bytes]) -> bool:
         used = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
         return used + int(headers.get(b"content-length", 0)) > MOST_BYTES
-
-
-async def _answer(send: Callable[..., Any], status: int, text: bytes, *headers: tuple[bytes, bytes]) -> None:
-    head = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode()), *headers]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": text})

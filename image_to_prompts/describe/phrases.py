@@ -231,7 +231,7 @@ def _unnamed(prompt: str) -> list[Part]:
 @lru_cache(maxsize=1)
 def surnames() -> frozenset[str]:
     """Surnames of artists that all-MiniLM-L6-v2's tokenizer knows as no word: rutkowski, but not white."""
-    known = text_encoder.load().tokenizer.get_vocab()
+    known = text_encoder.tokenizer().get_vocab()
     names = [phrase.removeprefix("by ").lower().split() for phrase in terms.read()["artists"]]
     return frozenset(name[-1] for name in names if len(name) > 1 and name[-1] not in known)
 

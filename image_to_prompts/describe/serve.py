@@ -29,7 +29,6 @@ from . import session as sessions
 from .session import Session
 
 if TYPE_CHECKING:
-    import gradio
     from starlette.requests import Request
     from starlette.responses import Response
 
@@ -46,7 +45,7 @@ class Main:
     profile: str = "embedded"
     """`embedded` or `full`; left out: the run's own."""
     host: str = "127.0.0.1"
-    """Address to answer on; any other lets others in and wants --auth."""
+    """Address to answer on; any other lets others in and needs --auth."""
     port: int = 7860
     """Port to answer on."""
     auth: str = ""
@@ -90,26 +89,21 @@ def _answerer(session: Session, folder: Path) -> Callable[[Request], Any]:
     return answer
 
 
-def launch(config: Config, wait: bool = True) -> gradio.Blocks:
+def run(config: Config) -> None:
     """Serves the page until it is stopped.
 
-    Args:
-        config: Settings.
-        wait: Whether to return only when the server has been stopped.
-
     Raises:
-        UserError: If gradio is not installed, the address cannot be used or would let others in, or see `Describer`.
+        ModuleNotFoundError: If gradio is not installed.
+        UserError: If the address cannot be used or would let others in, or see `Describer`.
     """
     gate.check_address(config.host, config.port, config.auth)
     user, password = gate.account(config.auth)
     folder = tempfile.TemporaryDirectory(prefix="image-to-prompts-")  # lives as long as the page, see below
     os.environ |= {"GRADIO_TEMP_DIR": folder.name, "GRADIO_ANALYTICS_ENABLED": "False"}
-    try:
-        import gradio as gr
-        from starlette.middleware import Middleware
-        from starlette.routing import Route
-    except ModuleNotFoundError as error:
-        raise UserError("gradio is not installed; python -m pip install 'image-to-prompts[demo]'") from error
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.routing import Route
+
     chosen = {name: getattr(config, name) for name in ("artists", "caption", "ranker", "weights_dir")}
     describer = Describer(profiles.default_config("describe", folders.Run(config.run), config.profile, **chosen))
     session = Session(describer, sessions.painter(describer.config.profile))
@@ -135,13 +129,5 @@ def launch(config: Config, wait: bool = True) -> gradio.Blocks:
     except OSError as error:
         raise UserError(f"--host {config.host} --port {config.port}: {error}") from error
     log.info("open %s (Ctrl-C stops it)", blocks.local_url)
-    if wait:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too
-        blocks.block_thread()
-    return blocks
-
-
-def run(config: Config) -> str:
-    """Runs the command: see `launch`."""
-    launch(config)
-    return ""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the uploads are deleted then, too
+    blocks.block_thread()

@@ -89,23 +89,12 @@ class Session:
 
     def describe(self, files: Sequence[Path]) -> list[Description]:
         """Describes uploads; one that is refused or broken has an error, which a user may read."""
-        errors: dict[Path, str] = {}
-        for file in files:
-            try:
-                gate.check_upload(file)
-            except ValueError as error:
-                errors[file] = str(error)
+        errors = {file: why for file in files if (why := gate.why_refused(file))}
         with self.lock:
-            found = iter(self.describer.describe([file for file in files if file not in errors]))
-        top = self.describer.config.top
-        described = (Description(file, "", error=errors[file]) if file in errors else next(found) for file in files)
-        broken = "The image is damaged and cannot be read."
-        return [
-            Description(d.path, "", error=errors.get(d.path, broken))
-            if d.error
-            else replace(d, nearest=d.nearest[:top])
-            for d in described
-        ]
+            found = self.describer.describe([file for file in files if file not in errors])
+        errors |= {one.path: "The image is damaged and cannot be read." for one in found if one.error}
+        known = {one.path: replace(one, nearest=one.nearest[: self.describer.config.top]) for one in found}
+        return [Description(file, "", error=errors[file]) if file in errors else known[file] for file in files]
 
     @property
     def known(self) -> str:

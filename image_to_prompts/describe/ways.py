@@ -15,7 +15,7 @@ from ..models import metrics, text_encoder, weights
 from ..predict import predictors
 from ..run.errors import UserError
 from ..run.folders import BANK, Run, is_bank, read_json
-from .files import FROM_FILE, Description
+from .files import Description
 
 if TYPE_CHECKING:
     from ..search import nearest
@@ -30,11 +30,7 @@ CLASSES = 3  # ImageNet's classes in a guess
 def from_files(files: Iterable[Path]) -> dict[Path, Description]:
     """The prompts that stand in image files, of those that have one."""
     found = {file: file_prompt.read(file) for file in files}
-    said = {file: one for file, one in found.items() if one}
-    return {
-        file: Description(file, one.prompt, "file", **{name: getattr(one, name) for name in FROM_FILE})
-        for file, one in said.items()
-    }
+    return {file: Description(file, source="file", **vars(one)) for file, one in found.items() if one}
 
 
 def sources(config: "Config") -> tuple[list[Path], list[Path]]:
@@ -169,16 +165,10 @@ class Describer:
         Raises:
             UserError: If weights that the user named are nowhere or damaged.
         """
-        config = self.config
-        chosen = {"caption": config.caption, "ranker": config.ranker, "artists": config.artists}
-        try:
-            from ..models import hub
-
-            with hub.without_network(self.config.profile == "embedded"):
-                source = "caption" if weights.captions_alone(config.caption) else "interrogator"
-                return encoders.build("interrogator", 0, **chosen), source
-        except UserError as error:
-            if (config.caption, config.ranker) != (weights.CAPTION, weights.RANKER):
-                raise
-            log.debug("no CLIP Interrogator: %s", error)
+        caption, ranker = self.config.caption, self.config.ranker
+        default = (caption, ranker) == (weights.CAPTION, weights.RANKER)
+        if default and not all(weights.interrogator_at_hand(caption, ranker)):  # nobody asked for a download
             return encoders.build("classes", 224), "guess"
+        source = "caption" if weights.captions_alone(caption) else "interrogator"
+        chosen = {"caption": caption, "ranker": ranker, "artists": self.config.artists}
+        return encoders.build("interrogator", 0, **chosen), source

@@ -69,7 +69,7 @@ class Bank:
     """A bank of prompts in place of images."""
 
     texts: tuple[Path, ...] = ()
-    """CSVs of prompts, of which --encoders' one text tower makes a bank for infer and describe."""
+    """CSVs of prompts to make a bank of, for infer and describe; --encoders names its one tower."""
     dimensions: NotNegative = 0
     """Numbers a prompt, by principal components; 0: all that the tower gives."""
 

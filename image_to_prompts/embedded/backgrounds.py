@@ -180,7 +180,7 @@ PLACES: dict[str, tuple[str, str, Painter]] = {
     "ice": ("#b9def2", "#eef9ff", _ice),
     "stage": ("#1a0508", "#2d0a10", _stage),
 }
-"""Sky colours, top and bottom, and the painter of each place of `generate.grammar.PLACES`."""
+"""Sky colours, top and bottom, and the painter of each place of `embedded.grammar.PLACES`."""
 
 
 def _pastel(rng: random.Random) -> Colour:

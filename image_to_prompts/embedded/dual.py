@@ -82,7 +82,7 @@ class Dual:
         if not file.is_file():
             raise UserError(f"{folder}: no dual encoder there; `image-to-prompts run` fits one")
         with layouts.reading(file, "a dual encoder"):
-            self.maps = {name: torch.from_numpy(value) for name, value in load_file(file).items()}
+            self.maps = load_file(file)
             self.spec = backbones.Spec(**json.loads((folder / "dual.json").read_text(encoding="utf-8")))
         self.digest = layouts.file_digest(file)
         self.backbone = BackboneEncoder.pretrained(self.spec)
@@ -95,12 +95,9 @@ class Dual:
 
     def images(self, features: np.ndarray) -> np.ndarray:
         """Maps the backbone's features, float32 (n, d), to float32 (n, 128)."""
-        return metrics.in_fixed_rows(lambda rows: self._mapped("image", rows), [features])
+        return metrics.mapped(features - self.maps["image_mean"], self.maps["image"])
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts, float32 (n, 128)."""
         found = text_encoder.encode(texts, fast=True)
-        return metrics.unit(metrics.in_fixed_rows(lambda rows: self._mapped("text", rows), [found]))
-
-    def _mapped(self, side: str, rows: list[np.ndarray]) -> np.ndarray:
-        return ((torch.from_numpy(rows[0]) - self.maps[f"{side}_mean"]) @ self.maps[side]).numpy()
+        return metrics.unit(metrics.mapped(found - self.maps["text_mean"], self.maps["text"]))

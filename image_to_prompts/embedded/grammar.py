@@ -86,8 +86,6 @@ def _weights() -> tuple[int, ...]:
 def modifiers() -> tuple[str, ...]:
     """Frequent prompt phrases and artists that nothing draws (clip-interrogator's term lists, MIT)."""
     folder = package_folder("clip_interrogator")
-    if folder is None:
-        raise ModuleNotFoundError("clip-interrogator is not installed: pip install clip-interrogator")
     flavors = (folder / "data" / "flavors.txt").read_text(encoding="utf-8").splitlines()[: 2 * FLAVORS]
     artists = (folder / "data" / "artists.txt").read_text(encoding="utf-8").splitlines()
 

@@ -23,7 +23,6 @@ from ..data.metadata import NOTHING_KNOWN
 from ..render.encode import SIZE, Finished, finish
 from ..render.store import Row
 from ..run.devices import cores
-from ..run.errors import UserError
 from ..run.folders import package_folder
 from . import backgrounds, grammar, layout, styles
 
@@ -42,13 +41,10 @@ def pictures(family: str) -> dict[str, Path]:
     """SVG file of every code in a drawing family.
 
     Raises:
-        UserError: If the family's package is not installed.
+        ModuleNotFoundError: If the family's package is not installed.
     """
     module, inner = FAMILIES[family]
-    folder = package_folder(module)
-    if folder is None:
-        raise UserError(f"package {module.replace('_', '-')} is not installed; pip install {module.replace('_', '-')}")
-    return {normal_code(path.stem): path for path in (folder / inner).glob("*.svg")}
+    return {normal_code(path.stem): path for path in (package_folder(module) / inner).glob("*.svg")}
 
 
 @lru_cache(maxsize=800)
@@ -116,10 +112,10 @@ class SceneBackend:
         self.family, self.suffix = family, suffix
         self.workers = workers or cores()
         self.ahead = 2 * self.workers
-        module = FAMILIES[family][0].replace("_", "-")
+        package = FAMILIES[family][0].replace("_", "-")
         self.settings = {
             "backend": "scenes",
-            "model": f"{module} {importlib.metadata.version(module)}" if package_folder(FAMILIES[family][0]) else "",
+            "model": f"{package} {importlib.metadata.version(package)}",
             "model_sha256": "",
             "scheduler": "",
             "steps": "",

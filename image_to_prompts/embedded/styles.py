@@ -114,7 +114,7 @@ STYLES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "infrared": infrared,
     "blurry": blurry,
 }
-"""The filter of each style of `generate.grammar.STYLES`."""
+"""The filter of each style of `embedded.grammar.STYLES`."""
 
 
 def apply(style: str | None, image: Image.Image) -> Image.Image:

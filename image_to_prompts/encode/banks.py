@@ -58,15 +58,7 @@ class Bank:
 def projected(features: np.ndarray, projection: np.ndarray | None) -> np.ndarray:
     """Unit vectors of a tower's vectors, with a projection unit vectors of what it keeps."""
     found = metrics.unit(features)
-    if projection is None:
-        return found
-
-    def product(rows: list[np.ndarray]) -> np.ndarray:
-        import torch
-
-        return (torch.from_numpy(rows[0]) @ torch.from_numpy(projection)).numpy()
-
-    return metrics.unit(metrics.in_fixed_rows(product, [found]))
+    return found if projection is None else metrics.unit(metrics.mapped(found, projection))
 
 
 def principal(vectors: np.ndarray, dimensions: int) -> np.ndarray:

@@ -72,7 +72,6 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
         UserError: If the name is unknown, or the weights are nowhere or damaged.
     """
     from ..models import backbones, weights
-    from . import interrogator
     from .backbone import BackboneEncoder
 
     samples = settings.pop("samples", 1)
@@ -83,6 +82,8 @@ def build(name: str, image_size: int, **settings: Any) -> Encoder:
     if name == "interrogator":  # its models look at images of their own sizes
         if weights.captions_alone(caption := settings.get("caption", weights.CAPTION)):
             return build(f"caption:{caption}", 0, samples=samples)
+        from . import interrogator
+
         return interrogator.load(**settings)
     if name == "classes":
         return pipeline.embedded("classes")(image_size)

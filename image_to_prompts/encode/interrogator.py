@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from ..data import terms as term_lists
 from ..data.rows import Fit
@@ -28,7 +27,6 @@ from ..run.devices import process_state, type_of
 from ..run.errors import UserError
 from ..run.files import write_array
 from ..run.progress import Estimate, progress_to
-from .text_tower import towers
 
 log = logging.getLogger(__name__)
 MODES = ("fast", "classic", "best")
@@ -216,6 +214,8 @@ def _keep(vectors: np.ndarray, name: str, places: list[Path]) -> None:
 
 def captioner(folder: Path) -> tuple[nn.Module, Any]:
     """A BLIP model and its processor; raises UserError if the folder holds another one or damaged files."""
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
     with layouts.reading(folder, "a BLIP captioning model"):
         kind = layouts.variant(folder)
         model = BlipForConditionalGeneration.from_pretrained(folder, variant=kind, **layouts.FROM_FOLDER)
@@ -247,6 +247,8 @@ def load(
     asked = weights.interrogator(caption, ranker)
     name = asked[1][0]
     folder, file = weights.all_of(*(partial(weights.locate, *one) for one in asked))
+    from .text_tower import towers  # after what may end in a line about missing weights: open_clip is slow to import
+
     spec = backbones.describe(name)
     settings = {"caption": caption, "ranker": ranker, "mode": mode, "terms": terms, "artists": artists}
     return Interrogator(

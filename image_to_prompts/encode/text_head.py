@@ -27,13 +27,7 @@ class Head:
 
     def __call__(self, queries: np.ndarray) -> np.ndarray:
         """Unit vectors, float32 (n, 384), of float32 (n, d)."""
-        import torch
-
-        weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
-        shifted = [metrics.unit(queries + self.shift)]
-        return metrics.unit(
-            metrics.in_fixed_rows(lambda rows: (torch.from_numpy(rows[0]) @ weight + bias).numpy(), shifted)
-        )
+        return metrics.unit(metrics.mapped(metrics.unit(queries + self.shift), self.weight, self.bias))
 
     def linear(self, features: np.ndarray, projection: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Weight (width, 384) and bias (384,) for a tower's own vectors, as if all were as long as those given.

@@ -17,7 +17,7 @@ from ..run.devices import mixed_precision, process_state
 from ..run.progress import Deadline, progress_to
 from ..training import state as state_file
 from ..training.dataset import Rows
-from ..training.loop import batches, has_stalled, learning_rate_factor
+from ..training.epochs import batches, has_stalled, learning_rate_factor
 
 # float16, which GPUs without bf16 have, would lose the small gradients of a mean over a batch; the network is small.
 WEIGHT_DECAY = 1e-4

@@ -40,7 +40,7 @@ class Main:
     """What it writes."""
 
     source: Literal["grammar", "magicprompt", Sources] = "grammar"
-    """Who writes the prompts, or the format of --input: DiffusionDB's metadata or image parts, Conceptual Captions,
+    """What writes the prompts, or the format of --input: DiffusionDB's metadata or image parts, Conceptual Captions,
     LAION-COCO, COCO and VizWiz, folders of images with a table of their prompts (pairs), or any table (CSV, TSV, JSONL,
     JSON, Parquet, text)."""
     count: Positive = 3800

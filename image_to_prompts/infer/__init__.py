@@ -53,15 +53,15 @@ class Main:
     blend: tuple[float, ...] = ()
     """Weights of the checkpoints in the blend; left out: fitted on the images that all kept for validation."""
     second_size: NotNegative = 0
-    """Let checkpoints of finetune look a second time, at inputs of this side in px; 0: not."""
+    """Also predict with finetune's checkpoints at this input size in px; 0: off."""
     own_colours: bool = False
-    """Let them look a further time, with colours normalised by the mean and deviation of these images."""
+    """Also predict with them after normalising colours by the mean and deviation of these images."""
     pairs: tuple[Path, ...] = ()
     """Folders of embed, of images with known prompts, to fit a bank's settings on; left out: the run's, or attached."""
     second_tower: str = ""
     """open_clip:<model> that judges the prompts which a bank's own tower found."""
     fallback: bool = False
-    """Where none is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
+    """If no checkpoint is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
     max_hours: Amount = 0.0
     """Give the images that are left the mean prediction before the process is this old; 0: never."""
 

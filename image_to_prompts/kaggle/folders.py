@@ -24,11 +24,11 @@ from ..run.files import atomic_path, sha256, write_json, write_text
 from ..run.folders import is_checkpoint
 from ..run.resume import writing
 
-NAME = "image-to-prompts"
+NAME = "image-to-prompts[full]"
 # What Kaggle's image has of ours (August 2026); what these need is there too.
 IMAGE = (
-    *("accelerate", "diffusers", "numpy", "pandas", "polars", "pyarrow", "sentence-transformers"),
-    *("timm", "torch", "torchvision", "transformers"),
+    *("accelerate", "diffusers", "numpy", "pandas", "polars", "pyarrow", "scikit-learn"),
+    *("scipy", "timm", "torch", "torchvision", "transformers"),
 )
 PYTHONS = ("3.12", "3.13")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -40,7 +40,7 @@ def needed(roots: Iterable[str], without: Iterable[str] = ()) -> set[str]:
     """The installed distributions that some need, themselves included, by walking their metadata.
 
     Args:
-        roots: Names of installed distributions.
+        roots: Installed distributions as requirements, extras too.
         without: Names not to follow.
 
     Returns:
@@ -49,21 +49,23 @@ def needed(roots: Iterable[str], without: Iterable[str] = ()) -> set[str]:
     Raises:
         UserError: If one of them is not installed.
     """
-    found, left = set(without), [canonicalize_name(name) for name in roots]
+    stop, seen, left = set(without), set(), [Requirement(root) for root in roots]
     while left:
-        name = left.pop()
-        if name in found:
+        wanted = left.pop()
+        name = canonicalize_name(wanted.name)
+        if name in stop or (name, *wanted.extras) in seen:
             continue
-        found.add(name)
+        seen.add((name, *wanted.extras))
         try:
             lines = installed.requires(name) or []
         except installed.PackageNotFoundError as error:
             raise UserError(f"{name} is not installed here; run make install first") from error
         for line in lines:
             requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                left.append(canonicalize_name(requirement.name))
-    return found - set(without)
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *wanted.extras)):
+                left.append(requirement)
+    return {name for name, *_ in seen}
 
 
 def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, ...] = PYTHONS) -> Path:
@@ -84,7 +86,7 @@ def wheels(out: Path, source: Path, owner: dict[str, str], pythons: tuple[str, .
     with _filling(out, "wheels"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         image = needed(IMAGE)
-        missing = sorted(needed([NAME], image) - {NAME})
+        missing = sorted(needed([NAME], image) - {"image-to-prompts"})
         _pip("wheel", "--no-deps", "--wheel-dir", folder, source.resolve())
         if not list(folder.glob("image_to_prompts-*.whl")):
             raise UserError(f"{source}: not a clone of this project; give it with --source")
@@ -250,18 +252,13 @@ def describe(folder: Path, names: dict[str, str], which: str, title: str, subtit
         The folder.
 
     Raises:
-        UserError: If one of them is not what Kaggle accepts.
+        UserError: If the slug is not what Kaggle accepts.
     """
     owner, slug = names["owner"], names.get(which, "")
-    for name, text, least, most in (("slug", slug, 6, 50), ("title", title, 6, 50), ("subtitle", subtitle, 20, 80)):
-        if not least <= len(text) <= most:
-            raise UserError(f"{folder}: {name} {text!r} has {len(text)} characters; {least} to {most} are allowed")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", slug):
-        raise UserError(f"{folder}: slug {slug!r}: only a-z, 0-9 and dashes are allowed")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{5,49}", slug):
+        raise UserError(f"{folder}: slug {slug!r}: must have 6 to 50 characters, of a-z, 0-9 and dashes alone")
     resources = []
     for path, said in files.items():
-        if not (folder / path).is_file():
-            raise UserError(f"{folder / path}: no such file")
         said, columns = (said, {}) if isinstance(said, str) else said
         fields = [{"name": name, "type": kind, "description": text} for name, (kind, text) in columns.items()]
         schema = {"schema": {"fields": fields}} if fields else {}

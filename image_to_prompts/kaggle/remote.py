@@ -71,7 +71,8 @@ def connect(timeout: float = TIMEOUT) -> Any:
     """The `kaggle` package's interface, signed in.
 
     Raises:
-        UserError: If the package is missing or there are no credentials.
+        ModuleNotFoundError: If the package is not installed.
+        UserError: If there are no credentials.
     """
     source = credentials()
     api = call("signing in", _sign_in, timeout=timeout)
@@ -80,10 +81,7 @@ def connect(timeout: float = TIMEOUT) -> Any:
 
 
 def _sign_in() -> Any:
-    try:
-        from kaggle.api.kaggle_api_extended import KaggleApi  # asks the server as soon as it is imported
-    except ImportError as error:
-        raise UserError(f"{error}; python -m pip install kaggle six") from error
+    from kaggle.api.kaggle_api_extended import KaggleApi  # asks the server as soon as it is imported
 
     class Api(KaggleApi):
         """Fails where a file fails to upload; the package tries ten times and continues without it."""

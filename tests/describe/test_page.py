@@ -29,9 +29,9 @@ from image_to_prompts.describe import gate, page, session
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-USERS = 10
+USERS, BROWSERS = 10, 4
 SIMILARITY = "Number(document.querySelector('#similarity strong')?.innerText)"
-UPLOADS = int(os.environ.get("UPLOADS", 40))  # 200 by hand: docs/log.md
+UPLOADS = int(os.environ.get("UPLOADS", 20))  # 200 by hand: docs/log.md
 
 
 class Server:
@@ -83,7 +83,7 @@ def server(trained_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(small_run):
-    return sorted(small_run.images.glob("*.png"))[:USERS]
+    return sorted(small_run.images.glob("*.png"))[: USERS // 2]
 
 
 @pytest.fixture(scope="module")
@@ -363,19 +363,19 @@ def test_ten_users_at_once_get_their_own_answers(server, pictures, alone, browse
 
     def use(number):
         together.wait()
-        return server.describe(pictures[number])
+        return server.describe(pictures[number % len(pictures)])
 
     with ThreadPoolExecutor(USERS) as threads:
         first = list(threads.map(use, range(USERS)))
     before = server.memory()
-    for (prompt, similarity, nearest), expected in zip(first, alone, strict=True):
+    for (prompt, similarity, nearest), expected in zip(first, alone * 2, strict=True):
         assert prompt == expected.prompt and abs(similarity - expected.cosine) < 0.002
         assert [text for text, _ in nearest] == [text for text, _ in expected.nearest[:5]]
-    assert len({prompt for prompt, _, _ in first}) > USERS / 2
-    visits = [Visit(browser, server.url) for _ in pictures]
-    for visit, picture in zip(visits, pictures, strict=True):
+    assert len({prompt for prompt, _, _ in first}) > len(pictures) / 2
+    visits = [Visit(browser, server.url) for _ in range(BROWSERS)]
+    for visit, picture in zip(visits, pictures[:BROWSERS], strict=True):
         visit.drop(picture)
-    for visit, expected in zip(visits, alone, strict=True):
+    for visit, expected in zip(visits, alone[:BROWSERS], strict=True):
         assert visit.described() == expected.prompt
         assert abs(visit.similarity() - expected.cosine) < 0.002
         visit.page.wait_for_selector("#history img")
@@ -442,8 +442,7 @@ def test_an_upload_that_is_too_large_is_not_taken(server, pictures):
     assert httpx.post(f"{server.url}/describe", content=data, timeout=60).status_code == 413
     path = server.temporary.parent / "large.png"
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="more than 20 MB"):
-        gate.check_upload(path)
+    assert gate.why_refused(path) == "The file has more than 20 MB."
     answer = httpx.post(f"{server.url}/gradio_api/upload", files={"files": ("a.png", 5 * data)}, timeout=60)
     assert answer.status_code == 413
     assert "data-binary" in httpx.post(f"{server.url}/describe", content=b"").json()["error"]

@@ -135,8 +135,7 @@ def test_a_damaged_bank_gets_a_line(words, tmp_path, command, refused):
 
 
 @pytest.mark.slow
-def test_rays_actors_make_the_same_bank(words, tmp_path, command):
-    pytest.importorskip("ray")
+def test_rays_actors_make_the_same_bank(ray, words, tmp_path, command):
     command(*words)
     code, _, err = command(*words[:-1], tmp_path / "ray", "--engine", "ray", "--actors", 2)
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""Embeddings: arrays with names, joined by name; bad ones refused; a killed run goes on."""
+"""Embeddings: arrays with names, joined by name; bad ones refused; a killed run continues."""
 
 import shutil
 
@@ -73,7 +73,7 @@ def test_an_unreadable_image_has_no_row(small_run, tmp_path, caplog):
 
 
 def interrupted(config, monkeypatch):
-    """Stops a run after two blocks; returns how many images each block had, and goes on counting in later runs."""
+    """Stops a run after two blocks; returns how many images each block had, and keeps counting in later runs."""
     seen, see, limit = [], encoders.see, 2
 
     def counted(batch_size, built, rows, workers):

@@ -12,7 +12,7 @@ LINE = r"score (\d\.\d{4}) constant (\d\.\d{4}) knn (\d\.\d{4}) ceiling (\d\.\d{
 
 @pytest.mark.slow
 def test_chain_ends_in_a_report_and_a_score_line(tmp_path):
-    config = whole_run.Config(run=tmp_path / "run", quick=True, count=200, epochs=1, quiet=True)
+    config = whole_run.Config(run=tmp_path / "run", quick=True, count=120, epochs=1, quiet=True)
     printed = whole_run.run(config).splitlines()
     match = re.fullmatch(LINE, printed[-1])
     assert match, printed[-1]

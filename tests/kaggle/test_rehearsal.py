@@ -24,7 +24,7 @@ from image_to_prompts.infer import submission
 from image_to_prompts.kaggle import folders
 from image_to_prompts.pipeline import STAGES
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rehearsal
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = (
     *(

@@ -21,7 +21,7 @@ from image_to_prompts.run import folders
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-SOON = 1e-6  # hours: a training does one step, and stops
+SOON = 1e-6  # hours: a training begins a second step, and stops
 
 
 class Machines:
@@ -63,7 +63,7 @@ def test_three_sessions_of_training_are_one(kaggle, small_run, tmp_path):
     second = machines.push("finetune", "--continue", max_hours=SOON, **how)
     third = machines.push("finetune", "--continue", **how)
     steps = [one.said.partition("continuing at epoch ")[2][:9] for one in (first, second, third)]
-    assert steps == ["", "1, step 1", "1, step 2"]
+    assert steps == ["", "1, step 2", "2, step 2"]
     assert "All done. Next: 05_embed_images" in third.said
 
     once = folders.open_run(tmp_path / "once", "embedded")

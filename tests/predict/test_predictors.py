@@ -90,7 +90,7 @@ def test_images_not_reached_in_time_get_the_mean(small_run, small_checkpoint, tm
     monkeypatch.setattr(predictors.Deadline, "passed", lambda self: False)
     computed, see = [], encoders.see
     monkeypatch.setattr(encoders, "see", lambda size, e, rows, n: computed.append(len(rows)) or see(size, e, rows, n))
-    again = infer.run(config)  # goes on from the blocks that were done
+    again = infer.run(config)  # continues after the blocks that were done
     assert not again.unreached and sum(computed) == 3 * short.unreached
     np.testing.assert_allclose(again.vectors, whole.vectors, atol=1e-6)
 
