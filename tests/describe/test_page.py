@@ -58,7 +58,7 @@ class Server:
 
     def ask(self, path):
         """What the page's API answers of an image."""
-        answer = httpx.post(f"{self.url}/describe", content=Path(path).read_bytes(), timeout=60)
+        answer = httpx.post(f"{self.url}/describe", content=Path(path).read_bytes(), timeout=300)
         return answer.status_code, answer.json()
 
     def describe(self, path):
