@@ -198,10 +198,11 @@ def card(config: dict[str, Any]) -> str:
 
 def revision() -> str:
     """Git revision of this checkout, "" outside one."""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip()
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # installed, perhaps within the checkout of something else
+        return ""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def import_reference(file: Path, spec: backbones.Spec, out: Path) -> Checkpoint:
