@@ -10,7 +10,7 @@ loss    A smaller ConvNeXt: loss after 50 steps of the reference's loop and of o
 epoch   The embedded profile's model: an epoch with cached features, without where images lie in memory, and without
         where they are read from PNG files.
 memory  Each recipe's tower at full size with random weights: the peak that `--dry-run` predicts from steps of 2 and 4
-        images beside that of a step of 3 and of 6 (of small towers more), each in a process of its own.
+        images beside that of a step of 3 and of 5 (of small towers more), each in a process of its own.
 loader  Images a second: the reference's loader (Pillow, torchvision transforms, float32, processes) and ours (threads).
 
 The reference's parts are written anew from their description. Ways run in turns; those with large models each in a
@@ -198,7 +198,7 @@ def _predicted(name: str, sizes: tuple[int, ...]) -> list[float]:
 
 
 def _measured(name: str, micro: int) -> float:
-    """GB at the peak of two steps of a recipe, beyond the process with its libraries."""
+    """GB at the peak of a step of a recipe, beyond the process with its libraries."""
     import psutil
     from turns import peak
 
@@ -210,8 +210,8 @@ def _measured(name: str, micro: int) -> float:
     before = psutil.Process().memory_info().rss / 1e9
     backbone, size = how.pop("backbone"), how.pop("image_size")
     ours, images, rows = trainer(backbone, size, micro, cached=how["cache_features"], how=how)
-    for _ in range(2):  # from the second on the optimizer has its moments
-        ours.read(ours.begin(images, rows, len(rows), 0.0))
+    for count in (1, micro):  # after a first small one the optimizer has its moments
+        ours.read(ours.begin(images[:count], rows[:count], count, 0.0))
     return peak() - before
 
 
@@ -227,7 +227,7 @@ def bench_memory(options: argparse.Namespace) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     for name, recipe in recipes.RECIPES.items():
-        sizes = {"vit-b": (12, 24), "embedded": (64, 160)}.get(name, (3, 6))
+        sizes = {"vit-b": (12, 24), "embedded": (64, 160)}.get(name, (3, 5))
         for micro, predicted in zip(sizes, apart(_predicted, name, sizes), strict=True):
             measured = apart(_measured, name, micro)
             off = predicted / measured - 1

@@ -23,8 +23,9 @@ from ..training import dataset, frozen_features, loop
 from ..training import model as models
 
 PROBE = 2  # images of a small step, beside one of twice as many: the difference is what an image's activations take
-# Beyond the tensors, what an allocator cannot use between them: on CPUs 0 to 23 % over the recipes (docs/log.md).
-FRAGMENTATION = 0.08
+# Added to the sum of the tensors: an allocator cannot use all the memory between them, but gradients take the place of
+# activations. On CPUs the peaks of the recipes were 8 % below to 24 % above that sum (docs/log.md).
+FRAGMENTATION = 0.05
 BYTES, OPTIMIZER_COPIES = 4, 2  # what trains is float32; AdamW keeps two moments a trained parameter
 
 
