@@ -16,10 +16,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed ## virtual environment .venv with everything in it
 
-run: install ## the embedded chain on about 3,000 prompts: pictures, model, submission, score (at most 10 minutes)
+run: install ## the embedded chain on about 3,000 prompts: pictures, model, submission, score (10 to 25 minutes)
 	$(COMMAND) run
 
-quick: install ## the same on a few hundred prompts (at most 2 minutes)
+quick: install ## the same on a few hundred prompts (1 to 4 minutes)
 	$(COMMAND) run --quick
 
 ## Work on it
