@@ -1,4 +1,4 @@
-"""The chain, one row a stage: command line, notebooks, kernels, the table of stages in the docs and tests follow it."""
+"""The chain, one row per stage: command line, notebooks, kernels, the docs' table of stages and tests follow it."""
 
 import importlib
 import logging

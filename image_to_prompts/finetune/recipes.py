@@ -1,4 +1,4 @@
-"""Recipes of `finetune`: one row a tower, each value with its source; `finetune --recipe NAME`, single values as flags.
+"""Recipes of `finetune`: one row per tower, each value with its source; `finetune --recipe NAME`, values as flags.
 
 Nothing here was measured by this project but `embedded`. Sources are write-ups of the competition (Kaggle discussions,
 numbers in brackets) and papers. Tried by others and left out: 8-bit optimisers (no one reports a gain), the angle as

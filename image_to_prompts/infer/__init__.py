@@ -128,7 +128,7 @@ def nearest_prompts(vectors: np.ndarray, prompts: list[str], prompt_vectors: np.
         prompt_vectors: float32 (m, 384), their embeddings.
 
     Returns:
-        `prompt,cosine`, one row a prediction.
+        `prompt,cosine`, one row per prediction.
     """
     from ..search.nearest import nearest
 

@@ -202,7 +202,7 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
             if name not in known.index:
                 raise UserError(f"{csv}: column {name!r} is not in {described}; describe it there")
             columns[name] = (known["type"][name], known["description"][name])
-        files[csv.name] = (f"{csv.stem}: one row a {'prompt' if 'prompt' in columns else 'file'}", columns)
+        files[csv.name] = (f"{csv.stem}: one row per {'prompt' if 'prompt' in columns else 'file'}", columns)
     subtitle = "Prompts with the names of their images, deduplicated"
     with _filling(out, "metadata", {csv.name: csv for csv in csvs}):
         return describe(out, owner, "metadata", "Image to prompts metadata", subtitle, files)

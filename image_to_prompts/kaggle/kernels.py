@@ -144,7 +144,7 @@ def find(folder: Path) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel], every_field: bool = False) -> str:
-    """The chain as text: one row a kernel, or all that would be sent."""
+    """The chain as text: one row per kernel, or all that would be sent."""
     if every_field:
         return "\n\n".join(
             f"{kernel.folder}\n"

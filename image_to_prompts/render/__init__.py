@@ -155,7 +155,7 @@ def run(config: Config) -> pd.DataFrame:
     """Runs the stage; with `accelerate launch` each process renders its share.
 
     Returns:
-        The manifest as written to `<out>/manifest.csv`, one row a finished image: the metadata's columns, backend,
+        The manifest as written to `<out>/manifest.csv`, one row per finished image: the metadata's columns, backend,
         model, model_sha256, scheduler, steps, guidance, file, sha256, flag (blank, near_uniform, nsfw_blacked,
         nothing_known, failed, or ""). After a stop by --max-hours or --max-gb it holds the rows done so far.
         With `verify` set: the rows of the manifest that are missing or damaged.
