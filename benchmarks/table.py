@@ -69,6 +69,12 @@ ROWS = {  # ways of each part: what, beside what, and their names there
             "plain",
             "ours --fast, compiled",
         ),
+        (
+            "`render --compile --fast --steps 16`",
+            "plain diffusers, a batch a call, 50",
+            "plain",
+            "ours --fast, 16 steps",
+        ),
     ),
     "train": (
         ("`finetune`", "a plain loop in TF32", "plain, TF32", "ours"),

@@ -154,8 +154,10 @@ def test_rendering_is_the_same_again_and_compiled(tiny_sd2, tmp_path):
     again = rendered(tiny_sd2, tmp_path / "b", prompts, batch_size=2)
     assert plain == again
     compiled = rendered(tiny_sd2, tmp_path / "c", prompts, batch_size=2, compile=True)
-    whole = list(plain)[:4]  # the fifth is drawn alone, compiled beside an empty prompt
-    assert max(np.abs(pixels(plain[name]) - pixels(compiled[name])).max() for name in whole) <= 2
+    # The fifth is drawn alone, compiled beside an empty prompt. Single numbers differ by 10 levels; by other noise
+    # the mean would be 40.
+    apart_by = [np.abs(pixels(plain[name]) - pixels(compiled[name])).mean() for name in list(plain)[:4]]
+    assert max(apart_by) < 1, apart_by
     for name in list(plain)[2:4]:
         (tmp_path / "a" / "images" / name).unlink()
     assert rendered(tiny_sd2, tmp_path / "a", prompts, batch_size=2) == plain

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["card", "unet", "render", "train", "loop", "infer", "encode", "search", "dedupe"]
+PARTS = ["card", "unet", "render", "train", "loop", "memory", "infer", "encode", "search", "dedupe"]
 
 
 def test_each_card_has_a_table(bench_table, tmp_path, monkeypatch):

@@ -23,9 +23,10 @@ from ..training import dataset, frozen_features, loop
 from ..training import model as models
 
 PROBE = 2  # images of a small step, beside one of twice as many: the difference is what an image's activations take
-# Added to the sum of the tensors: an allocator cannot use all the memory between them, but gradients take the place of
-# activations. On CPUs the peaks of the recipes were 8 % below to 24 % above that sum (docs/log.md).
-FRAGMENTATION = 0.05
+# Added to the sum of the tensors. On CPUs a share: an allocator cannot use all the memory between them, but gradients
+# take the place of activations; the peaks of the recipes were 8 % below to 24 % above the sum. On GPUs what cuBLAS and
+# cuDNN work in; there the peaks were 11 % below the sum to 0.1 GB above it (docs/log.md).
+FRAGMENTATION, WORKSPACES = 0.05, 64_000_000
 BYTES, OPTIMIZER_COPIES = 4, 2  # what trains is float32; AdamW keeps two moments a trained parameter
 
 
@@ -36,7 +37,7 @@ class Plan:
     Attributes:
         counts: Of `groups` of layers, `tensors` and `parameters`: how many train, and how many there are.
         memory: Bytes at the peak of a step: `weights`, `gradients`, `optimizer`, the `activations` kept for the way
-            back, and a `fragmentation` that is usual.
+            back, and the `overhead` that is usual.
         micro: Images at once.
         free: Bytes free on the device before the model was there.
         steps: Steps of the whole training.
@@ -140,7 +141,8 @@ def needed(model: nn.Module, activations: int, average: bool = False) -> dict[st
     optimizer = OPTIMIZER_COPIES * BYTES * numbers
     parts = {"weights": weights, "gradients": BYTES * numbers, "optimizer": optimizer, "activations": activations}
     parts |= {"average": BYTES * numbers} if average else {}
-    return {**parts, "fragmentation": round(FRAGMENTATION * sum(parts.values()))}
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return {**parts, "overhead": WORKSPACES if on_gpu else round(FRAGMENTATION * sum(parts.values()))}
 
 
 def _counts(model: nn.Module, trained_names: list[str]) -> dict[str, tuple[int, int]]:
