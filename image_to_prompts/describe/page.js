@@ -27,6 +27,11 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   if (give([...event.clipboardData.files])) event.preventDefault();
 });
+// What was chosen last, which the server's answer to an earlier choice may set back before Gradio has read it.
+let chosen = "";
+document.addEventListener("input", (event) => {
+  if (event.target.type == "radio") chosen = event.target.value;
+}, true);
 // Arrow keys, as usual among choices and tabs.
 document.addEventListener("keydown", (event) => {
   const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
@@ -35,7 +40,8 @@ document.addEventListener("keydown", (event) => {
   if (!step || !all.includes(event.target)) return;
   const next = all[(all.indexOf(event.target) + step + all.length) % all.length];
   next.focus();
-  next.click();
+  if (next.checked) next.dispatchEvent(new Event("input", { bubbles: true })); // by such an answer
+  else next.click();
   event.preventDefault();
 });
 // Gradio refuses a whole folder for a hidden file in it, such as .DS_Store.

@@ -79,6 +79,7 @@ def _one_picture(session: Session) -> None:
                 label="Candidates, the most readable first; the number says how well one fits",
                 elem_id="candidates",
                 visible=False,
+                interactive=True,
             )
     worth = gr.HTML(elem_id="worth")
     refusal = gr.Markdown(elem_id="refusal")
@@ -93,9 +94,8 @@ def _one_picture(session: Session) -> None:
                 label="Rendered again", type="pil", interactive=False, format="png", height=360, elem_id="again",
                 buttons=["download", "fullscreen"], visible=False,
             )  # fmt: skip
-    nearest = gr.Radio(
-        [], label="The most similar prompts that the model has learned from", elem_id="nearest", visible=False
-    )
+    similar = "The most similar prompts that the model has learned from"
+    nearest = gr.Radio([], label=similar, elem_id="nearest", visible=False, interactive=True)
 
     def look(path: str | None, past: list[tuple[str, str]]) -> dict[Any, Any]:
         blank: dict[Any, Any] = {
@@ -118,7 +118,7 @@ def _one_picture(session: Session) -> None:
         learned = [(f"{cosine:.2f}  {near}", near) for near, cosine in one.nearest]
         return {
             **blank,
-            vector: known, here: path, prompt: text, picture: gr.Image(path),
+            vector: known, here: path, prompt: text, picture: gr.Image(path, placeholder=DROP),
             model: found, source: _origin(found, text),
             others: gr.Radio(choices=choices, value=text, visible=len(choices) > 1),
             nearest: gr.Radio(choices=learned, value=None, visible=bool(learned)),
@@ -163,7 +163,7 @@ def _one_picture(session: Session) -> None:
     )
     for choice in (others, nearest):
         # In the browser: a choice made while the server still answers the one before would be left out.
-        choice.input(None, choice, prompt, js="text => text", **private)
+        choice.input(None, None, prompt, js="() => chosen", **private)
     button.click(draw, [prompt, seed], [drawn, said], concurrency_limit=16, show_progress_on=said, **private)
 
 

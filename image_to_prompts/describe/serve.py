@@ -125,6 +125,7 @@ def run(config: Config) -> None:
             quiet=True,
             share=False,
             prevent_thread_lock=True,
+            _frontend=False,  # or Gradio gives up when it cannot read its own page within 3 seconds
         )
     except OSError as error:
         raise UserError(f"--host {config.host} --port {config.port}: {error}") from error
