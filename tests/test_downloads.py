@@ -1,9 +1,11 @@
 """`image-to-prompts weights` against a stand-in of the hub that has the real repositories' file lists."""
 
+import contextlib
 import hashlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,7 +124,7 @@ def test_a_killed_download_goes_on_where_it_was(stub, tmp_path):
     assert before[key] < size
     done = subprocess.run(argv, env=environment(stub, tmp_path), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert stub.given[key] < size + 30_000_000  # at most what was on its way, and a block
+    assert stub.given[key] < size + 60_000_000  # at most what was on its way (42 MB), and a block; a third came before
 
 
 def test_a_file_with_another_hash_is_refused_and_removed(stub, weights, tmp_path):
@@ -154,13 +156,22 @@ def test_the_mirror_comes_first_and_the_old_place_second(stub, weights):
     assert {key.split("/")[0] for key in stub.given} == {"stabilityai"}
 
 
-def test_offline_it_is_one_line_in_a_second(weights, tmp_path):
-    with socket.socket() as nobody:  # bound, but not listening
+def test_offline_it_is_one_line_and_the_hub_is_asked_once(weights, tmp_path):
+    """Its library by itself would ask again and again, for 23 seconds."""
+    with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        begun = time.perf_counter()
+        nobody.listen()
+        asked = []
+
+        def hang_up():
+            with contextlib.suppress(OSError):
+                while True:
+                    asked.append(nobody.accept()[0].close())
+
+        threading.Thread(target=hang_up, daemon=True).start()
         code, _, err = weights("get", "describe", "--yes", HF_ENDPOINT=f"http://127.0.0.1:{nobody.getsockname()[1]}")
     assert code == 2 and err.count("\n") == 1 and "cannot be reached" in err
-    assert time.perf_counter() - begun < 5  # a second on an idle machine; the hub's library alone takes 23
+    assert len(asked) == 1
     code, _, err = weights("get", "describe", "--yes", HF_HUB_OFFLINE="1")
     assert code == 2 and "not asked" in err
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 HUB = "huggingface.co"
-REACHED = 1.0  # seconds in which the hub must answer at all
+REACHED = 5.0  # seconds in which the hub must answer at all
 
 
 class Unavailable(Exception):
