@@ -18,6 +18,7 @@ SOURCES = ROOT / "notebooks" / "src"
 RUN = "runs/notebooks"
 SMALLER = {"generate": {"count": 1500}}  # parameters for the committed notebooks
 
+PATIENCE = 600  # seconds for a kernel to begin, and to tell what it has printed; 4 by default, which can be too few
 TIMES = ROOT / "notebooks" / "times.json"  # seconds of each committed notebook, when it was last executed
 ON_KAGGLE = {  # how long a stage takes on two T4s; what stands nowhere in docs/ is not known
     "generate": "Two T4s: not measured.",
@@ -96,8 +97,9 @@ def execute(name: str, out: Path, parameters: dict[str, Any], folder: Path) -> A
     nbformat.write(read_source(name), bare)
     try:
         papermill.execute_notebook(
-            bare, out, parameters=parameters, cwd=folder, kernel_name="python3", progress_bar=False, log_output=False
-        )
+            bare, out, parameters=parameters, cwd=folder, kernel_name="python3", progress_bar=False, log_output=False,
+            start_timeout=PATIENCE, iopub_timeout=PATIENCE,
+        )  # fmt: skip
     finally:
         bare.unlink()
     notebook = nbformat.read(out, 4)

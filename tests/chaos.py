@@ -55,7 +55,7 @@ WORDS = {
         {"": "pictures", "--checkpoint": "checkpoint", "--prompts": "metadata", "--vocabulary": "words"},
     ),
 }
-HANGS = 150  # seconds after which a process is taken for stuck
+HANGS = 300  # seconds after which a process is taken for stuck
 TARGETS = tuple(WORDS)
 
 context = multiprocessing.get_context("forkserver")

@@ -48,7 +48,6 @@ class Session:
         """Executes the text of a notebook to its end; returns what it printed and logged, and keeps its pictures."""
         (self.folder / "kernel.ipynb").write_text(notebook)
         out = self.folder / "executed.ipynb"
-        words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
         env = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("KAGGLE", "WORLD", "RANK"))},
             "PYTHONPATH": str(self.modules),
@@ -58,8 +57,18 @@ class Session:
             "PUBLISHED": str(self.folder.parent / "published"),
             "WHO": str(self.who),
         }
-        argv = [sys.executable, "-m", "papermill", self.folder / "kernel.ipynb", out, *words, "--cwd", self.working]
-        result = subprocess.run([*map(str, argv), "--no-progress-bar"], env=env, capture_output=True, text=True)
+        how = {
+            "input_path": self.folder / "kernel.ipynb",
+            "output_path": out,
+            "parameters": parameters,
+            "cwd": self.working,
+            "progress_bar": False,
+            "start_timeout": 600,
+            "iopub_timeout": 600,  # 4 seconds otherwise, which slow machines exceed
+        }
+        program = "import json, sys, papermill; papermill.execute_notebook(**json.loads(sys.argv[1]))"
+        argv = [sys.executable, "-c", program, json.dumps(how, default=str)]
+        result = subprocess.run(argv, env=env, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-6000:]
         self.outputs = [o for cell in json.loads(out.read_text())["cells"] for o in cell.get("outputs", [])]
         return "".join("".join(o["text"]) for o in self.outputs if o["output_type"] == "stream")

@@ -1,6 +1,7 @@
 """The command line: quick help, profiles, one-line refusals, defaults that chain the stages."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -94,10 +95,11 @@ def test_stages_run_without_flags_after_their_predecessors(command, tmp_path, mo
 
 @pytest.mark.parametrize("words", [["--help"], ["render", "--help"]])
 def test_a_reader_that_stops_early_gets_no_traceback(words):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "image_to_prompts", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-m", "image_to_prompts", *words]
+    process = subprocess.Popen(argv, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
     assert process.stderr.read() == b"" and process.wait() == 1
     process.stderr.close()
 

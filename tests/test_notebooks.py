@@ -44,7 +44,8 @@ def test_notebooks_run_in_order_and_their_metrics_hold(tmp_path):
     assert metrics["validation_cosine"] > metrics["constant"]
     described = pd.read_csv(run.folder / "prompts.csv")
     assert (
-        len(described) == len(pd.read_csv(run.test_metadata)) and (described["cosine"] >= described["cosine_1"]).all()
+        len(described) == len(pd.read_csv(run.test_metadata))
+        and (described["cosine"] >= described["cosine_1"] - 0.01).all()
     )
     scores = json.loads(run.submission.with_suffix(".json").read_text())
     assert scores["score"] > scores["constant"] and len(scores["alone"]) == 2

@@ -504,7 +504,7 @@ def test_bad_settings_are_refused(tmp_path, bad):
 def test_real_prompts_obey_the_law(shared_data):
     with gzip.open(shared_data / "real_prompts.txt.gz", "rt", encoding="utf-8") as file:
         prompts = [line.rstrip("\n") for line in file][:6000]
-    found = dedupe.dedupe(frame_of(*prompts), lambda texts: text_encoder.encode(texts, fast=True))
+    found = dedupe.dedupe(frame_of(*prompts), text_encoder.encode)
     expected, cosine = plain_dedupe.leaders(found.vectors, 0.8)
     products = np.sort(np.abs(found.pairs.cosine - np.float32(0.8)))
     assert products[0] > 1e-6  # else float32 itself would be ambiguous

@@ -167,7 +167,7 @@ def test_of_two_processes_one_trains(made, tmp_path):
     words = ["-m", "image_to_prompts", "ensemble", "--embeddings", made, "--epochs", 2, "--out", tmp_path / "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*torchrun, *map(str, words)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=1800)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("rows train") == 1 and result.stderr.count("is up to date") == 1
     assert ensemble.load(tmp_path / "out").config["rows"]["train"]

@@ -1,5 +1,7 @@
 """The plan of a training: counts are the model's, memory grows with the batch, nothing is written."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -59,6 +61,17 @@ def test_too_large_a_batch_is_told_and_not_tried(small_run, caplog, monkeypatch)
     finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
     assert "too large: lower --micro-batch" in caplog.text and "not measured" in caplog.text
     assert caplog.records[-1].levelname == "WARNING"
+
+
+def test_on_a_gpu_a_fixed_amount_is_added():
+    frozen, trained = (SimpleNamespace(numel=lambda: 1000, nbytes=4000, requires_grad=own) for own in (False, True))
+    found = {}
+    for kind in ("cpu", "cuda"):
+        frozen.device = trained.device = SimpleNamespace(type=kind)
+        model = SimpleNamespace(parameters=lambda: iter([frozen, trained]))
+        found[kind] = dry_run.needed(model, 6000, average=True)
+    tensors = {"weights": 8000, "gradients": 4000, "optimizer": 8000, "activations": 6000, "average": 4000}
+    assert found == {"cpu": {**tensors, "overhead": 1500}, "cuda": {**tensors, "overhead": 64_000_000}}
 
 
 def test_bad_input_is_refused(small_run, tmp_path):

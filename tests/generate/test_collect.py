@@ -354,7 +354,7 @@ def test_the_hub_cannot_be_reached_for_many_files(tmp_path):
     code = "import sys; from image_to_prompts.models import hub; hub.dataset_files(sys.argv[1])"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     words = [sys.executable, "-c", code, "hf://datasets/owner/name/data/*.parquet"]
-    said = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120).stderr.splitlines()[-1]
+    said = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600).stderr.splitlines()[-1]
     assert "UserError: hf://datasets/owner/name/data/*.parquet" in said and "give --input FILE" in said
 
 

@@ -254,7 +254,7 @@ def test_no_time_left_renders_nothing_more(tmp_path, caplog):
     csv, out = write_rows(tmp_path / "m.csv", 4), tmp_path / "images"
     assert len(render.run(config(csv, out, max_hours=1e-9))) == 0
     assert "stopped by --max-hours 1e-09, 4 images are left" in caplog.text
-    assert len(render.run(config(csv, out, max_hours=1))) == 4
+    assert len(render.run(config(csv, out, max_hours=1000))) == 4
 
 
 def test_after_the_first_blocks_it_says_what_the_rest_will_take(tmp_path, monkeypatch, caplog):
@@ -274,7 +274,7 @@ def test_encoding_overlaps_the_next_block(tmp_path):
 
     def produce():
         yield lambda: 1
-        assert consuming.wait(20)
+        assert consuming.wait(300)
         order.append("second produced")
         yield lambda: 2
 

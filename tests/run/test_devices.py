@@ -24,7 +24,8 @@ def test_more_processes_than_gpus_share_them(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide by themselves")
 def test_freed_memory_is_kept_for_the_next_tensor():
     program = """
-import resource, torch
+import ctypes, resource, torch
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KB
 from image_to_prompts.run import devices
 devices.keep_memory()
 faults = []

@@ -63,7 +63,8 @@ def test_a_killed_actor_changes_nothing(ray, tmp_path):
         return work
 
     assert list(over_blocks(EngineConfig(**RAY), start, range(20))) == [(n, n**2) for n in range(20)]
-    assert (tmp_path / "killed").exists() and len(set((tmp_path / "pids").read_text().split())) == 3
+    # Two and the one that took a place, unless the second was ready only when all was done.
+    assert (tmp_path / "killed").exists() and len(set((tmp_path / "pids").read_text().split())) in (2, 3)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def killing(monkeypatch):
             if number == 2 and config.engine == "ray":
                 killed.append(max(actors() - before))
                 os.kill(killed[0], signal.SIGKILL)
-                ends = time.monotonic() + 120
+                ends = time.monotonic() + 600
                 while len(seen) < 3 and time.monotonic() < ends:  # the rest waits until another has taken its place
                     time.sleep(0.1)
                     seen.update(actors() - before)
@@ -111,7 +112,7 @@ def test_encoding_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, mo
 
 @pytest.mark.slow
 def test_rendering_with_an_actor_killed_gives_the_same(ray, killing, tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes.SceneBackend, "block", 8)
+    monkeypatch.setattr(scenes.SceneBackend, "block", 4)
     csv, written = tmp_path / "many.csv", []
     prompts = list(dict.fromkeys(grammar.prompt(0, index) for index in range(100)))
     metadata.write_table(csv, metadata.with_keys(pd.DataFrame({"prompt": prompts}), tmp_path))

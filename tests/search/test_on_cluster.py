@@ -100,12 +100,14 @@ def test_any_number_of_actors_and_one_that_is_killed(ray, tmp_path, monkeypatch)
                         killed.append(one.pid)
 
     killer = threading.Thread(target=kill)
-    for actors in (1, 2, 3):
-        if actors == 2:
-            killer.start()
-        found = on_cluster.leaders(vectors, 0.8, 0, replace(config, actors=actors), tmp_path / str(actors))
-        assert_same(found, expected)
-    done.set()
+    try:
+        for actors in (1, 2, 3):
+            if actors == 2:
+                killer.start()
+            found = on_cluster.leaders(vectors, 0.8, 0, replace(config, actors=actors), tmp_path / str(actors))
+            assert_same(found, expected)
+    finally:
+        done.set()
     killer.join()
     assert killed
 
