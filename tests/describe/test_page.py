@@ -70,6 +70,10 @@ class Server:
         assert status == 200, said
         return said["prompt"], said["cosine"], said["nearest"]
 
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(PATIENCE)
+
     def memory(self):
         """GB in use."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
@@ -80,8 +84,7 @@ class Server:
 def server(trained_run, tmp_path_factory):
     server = Server(trained_run, tmp_path_factory.mktemp("server"))
     yield server
-    server.process.terminate()
-    server.process.wait(PATIENCE)
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -521,8 +524,7 @@ def test_a_stopped_server_leaves_no_uploads(trained_run, pictures, tmp_path):
     files = {"files": ("a.png", pictures[0].read_bytes())}
     assert post(f"{server.url}/gradio_api/upload", files=files).status_code == 200
     assert list(server.temporary.rglob("*.png"))
-    server.process.terminate()
-    server.process.wait(PATIENCE)
+    server.stop()
     assert not list(server.temporary.rglob("*.png"))
 
 
@@ -565,8 +567,7 @@ def test_others_are_let_in_with_a_password_alone(trained_run, pictures, refused,
         answer = post(f"{server.url}/describe", content=content, auth=auth)
         assert answer.json()["prompt"]
     finally:
-        server.process.terminate()
-        server.process.wait(PATIENCE)
+        server.stop()
 
 
 def test_uploads_are_taken_only_while_there_is_room(tmp_path, monkeypatch):
