@@ -19,7 +19,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from ..data import images
 from ..encode import embeddings, encoders
@@ -31,6 +30,7 @@ from ..run.bounds import Amount, AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
+from ..run.files import read_tensors
 from ..run.progress import Deadline
 from ..run.resume import Stamp, alone
 from ..training import dataset
@@ -206,7 +206,7 @@ def _joined(blocks: list[Path], count: int, encoders: int) -> list[Encoded]:
     found = [Encoded(np.full((count, 1), np.nan, np.float32)) for _ in range(encoders)]
     said: list[list[str]] = [[] for _ in found]
     for start, file in zip(range(0, count, BLOCK), blocks, strict=True):
-        block = load_file(file)
+        block = read_tensors(file)
         for number, texts in enumerate(json.loads(block["texts"].tobytes())):
             one, vectors = found[number], block[str(number)]
             if vectors.shape[1] > one.vectors.shape[1]:  # 1 where no image of a block can be read

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from ..data import metadata
 from ..encode import banks, text_tower
@@ -24,7 +23,7 @@ from ..run import resume
 from ..run.devices import process_state
 from ..run.engine import over_blocks
 from ..run.errors import UserError
-from ..run.files import make_folder, sha256, write_array, write_json
+from ..run.files import make_folder, read_tensors, sha256, write_array, write_json
 from ..run.folders import BANK, on_kaggle, read_json
 from ..run.progress import Deadline, Estimate, progress_to
 from ..run.resume import Stamp
@@ -182,7 +181,7 @@ def _shard(
         return {}
     advance(left)  # blocks of an earlier run, or of other processes
     if process_state().is_main_process:
-        found = [load_file(block) for block in blocks]
+        found = [read_tensors(block) for block in blocks]
         vectors, targets = (np.concatenate([block[name] for block in found]) for name in ("vectors", "targets"))
         banks.write_shard(config.out, number, vectors, targets, texts)
         write_json(record, {name: sha256(config.out / name) for name in banks.files(number)})

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..run.files import write_tensors
+from ..run.files import read_tensors, write_tensors
 from .metrics import unit
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ class Doubt:
 
 def load(folder: Path) -> Doubt | None:
     """The doubt of a checkpoint; None where it has none."""
-    from safetensors.numpy import load_file
-
-    return Doubt(**load_file(folder / FILE)) if (folder / FILE).is_file() else None
+    return Doubt(**read_tensors(folder / FILE, "train it again")) if (folder / FILE).is_file() else None
 
 
 def pulled(vectors: np.ndarray, mean: np.ndarray, strangeness: np.ndarray, pull: Sequence[float]) -> np.ndarray:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from ..data.rows import Colours
 from ..encode import encoders
@@ -20,6 +19,7 @@ from ..run.bounds import AtLeast, NotNegative, Positive
 from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
+from ..run.files import read_tensors
 from ..run.folders import BANK, is_bank, is_embeddings, is_ensemble
 from ..run.progress import Deadline
 
@@ -185,7 +185,7 @@ def trained_on(folders: list[Path], targets: np.ndarray) -> int:
         if is_ensemble(folder):
             found |= near(targets, ensemble.load(folder).known[1], SAME)
         elif (folder / "baselines.safetensors").is_file():
-            found |= near(targets, load_file(folder / "baselines.safetensors")["targets"], SAME)
+            found |= near(targets, read_tensors(folder / "baselines.safetensors")["targets"], SAME)
     return int(found.sum())
 
 
@@ -244,7 +244,7 @@ def predict_resumed(
         for seen in over_blocks(engine, start, (files[rows.start : rows.stop] for rows in blocks)):
             yield seen._asdict()
 
-    found = [Seen(**load_file(file)) for file in resume.blocks(work, len(files), BLOCK, make, deadline.passed)]
+    found = [Seen(**read_tensors(file)) for file in resume.blocks(work, len(files), BLOCK, make, deadline.passed)]
     reached = sum(len(one.vectors) for one in found)
     left = np.full((len(files) - reached, text_encoder.DIMENSION), np.nan, np.float32)
     both = zip(*found, Seen(left, left[:, 0]), strict=True)

@@ -110,6 +110,21 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def read_tensors(path: Path, remedy: str = "run the command that wrote it again") -> dict[str, np.ndarray]:
+    """Reads arrays that `write_tensors` wrote.
+
+    Raises:
+        UserError: If the file cannot be read; `remedy` says what helps.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged: {error}; {remedy}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..run.files import let_go, make_folder, write_tensors
+from ..run.files import let_go, make_folder, read_tensors, write_tensors
 from ..run.resume import is_sealed, seal
 
 HASHED = 65_536  # rows of a mapped file that are read at once
@@ -27,11 +27,9 @@ class Decided:
 
     def read(self, rows: slice, leader: np.ndarray, cosine: np.ndarray) -> bool:
         """Fills in what is known of a block; False where that is nothing."""
-        from safetensors.numpy import load_file
-
         if not is_sealed(self._file(rows)):
             return False
-        decided = load_file(self._file(rows))
+        decided = read_tensors(self._file(rows))
         leader[rows], cosine[rows] = decided["leader"], decided["cosine"]
         return True
 

@@ -13,7 +13,7 @@ import pandas as pd
 from ..data import images, metadata, pictures
 from ..models import checkpoints, metrics
 from ..run.errors import UserError
-from ..run.files import write_tensors
+from ..run.files import read_tensors, write_tensors
 from ..run.resume import check_whole
 from .dataset import Rows
 from .frozen_features import Baselines, pretrained_features
@@ -52,16 +52,10 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     Raises:
         UserError: If the checkpoint has none, or they are damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     if not is_there(folder):
         raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
     check_whole(folder, "validation.csv", "validation.safetensors")
-    try:
-        stored = load_file(folder / "validation.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'validation.safetensors'}: damaged: {error}; train it again") from error
+    stored = read_tensors(folder / "validation.safetensors", "train it again")
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..run.errors import UserError
-from ..run.files import write_tensors
+from ..run.files import read_tensors, write_tensors
 from .dataset import thinned
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def of(vectors: np.ndarray, file: Path) -> np.ndarray:
     if not file.is_file():
         write_tensors(file, {"centroids": _fitted(vectors)})
         log.info("centroids of clusters of prompts: %s", file)
-    centroids = _read(file)
+    centroids = read_tensors(file, "delete it, and clusters are made anew")["centroids"]
     return (vectors @ centroids.T - (centroids**2).sum(1) / 2).argmax(1)  # the nearest
 
 
@@ -46,13 +45,3 @@ def _fitted(vectors: np.ndarray) -> np.ndarray:
     count = min(MOST, max(1, len(vectors) // ROWS_EACH))
     found = KMeans(count, n_init=1, random_state=0).fit(vectors[thinned(np.arange(len(vectors)), SAMPLE)])
     return found.cluster_centers_.astype(np.float32)
-
-
-def _read(file: Path) -> np.ndarray:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(file)["centroids"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{file}: damaged: {error}; delete it, and clusters are made anew") from error

@@ -17,7 +17,7 @@ from ..models import backbones, doubt, freezing, metrics
 from ..run import resume
 from ..run.devices import autocast, mixed_precision, process_state, type_of
 from ..run.errors import UserError
-from ..run.files import make_folder, write_tensors
+from ..run.files import make_folder, read_tensors, write_tensors
 from .dataset import Rows
 
 if TYPE_CHECKING:
@@ -264,9 +264,7 @@ def knn_score(folder: Path, spec: backbones.Spec, k: int, files: list[Path], tar
         files: Images.
         targets: float32 (len(files), 384).
     """
-    from safetensors.numpy import load_file
-
-    stored = load_file(folder / "baselines.safetensors")
+    stored = read_tensors(folder / "baselines.safetensors", "train it again")
     found = pretrained_features(spec, files)
     readable = np.isfinite(found[:, 0])
     predicted = metrics.nearest_mean(found[readable], stored["features"].astype(np.float32), stored["targets"], k)

@@ -9,6 +9,7 @@ from torch import nn
 
 from image_to_prompts.models import backbones, doubt, freezing, metrics
 from image_to_prompts.models.doubt import Doubt, best_pull, pulled
+from image_to_prompts.run.errors import UserError
 
 
 def cloud(seed, count=400, shift=0.0, width=30):
@@ -46,6 +47,9 @@ def test_it_is_the_same_again_and_read_back(tmp_path):
     for found in (other, read):
         np.testing.assert_array_equal(one.strangeness(points), found.strangeness(points))
     assert doubt.load(tmp_path / "none") is None
+    (tmp_path / doubt.FILE).write_bytes((tmp_path / doubt.FILE).read_bytes()[:500])
+    with pytest.raises(UserError, match=r"damaged.*train it again"):
+        doubt.load(tmp_path)
 
 
 def test_few_images_and_constant_statistics_do_not_break_it():
