@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, explained
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,18 +110,23 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_tensors(path: Path, remedy: str = "run the command that wrote it again") -> dict[str, np.ndarray]:
-    """Reads arrays that `write_tensors` wrote.
+def read_tensors(
+    path: Path, remedy: str = "run the command that wrote it again", names: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """Reads arrays that `write_tensors` wrote; all of them, or those of some names.
 
     Raises:
-        UserError: If the file cannot be read; `remedy` says what helps.
+        UserError: If the file is damaged or lacks a name; `remedy` says what helps.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        found = load_file(path)
+        return {name: found[name] for name in names or found}
+    except (OSError, KeyError, SafetensorError) as error:
+        if explained(error):  # the disk or memory is to blame
+            raise
         raise UserError(f"{path}: damaged: {error}; {remedy}") from error
 
 

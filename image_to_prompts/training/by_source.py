@@ -55,7 +55,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     if not is_there(folder):
         raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
     check_whole(folder, "validation.csv", "validation.safetensors")
-    stored = read_tensors(folder / "validation.safetensors", "train it again")
+    stored = read_tensors(folder / "validation.safetensors", "train it again", ["predicted", "targets"])
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
 
 

@@ -35,7 +35,7 @@ def of(vectors: np.ndarray, file: Path) -> np.ndarray:
     if not file.is_file():
         write_tensors(file, {"centroids": _fitted(vectors)})
         log.info("centroids of clusters of prompts: %s", file)
-    centroids = read_tensors(file, "delete it, and clusters are made anew")["centroids"]
+    centroids = read_tensors(file, "delete it, and clusters are made anew", ["centroids"])["centroids"]
     return (vectors @ centroids.T - (centroids**2).sum(1) / 2).argmax(1)  # the nearest
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from image_to_prompts.data import images, metadata
 from image_to_prompts.models import checkpoints, metrics
@@ -75,6 +75,9 @@ def test_rows_that_are_added_move_no_prompt_to_another_cluster(tmp_path):
     assert not np.array_equal(clusters.of(more, tmp_path / "new" / clusters.FILE)[300:], found)
     (tmp_path / clusters.FILE).write_bytes(b"torn")
     with pytest.raises(UserError, match="damaged"):
+        clusters.of(vectors, tmp_path / clusters.FILE)
+    save_file({"others": centroids}, tmp_path / clusters.FILE)
+    with pytest.raises(UserError, match=r"damaged.*made anew"):
         clusters.of(vectors, tmp_path / clusters.FILE)
 
 
