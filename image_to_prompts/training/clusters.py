@@ -4,11 +4,13 @@ The groups that folds keep together are small: of two prompts about cats one may
 """
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 
 from ..run.files import read_tensors, write_tensors
+from ..run.folders import kaggle_inputs
 from .dataset import thinned
 
 log = logging.getLogger(__name__)
@@ -18,8 +20,9 @@ SAMPLE = 20_000  # rows that centroids are fitted on
 
 
 def of(vectors: np.ndarray, file: Path) -> np.ndarray:
-    """The cluster of each prompt, by the centroids in `file`, which are fitted and written where there are none.
+    """The cluster of each prompt, by the centroids in `file`.
 
+    Where there is no such file it is written: with the centroids of an attached Kaggle kernel, else with new ones.
     Kept centroids put a prompt into the same cluster whatever rows are added later.
 
     Args:
@@ -33,10 +36,15 @@ def of(vectors: np.ndarray, file: Path) -> np.ndarray:
         UserError: If the file is damaged.
     """
     if not file.is_file():
-        write_tensors(file, {"centroids": _fitted(vectors)})
+        kept = kaggle_inputs(file.name)
+        write_tensors(file, {"centroids": _read(max(kept, key=os.path.getmtime)) if kept else _fitted(vectors)})
         log.info("centroids of clusters of prompts: %s", file)
-    centroids = read_tensors(file, "delete it, and clusters are made anew", ["centroids"])["centroids"]
+    centroids = _read(file)
     return (vectors @ centroids.T - (centroids**2).sum(1) / 2).argmax(1)  # the nearest
+
+
+def _read(file: Path) -> np.ndarray:
+    return read_tensors(file, "delete it or detach its input, and clusters are made anew", ["centroids"])["centroids"]
 
 
 def _fitted(vectors: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from image_to_prompts.data import images, metadata
 from image_to_prompts.models import checkpoints, metrics
+from image_to_prompts.run import folders
 from image_to_prompts.run.errors import UserError
 from image_to_prompts.training import by_source, clusters, dataset
 from image_to_prompts.training.frozen_features import Baselines
@@ -79,6 +80,16 @@ def test_rows_that_are_added_move_no_prompt_to_another_cluster(tmp_path):
     save_file({"others": centroids}, tmp_path / clusters.FILE)
     with pytest.raises(UserError, match=r"damaged.*made anew"):
         clusters.of(vectors, tmp_path / clusters.FILE)
+
+
+def test_a_kaggle_kernel_goes_on_with_the_clusters_of_an_attached_one(tmp_path, monkeypatch):
+    vectors = metrics.unit(np.random.default_rng(0).normal(size=(200, 384))).astype(np.float32)
+    attached = tmp_path / "input" / "notebooks" / "someone" / "session-1" / "checkpoints" / clusters.FILE
+    attached.parent.mkdir(parents=True)
+    found = clusters.of(vectors[:100], attached)
+    monkeypatch.setattr(folders, "KAGGLE_INPUT", tmp_path / "input")
+    np.testing.assert_array_equal(clusters.of(vectors, tmp_path / clusters.FILE)[:100], found)
+    assert (tmp_path / clusters.FILE).read_bytes() == attached.read_bytes()
 
 
 @given(st.integers(0, 10**6), st.integers(30, 200))
