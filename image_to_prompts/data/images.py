@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ class BrokenImageError(ValueError):
 
 
 def find(folder: Path, recursive: bool = True) -> list[Path]:
-    """All images in a folder, below it, and in the archives there, without hidden files, sorted by path relative to it.
+    """All images in a folder, below it, and in the archives there, sorted by path; without what is hidden.
 
     Args:
         folder: The folder.
@@ -47,11 +48,10 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
         raise UserError(f"{folder}: no such folder; give a folder of images")
     found: list[Path] = []
     passed: Counter[str] = Counter()
-    for path in folder.rglob("*") if recursive else folder.iterdir():
-        if path.name.startswith(".") or not path.is_file():
-            passed["dangling link"] += path.is_symlink() and not path.exists()
-            continue
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+    for path in _visible(folder, recursive):
+        if not path.is_file():
+            passed["dangling link"] += path.is_symlink()
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             found.append(path)
         elif path.suffix.lower() in OTHER_SUFFIXES:
             passed[path.suffix.lower()] += 1
@@ -65,7 +65,14 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
         log.warning("%s: skipped: %s (%s are read)", folder, kinds, ", ".join(IMAGE_SUFFIXES))
     if not found:
         raise UserError(f"{folder}: no images ({', '.join(IMAGE_SUFFIXES)}) in it or below; check the path")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(found, key=Path.as_posix)
+
+
+def _visible(folder: Path, recursive: bool) -> Iterator[Path]:
+    """The files of a folder that are not hidden, also those of its sub-folders."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 @cache

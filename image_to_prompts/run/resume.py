@@ -107,7 +107,7 @@ def check_whole(folder: Path, *names: str) -> None:
 
     Args:
         folder: Where they lie.
-        names: The files; of one that is not there its reader tells.
+        names: The files; a missing one is passed over, since its reader says so.
 
     Raises:
         UserError: If a file is another than the stage wrote.

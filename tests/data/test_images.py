@@ -81,7 +81,7 @@ def test_broken_files_raise_one_kind_of_error(tmp_path):
 
 
 def test_find_looks_below_and_sorts(tmp_path):
-    for name in ("b/x.png", "a.JPG", "b/c/y.webp", ".hidden.png", "notes.txt"):
+    for name in ("b/x.png", "a.JPG", "b/c/y.webp", ".hidden.png", ".thumbnails/x.png", "b/.trash/c/x.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     assert [f.relative_to(tmp_path).as_posix() for f in images.find(tmp_path)] == ["a.JPG", "b/c/y.webp", "b/x.png"]
