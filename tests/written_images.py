@@ -1,6 +1,7 @@
 """Images as the programs write them that make images: where each puts the prompt, in which encoding."""
 
 import gzip
+import html
 import json
 from pathlib import Path
 
@@ -48,7 +49,23 @@ def automatic1111(prompt: str) -> str:
 def fooocus(prompt: str) -> str:
     settings = {"base_model": MODEL, "base_model_hash": "1a2b", "sampler": "dpmpp_2m", "scheduler": "karras"}
     settings |= {"guidance_scale": 4.0, "seed": str(SEED), "sharpness": 2.0, "steps": 30, "version": "Fooocus v2.5.5"}
-    return json.dumps({"prompt": prompt, "negative_prompt": NEGATIVE, **settings})
+    whole = {"full_prompt": [f"cinematic still {prompt}", prompt], "full_negative_prompt": [NEGATIVE, "anime"]}
+    return json.dumps({"prompt": prompt, "negative_prompt": NEGATIVE, **whole, **settings})
+
+
+def swarmui(prompt: str) -> str:
+    settings = {"prompt": prompt, "negativeprompt": NEGATIVE, "model": MODEL, "seed": SEED, "steps": 20}
+    return json.dumps({"sui_image_params": settings, "sui_extra_data": {"date": "2025-01-25"}})
+
+
+def drawthings(prompt: str) -> str:
+    """An XMP block, with a user comment in JSON."""
+    said = json.dumps({"c": prompt, "uc": NEGATIVE, "seed": SEED, "model": MODEL, "steps": 20, "size": "64x48"})
+    comment = f'<rdf:Alt>\n<rdf:li xml:lang="x-default">{html.escape(said)}</rdf:li>\n</rdf:Alt>'
+    inner = f"<exif:UserComment>\n{comment}\n</exif:UserComment><xmp:CreatorTool>Draw Things</xmp:CreatorTool>"
+    return (
+        f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF><rdf:Description>{inner}</rdf:Description></rdf:RDF></x:xmpmeta>'
+    )
 
 
 def graph(prompt: str) -> dict:
@@ -111,7 +128,7 @@ def novelai(prompt: str) -> dict[str, str]:
 
 
 def invokeai(prompt: str) -> dict[str, dict[str, str]]:
-    """The three ways in which InvokeAI's versions wrote it."""
+    """The ways in which InvokeAI's versions wrote it; of Flux's images without a scheduler."""
     settings = {"seed": SEED, "steps": 30, "cfg_scale": 7.5, "sampler": "k_lms"}
     both = f"{prompt} [{NEGATIVE}]"
     new = {
@@ -121,9 +138,12 @@ def invokeai(prompt: str) -> dict[str, dict[str, str]]:
         "negative_prompt": NEGATIVE,
         "model": {"model_name": MODEL},
     }
+    flux = {"generation_mode": "flux_txt2img", "positive_prompt": prompt, "negative_prompt": NEGATIVE, "seed": SEED}
+    flux |= {"steps": 30, "model": {"key": "1a2b", "name": MODEL, "base": "flux", "type": "main"}}
     old = {"model_weights": MODEL, "image": {"prompt": [{"prompt": both, "weight": 1.0}], **settings}}
     return {
         "invokeai": {"invokeai_metadata": json.dumps(new)},
+        "invokeai-flux": {"invokeai_metadata": json.dumps(flux)},
         "invokeai-2": {"sd-metadata": json.dumps(old)},
         "invokeai-1": {"Dream": f'"{both}" -s 30 -S {SEED} -W 64 -H 48 -C 7.5 -A k_lms'},
     }
@@ -158,6 +178,8 @@ def write_all(folder: Path, prompt: str) -> dict[Path, str]:
         png(folder / "comfy.png", {"prompt": nodes, "workflow": json.dumps({"links": [], "nodes": []})}): "ComfyUI",
         png(folder / "comfy-alone.png", {"prompt": nodes}): "ComfyUI",
         png(folder / "a" / "comfy-flux.png", {"prompt": json.dumps(flux_graph(prompt))}): "ComfyUI",
+        png(folder / "swarmui.png", {"parameters": swarmui(prompt)}): "SwarmUI",
+        png(folder / "drawthings.png", {"XML:com.adobe.xmp": drawthings(prompt)}): "Draw Things",
         png(folder / "novelai.png", fields): "NovelAI",
         png(folder / "diffusiondb.png", {"prompt": prompt, "seed": str(SEED)}): "",
         hidden(folder / "novelai-hidden.png", json.dumps(fields)): "NovelAI",
@@ -174,6 +196,11 @@ def write_all(folder: Path, prompt: str) -> dict[Path, str]:
         text = UNICODE + fooocus(prompt).encode("utf-16-be")
         found[with_comment(folder / f"fooocus-unicode.{suffix}", text)] = "Fooocus"
         found[with_comment(folder / f"fooocus.{suffix}", fooocus(prompt), {0x0131: "Fooocus v2.5.5"})] = "Fooocus"
+        found[with_comment(folder / f"swarmui.{suffix}", ASCII + swarmui(prompt).encode())] = "SwarmUI"
+        civitai = {**graph(prompt), "extra": {"airs": []}, "extraMetadata": "{}"}
+        found[with_comment(folder / f"civitai.{suffix}", UNICODE + json.dumps(civitai).encode("utf-16-be"))] = "ComfyUI"
+        both = json.dumps({"prompt": graph(prompt), "workflow": {"nodes": []}})
+        found[with_comment(folder / f"comfy-comment.{suffix}", ASCII + both.encode())] = "ComfyUI"
         found[with_comment(folder / f"comfy.{suffix}", "", {0x0110: f"prompt:{nodes}", 0x010F: "workflow:{}"})] = (
             "ComfyUI"
         )

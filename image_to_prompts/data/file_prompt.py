@@ -1,16 +1,18 @@
 """The prompt that an image file carries: what the program that made the image wrote into it.
 
-sd-parsers (https://github.com/d3x-at/sd-parsers, MIT) reads the text of AUTOMATIC1111, Fooocus, InvokeAI and NovelAI.
-This module finds the places where such text lies (PNG chunks, EXIF and comments of JPEG and WebP, the lowest bits of an
-alpha channel), and reads ComfyUI's graphs, with or without a workflow beside them, and DiffusionDB's plain prompts.
+sd-parsers (https://github.com/d3x-at/sd-parsers, MIT) reads the text of AUTOMATIC1111, NovelAI and InvokeAI's first
+versions. This module finds the places where such text lies (PNG chunks, EXIF, XMP and comments, the lowest bits of an
+alpha channel), and reads ComfyUI's graphs, with or without a workflow beside them, what other programs write as JSON,
+and DiffusionDB's plain prompts.
 """
 
+import html
 import json
 import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,18 @@ STEALTH = (b"stealth_pngcomp", b"stealth_pnginfo")  # how hidden text begins, pa
 EXIF, USER_COMMENT = 0x8769, 0x9286
 XP = (0x9C9B, 0x9C9C)  # Windows' title and comment, in UTF-16
 SIDES = {"positive": ("positive", "text_embeds"), "negative": ("negative",)}  # inputs of samplers, by what they are for
-TEXTS = ("text", "text_g", "text_l", "clip_l", "t5xxl", "prompt", "string", "value")
-"""Inputs of ComfyUI's nodes that hold a text."""
+TEXTS = re.compile("(text|string|prompt)(_?[a-z1-9])?|populated_text|clip_[gl]|t5xxl|value")
+"""Inputs of ComfyUI's nodes that hold a text, or several to be put together; `text_0` repeats what a node showed."""
 NOT_TEXT = ("model", "clip", "vae", "image", "pixels", "latent_image", "samples", "mask", "control_net")
 SETTINGS = re.compile(r"(?:^|\n)Steps: \d+,[^\n]*CFG scale:[\s\S]*$|(?:^|\n)Steps: \d[^\n]*\s*$")  # AUTOMATIC1111's
 NEGATIVE = re.compile(r"(?:^|\n)Negative prompt:")
+AS_JSON = {
+    "InvokeAI": ("positive_prompt", "positive_prompt", "negative_prompt", "model"),
+    "SwarmUI": ("sui_image_params", "prompt", "negativeprompt", "model"),
+    "Draw Things": ("uc", "c", "uc", "model"),
+    "Fooocus": ("base_model", "prompt", "negative_prompt", "base_model"),
+}
+"""Programs that write JSON: a name that only theirs has, and its names of prompt, negative prompt and model."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,19 @@ def of_image(image: Image.Image) -> FilePrompt | None:
     """Looks for a prompt in an image that Pillow has opened, see `read`."""
     for texts in _places(image):
         texts = {name: text for name, text in texts.items() if isinstance(text, str) and len(text) <= LARGEST}
-        for way in (_by_sd_parsers, _by_comfyui, _plain):
+        for way in (_by_json, _by_sd_parsers, _by_comfyui, _plain):
             try:
                 found = way(texts)
             except Exception:  # other people's text; what one way cannot read, another may
                 continue
             if found and found.prompt.strip():
-                return found
+                return replace(found, **{name: _whole(text) for name, text in vars(found).items()})
     return None
+
+
+def _whole(text: str) -> str:
+    """Without halves of a letter that UTF-16 writes in two, such as an emoji: no file and no terminal takes them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _places(image: Image.Image) -> Iterator[dict[Any, Any]]:
@@ -90,23 +104,35 @@ def _places(image: Image.Image) -> Iterator[dict[Any, Any]]:
 def _named(text: str) -> dict[str, Any]:
     """A text without a name, under the names by which it would stand in a PNG."""
     label, _, rest = text.partition(":")
-    if label.lower() in ("prompt", "workflow"):  # as ComfyUI writes them into EXIF
+    if label.lower() in ("prompt", "workflow") and rest.lstrip().startswith("{"):  # as ComfyUI writes them into EXIF
         return {label.lower(): rest}
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         return {"parameters": text}
-    return {**fields, "parameters": text} if isinstance(fields, dict) else {}
+    if not isinstance(fields, dict):
+        return {}
+    if any(isinstance(value, dict) and "class_type" in value for value in fields.values()):  # a graph, as Civitai does
+        return {"prompt": text}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    return {**texts, "parameters": text}
 
 
 def _comments(image: Image.Image) -> Iterator[str]:
-    """The texts of EXIF, and a JPEG's comment."""
+    """The texts of EXIF and XMP, and a JPEG's comment."""
     exif = image.getexif()
     values = [exif.get_ifd(EXIF).get(USER_COMMENT), *(exif.get(name) for name in XP), *exif.values()]
-    for value in [*values, image.info.get("comment")]:
+    for value in [*values, image.info.get("comment"), _in_xmp(image.info.get("XML:com.adobe.xmp", ""))]:
         text = value if isinstance(value, str) else _decoded(value) if isinstance(value, bytes) else ""
         if 0 < len(text := text.strip("\0 ")) <= LARGEST:
             yield text
+
+
+def _in_xmp(text: str) -> str:
+    """The user comment in a PNG's XMP block, where Draw Things writes; "" if there is none."""
+    for mark in ("<exif:UserComment>", "<rdf:li", ">"):
+        text = text.partition(mark)[2]
+    return html.unescape(text.partition("</rdf:li>")[0])
 
 
 def _decoded(value: bytes) -> str:
@@ -135,17 +161,30 @@ def _hidden(image: Image.Image) -> str:
     return (zlib.decompressobj(31).decompress(data, LARGEST) if start[:15] == STEALTH[0] else data).decode()
 
 
+def _by_json(texts: dict[str, str]) -> FilePrompt | None:
+    """Reads what the programs of `AS_JSON` write."""
+    said = json.loads(texts.get("invokeai_metadata") or texts["parameters"])
+    for generator, (mark, prompt, negative, model) in AS_JSON.items():
+        if mark in said:
+            said = said | said.get("sui_image_params", {})
+            name = said.get(model)
+            name = name.get("name") or name.get("model_name") if isinstance(name, dict) else name
+            values = (said.get(prompt), said.get(negative), said.get("seed"), generator, name)
+            return FilePrompt(*("" if value is None else str(value).strip() for value in values))
+    return None
+
+
 def _by_sd_parsers(texts: dict[str, str]) -> FilePrompt | None:
-    """Reads the text of AUTOMATIC1111, Fooocus, InvokeAI and NovelAI.
+    """Reads the text of AUTOMATIC1111, NovelAI and InvokeAI's first versions.
 
     Its own reading of files is not used: it keeps the text of an image by its `id`, which Python gives to another one,
     decodes JPEG comments as UTF-16 alone, and takes gigabytes for a large alpha channel.
     """
-    from sd_parsers.parsers import AUTOMATIC1111Parser, FooocusParser, InvokeAIParser, NovelAIParser
+    from sd_parsers.parsers import AUTOMATIC1111Parser, InvokeAIParser, NovelAIParser
 
     for name in texts.keys() & {"Dream", "Source"}:  # its patterns take quadratic time where blanks follow each other
         texts = {**texts, name: " ".join(texts[name].split())}
-    for parser in (FooocusParser(), AUTOMATIC1111Parser(), InvokeAIParser(), NovelAIParser()):
+    for parser in (AUTOMATIC1111Parser(), InvokeAIParser(), NovelAIParser()):
         try:
             found = parser.parse(dict(texts))
         except Exception:  # its own error for a text of another program, any other for what it did not expect
@@ -162,9 +201,10 @@ def _by_sd_parsers(texts: dict[str, str]) -> FilePrompt | None:
 def _by_comfyui(texts: dict[str, str]) -> FilePrompt | None:
     """Reads ComfyUI's graph: the texts from which a sampler's `positive` and `negative` come."""
     graph = json.loads(texts["prompt"])
-    inner = {str(name): node.get("inputs") for name, node in graph.items() if isinstance(node, dict)}
-    nodes = {name: inputs for name, inputs in inner.items() if isinstance(inputs, dict)}
-    found = {side: ", ".join(dict.fromkeys(_texts_of(nodes, side))) for side in SIDES}
+    whole = {str(name): node for name, node in graph.items() if isinstance(node, dict)}
+    used = {name: node for name, node in whole.items() if node.get("class_type") != "ConditioningZeroOut"}
+    nodes = {name: node["inputs"] for name, node in used.items() if isinstance(node.get("inputs"), dict)}
+    found = {side: _joined(_texts_of(nodes, side)) for side in SIDES}
     seeds = _values(nodes, ("seed", "noise_seed"), int)
     models = _values(nodes, ("ckpt_name", "unet_name"), str)
     return FilePrompt(found["positive"], found["negative"], next(seeds, ""), "ComfyUI", next(models, ""))
@@ -179,25 +219,29 @@ def _texts_of(nodes: dict[str, dict[str, Any]], side: str) -> Iterator[str]:
     starts = [node.get(name) for node in nodes.values() for name in SIDES[side]]
     if side == "positive":  # guiders of newer samplers have one side alone
         starts += [node["conditioning"] for node in nodes.values() if node.keys() == {"model", "conditioning"}]
-    left, seen = _linked(reversed(starts)), set[str]()
+    own = (side, f"{side}_prompt", f"text_{side}")
+    left: list[Any] = [one for one in reversed(starts) if isinstance(one, list)]  # links, and texts at their ends
+    seen = set[str]()
     while left:
-        name = left.pop()
+        one = left.pop()
+        if isinstance(one, str):
+            yield one.strip()
+            continue
+        name = str(one[0]) if one else ""  # a link is a node's name and the number of one of its outputs
         if name in seen or name not in nodes:
             continue
         seen.add(name)
-        node = nodes[name]
-        own = [side, f"{side}_prompt"]
-        names = own if any(isinstance(node.get(key), str) for key in own) else TEXTS
-        said = [node[key].strip() for key in names if isinstance(node.get(key), str)]
-        yield from filter(None, said)
-        if not said:
-            ways = [node[side]] if side in node else [link for key, link in node.items() if key not in NOT_TEXT]
-            left += _linked(reversed(ways))
+        node = {key: value for key, value in nodes[name].items() if isinstance(value, str | list)}
+        said = [value for key, value in node.items() if key in own]
+        said = said or [value for key, value in node.items() if TEXTS.fullmatch(key)]
+        links = [value for key, value in node.items() if key not in NOT_TEXT and isinstance(value, list)]
+        left += reversed(said or links)
 
 
-def _linked(inputs: Iterable[Any]) -> list[str]:
-    """Nodes to which inputs are linked: a link is a node's name and the number of one of its outputs."""
-    return [str(link[0]) for link in inputs if isinstance(link, list) and link]
+def _joined(texts: Iterable[str]) -> str:
+    """Texts as one, each once."""
+    several = [*dict.fromkeys(filter(None, texts))]
+    return several[0] if len(several) == 1 else ", ".join(filter(None, (text.strip(" ,") for text in several)))
 
 
 def _plain(texts: dict[str, str]) -> FilePrompt | None:

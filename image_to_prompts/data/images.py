@@ -24,6 +24,8 @@ from .metadata import IMAGE_SUFFIXES, stem
 
 log = logging.getLogger(__name__)
 MOST_PIXELS, MOST_BYTES = 150_000_000, 256_000_000  # beyond any camera's; as RGB .45 GB
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, Image.DecompressionBombError)
+"""What Pillow and its plugins raise for damaged files."""
 OTHER_SUFFIXES = (".jp2", ".jxl", ".psd", ".svg")  # images that are skipped
 
 
@@ -48,7 +50,7 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
         raise UserError(f"{folder}: no such folder; give a folder of images")
     found: list[Path] = []
     passed: Counter[str] = Counter()
-    for path in _visible(folder, recursive):
+    for path in visible(folder, recursive):
         if not path.is_file():
             passed["dangling link"] += path.is_symlink()
         elif path.suffix.lower() in IMAGE_SUFFIXES:
@@ -68,7 +70,7 @@ def find(folder: Path, recursive: bool = True) -> list[Path]:
     return sorted(found, key=Path.as_posix)
 
 
-def _visible(folder: Path, recursive: bool) -> Iterator[Path]:
+def visible(folder: Path, recursive: bool = True) -> Iterator[Path]:
     """The files of a folder that are not hidden, also those of its sub-folders."""
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
@@ -112,7 +114,7 @@ def read(path: Path) -> Image.Image:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise BrokenImageError(shown(f"{path}: cannot be read as an image: {error}")) from error
 
 

@@ -16,7 +16,7 @@ from ..run.files import atomic_path
 NOT_IN_NAMES = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 LONGEST_NAME = 200  # bytes; file systems take 255, of which temporary names need some
 IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".webp"),
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp"),
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".tif", ".tiff"),
 )
 # What a manifest says of an image; "" of one that is as it should be.
@@ -54,6 +54,8 @@ def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
         raise UserError(f"{path}: row {row}: bytes that are not UTF-8; save the file as UTF-8") from error
     except pd.errors.ParserError as error:
         raise UserError(f"{path}: not a CSV: {error}; quote fields that contain commas") from error
+    if len(frame) and not isinstance(frame.index, pd.RangeIndex):  # pandas takes the first fields for row labels
+        raise UserError(f"{path}: its rows have more fields than its header; quote fields that contain commas")
     for column in required:
         if column not in frame.columns:
             raise UserError(f"{path}: no column {column!r}, found {', '.join(frame.columns)}; rename or add it")

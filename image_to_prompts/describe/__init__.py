@@ -36,7 +36,7 @@ from ..run.bounds import Positive
 from ..run.devices import gather, rank_and_processes
 from ..run.errors import UserError, explained
 from ..run.files import shown
-from ..run.folders import Run, default_run, profile_of
+from ..run.folders import BANK, Run, default_run, profile_of
 from ..run.progress import progress_to
 from ..run.resume import alone, fingerprint
 from . import files as outputs
@@ -112,7 +112,8 @@ class Config(Main, Words, Viewing, Models, StageConfig):
 
 
 @lru_cache(maxsize=1)
-def _loaded(run: Path, profile: str) -> Describer:
+def _loaded(run: Path, profile: str, written: tuple[int, ...]) -> Describer:
+    """Models in memory; anew when a checkpoint or a bank of the run was written since."""
     return Describer(profiles.default_config("describe", Run(run), profile))
 
 
@@ -137,7 +138,9 @@ def describe(
     if isinstance(image, list | tuple):
         with tempfile.TemporaryDirectory() as name:
             files = [_file(one, Path(name) / f"{number}.png") for number, one in enumerate(image)]
-            return _loaded(folder, profile_of(folder, profile)).describe(files)
+            made = [*folder.glob("checkpoints/*/config.json"), *folder.glob(f"banks/*/{BANK}")]
+            written = tuple(path.stat().st_mtime_ns for path in sorted(made))
+            return _loaded(folder, profile_of(folder, profile), written).describe(files)
     (found,) = describe([image], run, profile)
     if found.error:
         raise UserError(found.error)
@@ -194,8 +197,8 @@ def run(config: Config, show: Show = None) -> list[Description]:
 
 
 def printed(found: list[Description]) -> str:
-    """What the command line prints: an image and its prompt a line."""
-    return "".join(f"{shown(one.path)}\t{one.prompt}\n" for one in found)
+    """What the command line prints: an image and its prompt a line, whatever line breaks the prompt has."""
+    return "".join(f"{shown(one.path)}\t{' '.join(one.prompt.split())}\n" for one in found)
 
 
 def _run(config: Config, files: list[Path], show: Show) -> list[Description]:

@@ -80,8 +80,11 @@ def image_files(paths: Sequence[Path], recursive: bool = True) -> list[Path]:
 
 
 def key(file: Path) -> str:
-    """Tells an image from one by which it may be replaced."""
-    return json.dumps([str(file.absolute()), *archives.stat(file)])
+    """Tells an image from one by which it may be replaced; "" of one that is gone."""
+    try:
+        return json.dumps([str(file.absolute()), *archives.stat(file)])
+    except OSError:
+        return ""
 
 
 class Known:
@@ -113,7 +116,7 @@ class Known:
     def keep(self, found: dict[str, Description]) -> None:
         """Notes descriptions by key; not those of images that cannot be read, for they may be replaced."""
         names = ("prompt", "source", "familiar", "cosine", "nearest", "candidates")
-        good = {name: one for name, one in found.items() if not one.error}
+        good = {name: one for name, one in found.items() if name and not one.error}
         if self.journal:
             records = [{"key": name, **{field: getattr(one, field) for field in names}} for name, one in good.items()]
             append_line(self.journal, *records)
@@ -198,28 +201,31 @@ def _json(one: Description) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def banned(words: Sequence[str]) -> frozenset[str]:
-    """The words of `--ban`, in small letters.
+def banned(given: Sequence[str]) -> frozenset[str]:
+    """The words of `--ban`, in small letters; of one with a hyphen its parts, with a blank between them.
 
     Raises:
         UserError: If a file cannot be read.
     """
     found: list[str] = []
-    for word in words:
+    for word in given:
         try:
             found += Path(word).read_text(encoding="utf-8").split() if word.endswith(".txt") else word.split()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--ban {word}: cannot be read ({error}); give words, or text files of them") from error
-    return frozenset(word.lower() for word in found)
+    return frozenset(" ".join(words(word)) for word in found) - {""}
 
 
 def worded(found: Description, prefix: str, suffix: str, banned: frozenset[str], top: int) -> Description:
     """A description as it is told: without banned words, with prefix and suffix, and `top` of the nearest prompts."""
 
+    def holds_banned(text: str) -> bool:
+        said = f" {' '.join(words(text))} "
+        return any(f" {one} " in said for one in banned)
+
     def told(prompt: str) -> str:
-        if banned and not banned.isdisjoint(words(prompt)):
-            parts = re.split(r"\s*,\s*", prompt)
-            prompt = ", ".join(part for part in parts if banned.isdisjoint(words(part)))
+        if holds_banned(prompt):
+            prompt = ", ".join(part for part in re.split(r"\s*,\s*", prompt) if not holds_banned(part))
         return f"{prefix}{prompt}{suffix}" if prompt else prompt
 
     others = tuple(filter(None, map(told, found.candidates)))
@@ -257,11 +263,11 @@ def write_beside(found: Description, overwrite: bool, append: bool) -> bool:
     path, text = beside(found.path), found.prompt
     if text and path.exists() and not overwrite:
         there = path.read_text(encoding="utf-8", errors="surrogateescape").strip() if path.is_file() else ""
-        if text == there or there.endswith(f", {text}"):
+        if f", {text}, " in f", {there}, ":
             return True
-        if not append or not there:
+        if not append or not path.is_file():
             return False
-        text = f"{there}, {text}"
+        text = f"{there}, {text}" if there else text
     if text:
         write_text(path, f"{text}\n")
     return True

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..data.images import UNREADABLE
 from ..run.errors import UserError
 
 MEGABYTES, MEGAPIXELS = 20, 40  # of an upload
@@ -18,7 +19,6 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 STARTED = "/gradio_api/startup-events"  # by which Gradio asks itself whether it has started
 UPLOADS = ("/upload", "/describe")
 MOST_BYTES = 2_000_000_000  # of all uploads together; they are deleted after an hour
-READ_ERRORS = (OSError, ValueError, SyntaxError)  # what Pillow raises for files that are no images
 
 
 def why_refused(path: Path) -> str:
@@ -33,7 +33,7 @@ def why_refused(path: Path) -> str:
                 pixels = file.width * file.height
     except Image.DecompressionBombError:
         pass
-    except READ_ERRORS:
+    except UNREADABLE:
         return "This file cannot be read as a PNG, JPEG or WebP picture."
     return f"The image has more than {MEGAPIXELS} megapixels. Make it smaller." if pixels > MEGAPIXELS * 1e6 else ""
 

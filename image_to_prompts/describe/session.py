@@ -16,6 +16,7 @@ from PIL import Image
 
 from .. import pipeline
 from ..data import metadata
+from ..data.images import UNREADABLE
 from ..models import text_encoder, weights
 from ..predict import predictors
 from ..render import store
@@ -196,11 +197,14 @@ class Session:
 
 
 def thumbnail(path: Path) -> str:
-    """A picture of 64 px as HTML."""
-    with Image.open(path) as image:
-        image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-        small = image.convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
+    """A picture of 64 px as HTML; a gray one of a damaged file."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (THUMBNAIL, THUMBNAIL))
+            small = image.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+    except UNREADABLE:  # its prompt may have been read for all that
+        small = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "gray")
     file = io.BytesIO()
     small.save(file, "JPEG", quality=70)
     return f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -1,4 +1,4 @@
-"""The prompt that is in an image file, as six programs write it, and what other files do to the reader."""
+"""The prompt that is in an image file, as eight programs write it, and what other files do to the reader."""
 
 import csv
 import json
@@ -69,6 +69,51 @@ def test_a_prompt_that_speaks_of_its_settings(tmp_path):
     assert file_prompt.read(written.png(tmp_path / "b.png", {"parameters": two})).prompt == "a fox"
     alone = file_prompt.read(written.png(tmp_path / "c.png", {"parameters": "a fox\nNegative prompt: hands"}))
     assert alone == FilePrompt("a fox", "hands")
+
+
+def test_a_plain_prompt_in_a_comment(tmp_path):
+    text = json.dumps({"prompt": "a fox", "negative_prompt": "hands", "seed": 5})
+    found = file_prompt.read(written.with_comment(tmp_path / "a.jpg", written.ASCII + text.encode()))
+    assert found == FilePrompt("a fox", "hands", "5")
+    settings = "a fox: red\nNegative prompt: hands\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 5"
+    found = file_prompt.read(written.with_comment(tmp_path / "b.jpg", written.ASCII + f"Prompt: {settings}".encode()))
+    assert (found.prompt, found.negative_prompt, found.seed) == ("Prompt: a fox: red", "hands", "5")
+
+
+def test_half_an_emoji_is_replaced(tmp_path):
+    cut = written.graph("a fox \ud83e in snow")
+    assert file_prompt.read(written.png(tmp_path / "a.png", {"prompt": json.dumps(cut)})).prompt == "a fox � in snow"
+    whole = written.graph("a \U0001f98a in snow")
+    found = file_prompt.read(written.png(tmp_path / "b.png", {"prompt": json.dumps(whole)}))
+    assert found.prompt == "a \U0001f98a in snow"
+
+
+@pytest.mark.parametrize(
+    ("node", "prompt"),
+    [
+        ({"string_a": "a fox in snow", "string_b": ["5", 0], "delimiter": ", "}, "a fox in snow, 8k"),
+        ({"string_a": "a fox,", "string_b": "in snow", "delimiter": " "}, "a fox, in snow"),
+        ({"separator": "", "text1": ["5", 0], "text2": "a fox"}, "8k, a fox"),
+        ({"text_a": "a fox", "text_b": "", "text_c": ["5", 0]}, "a fox, 8k"),
+        ({"text": ["5", 0], "text_0": "what it showed"}, "8k"),
+        ({"wildcard_text": "a __animal__", "populated_text": "a fox", "seed": 1}, "a fox"),
+        ({"text_positive": "a fox", "text_negative": "hands", "style": "base"}, "a fox"),
+        ({"clip_l": "fox", "t5xxl": "a fox in snow", "clip": ["4", 1]}, "fox, a fox in snow"),
+        ({"clip_g": "a fox", "clip_l": "a fox", "t5xxl": "a fox", "clip": ["4", 1]}, "a fox"),
+    ],
+)
+def test_graphs_that_put_texts_together(node, prompt):
+    nodes = {
+        "1": {"class_type": "KSampler", "inputs": {"positive": ["2", 0], "negative": ["3", 0], "seed": 5}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": ["4", 0]}},
+        "3": {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["2", 0]}},
+        "4": {"class_type": "AnyText", "inputs": node},
+        "5": {"class_type": "PrimitiveString", "inputs": {"value": "8k"}},
+    }
+    image = Image.new("RGB", (1, 1))
+    image.info = {"prompt": json.dumps(nodes)}
+    found = file_prompt.of_image(image)
+    assert (found.prompt, found.negative_prompt) == (prompt, "")
 
 
 def test_text_behind_the_pixels(tmp_path):

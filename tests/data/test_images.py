@@ -1,5 +1,6 @@
 """Images of every kind that people have."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from image_to_prompts.data import images
+from image_to_prompts.data import images, metadata
 from image_to_prompts.data.rows import fit
 from image_to_prompts.run.errors import UserError
 
@@ -125,6 +126,21 @@ def test_every_kind_of_image_is_read(tmp_path, suffix):
     (path,) = images.find(tmp_path)
     image = images.read(path)
     assert image.size == (64, 48) and np.abs(np.asarray(image, int) - RED).max() < 8
+
+
+@pytest.mark.parametrize("suffix", metadata.IMAGE_SUFFIXES)
+def test_a_damaged_image_is_a_broken_one(tmp_path, suffix):
+    rng, whole = np.random.default_rng(0), tmp_path / f"a{suffix}"
+    pillow_heif.register_heif_opener()
+    Image.fromarray(rng.integers(0, 255, (48, 64, 3), np.uint8)).save(whole)
+    data = whole.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(data)
+        for place in rng.integers(min(500, len(data)), size=4):
+            damaged[place] = rng.integers(256)
+        whole.write_bytes(damaged)
+        with contextlib.suppress(images.BrokenImageError):
+            images.read(whole)
 
 
 NAMES = st.sampled_from(["a", "b", "a.v2", "b.png", "x/a", "x/b", "y/a", "y/a.v2"])

@@ -33,6 +33,7 @@ def write(path, text):
         ("image_name,prompt\na.png,a cat,a dog\0\n", ["NUL"]),
         ("image_name,prompt,seed\nx.png,a,many\n", ["row 1", "seed 'many'"]),
         ('image_name,prompt\nx.png,a,"b\n', ["not a CSV"]),
+        ("image_name,prompt\nx.png,a red fox, in snow\ny.png,a dog, oil\n", ["more fields than its header"]),
     ],
 )
 def test_bad_tables_are_refused_with_file_and_row(tmp_path, text, fragments):

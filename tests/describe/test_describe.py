@@ -201,6 +201,10 @@ def test_texts_beside_images(trained, shown, caplog):
     texts = {path: path.read_text() for path in pictures.rglob("*.txt")}
     describe.run(config(run, pictures, txt=True, append=True))
     assert texts == {path: path.read_text() for path in pictures.rglob("*.txt")}  # not added twice
+    own.write_text(f"{said[images[0]]}, mine\n")
+    other.write_text("")
+    describe.run(config(run, pictures, txt=True, append=True))
+    assert own.read_text() == f"{said[images[0]]}, mine\n" and other.read_text() == f"{said[images[1]]}\n"
     describe.run(config(run, pictures, txt=True, overwrite=True, prefix="sks, ", suffix=", 8k"))
     assert own.read_text() == f"sks, {said[images[0]]}, 8k\n"
 
@@ -217,6 +221,31 @@ def test_words_can_be_banned(trained, tmp_path):
         assert after.prompt != before.prompt
     with pytest.raises(UserError, match="--ban"):
         describe.run(config(run, image, ban=(str(tmp_path / "none.txt"),)))
+
+
+def test_banned_words_with_a_hyphen_and_prompts_of_several_lines(tmp_path, capsys):
+    file = written.png(tmp_path / "a.png", {"parameters": "a fox,\nsci-fi, fire, t-shirt art\nNegative prompt: hands"})
+    said = describe.run(config(folders.Run(tmp_path), file, ban=("Sci-Fi", "t-shirt", "art,")))
+    assert [one.prompt for one in said] == ["a fox, fire"]
+    assert describe.printed(describe.run(config(folders.Run(tmp_path), file))).count("\n") == 1
+
+
+def test_an_image_that_goes_while_others_are_described(trained, tmp_path, monkeypatch):
+    run, pictures = trained
+    files = sorted(pictures.rglob("*.png"))
+    monkeypatch.setattr(describe, "FIRST", 1)
+    found = describe.run(config(run, *files, out=tmp_path / "p.csv"), show=lambda _: files[-1].unlink(missing_ok=True))
+    assert [bool(one.error) for one in found] == [one.path in (files[-1], pictures / "damaged.png") for one in found]
+
+
+def test_the_newest_checkpoint_speaks_in_python_too(trained):
+    run, pictures = trained
+    (image, *_) = sorted((pictures / "inner").glob("*.png"))
+    checkpoint = run.folder / "aside"
+    run.checkpoint.rename(checkpoint)
+    assert describe.describe(image, run.folder, "embedded").source == "guess"
+    checkpoint.rename(run.checkpoint)
+    assert describe.describe(image, run.folder, "embedded").source == "checkpoint"
 
 
 def test_a_table_of_the_user_stays(trained, tmp_path):

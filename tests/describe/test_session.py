@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import written_images
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -95,6 +96,14 @@ def test_a_refused_file_does_not_reach_the_models(tmp_path):
     good, bad = session.Session(Pretending(), None).describe([tmp_path / "good.png", tmp_path / "bad.png"])
     assert good.prompt == "a fox" and len(good.nearest) == 2 and good.path.name == "good.png"
     assert bad.error.startswith("This file cannot be read") and not bad.prompt
+
+
+def test_a_file_cut_off_behind_its_prompt_does_not_end_the_list(tmp_path):
+    whole = written_images.png(tmp_path / "a.png", {"parameters": written_images.automatic1111("a fox")})
+    (tmp_path / "b.png").write_bytes(whole.read_bytes()[:-3000])
+    made = session.Session(Pretending(), None)
+    ((first, second),) = made.rows([whole, tmp_path / "b.png"])
+    assert first["prompt"] and second["prompt"] and first["picture"] != second["picture"] != ""
 
 
 def test_names_are_told_apart():
