@@ -234,5 +234,7 @@ def _as_float32(result: Result) -> Result:
     share = 100 * changed.mean() if len(sample) else 0.0
     log.info("half precision: float32 would change %.2f %% of the fates (%d sampled)", share, len(sample))
     gone, cosines = texts[result.leader != texts], result.cosine.copy()
-    cosines[gone] = cosine(gone, result.leader[gone])
+    for start in range(0, len(gone), BLOCK):
+        some = gone[start : start + BLOCK]
+        cosines[some] = cosine(some, result.leader[some])
     return replace(result, cosine=cosines)

@@ -20,6 +20,7 @@ import pandas as pd
 
 from .. import pipeline
 from ..data import metadata
+from ..models import layouts, weights
 from ..profiles import StageConfig
 from ..run.bounds import Amount, NotNegative, Positive
 from ..run.devices import gather, rank_and_processes
@@ -206,6 +207,8 @@ def _stamp(config: Config) -> Stamp:
         raise UserError(f"--input, --rules, --limit, --name: {config.source} writes new prompts; give --source {known}")
     inputs = [path for path in (config.starts,) if path]
     settings = config.settings("out", "batch_size", "starts", "max_hours", "image_column")
+    if config.source == "magicprompt" and (config.weights or config.weights_dir):
+        settings["weights"] = layouts.digest(weights.locate("magicprompt", config.weights))
     return Stamp(config.out.with_name(f".{config.out.stem}.done"), "generate", settings, inputs)
 
 
@@ -216,6 +219,10 @@ def _collect(config: Config) -> pd.DataFrame:
         raise UserError(f"--source {config.source}: no input; give --input FILE [FILE ...]")
     if config.starts:
         raise UserError("--starts needs --source magicprompt; a source has its own prompts")
+    if config.source not in ("table", "pairs") and (config.prompt_column != "prompt" or config.image_column):
+        raise UserError(f"--prompt-column, --image-column: {config.source} has columns of its own; leave them out")
+    if config.prompt_column == config.image_column:
+        raise UserError(f"--image-column {config.image_column}: is the column of the prompts, too; give another")
     if rank_and_processes()[1] > 1:
         raise UserError(f"--source {config.source}: one process reads and cleans; start it without a launcher")
     with alone(config.out):
@@ -236,6 +243,8 @@ def run(config: Config) -> pd.DataFrame:
     Raises:
         UserError: On bad settings or missing weights, or if the source wrote nothing.
     """
+    if config.out.suffix.lower() != ".csv":
+        raise UserError(f"--out {config.out}: must end in .csv")
     if config.source in get_args(Sources):
         return _collect(config)
     stamp = _stamp(config)

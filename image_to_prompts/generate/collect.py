@@ -30,6 +30,7 @@ from .readers import SOURCES, Reading, Source
 
 __all__ = ["SOURCES", "collect", "report_path"]
 log = logging.getLogger(__name__)
+FOLDERS = ("images", "pairs")  # sources of which each is one folder
 COLUMNS = ("image_name", "prompt", "seed", "source", "source_id")
 
 
@@ -67,6 +68,11 @@ def collect(
     """
     kind = SOURCES[source]
     paths = [path for given in inputs for path in hub.dataset_files(given)]
+    if source in FOLDERS:
+        if len(paths) > 1:
+            raise UserError(f"--source {source}: takes one folder, for images are named below it; give the one above")
+        if out.resolve().is_relative_to(paths[0].resolve()):
+            raise UserError(f"{out}: lies in the folder that is read; choose another --out")
     names = rule_names or kind.rules
     names = (*(one for one in names if one != "blank"), "blank")
     chosen = {one: rules.load(one) for one in names}

@@ -1,5 +1,6 @@
 """Files of rows, whatever they hold: Parquet, CSV, TSV, JSON and text, read as blocks; what is broken is skipped."""
 
+import collections
 import csv
 import gzip
 import io
@@ -142,18 +143,12 @@ def lines(reading: Reading, universal: bool = False) -> Iterator[tuple[int, str]
 def delimited(reading: Reading) -> Iterator[tuple[int, Record]]:
     """Number and columns of each row of a CSV or TSV with a header."""
     comma = "\t" if ".tsv" in reading.path.name.lower() else ","
-    rows = csv.reader((line for _, line in lines(reading)), delimiter=comma, strict=True)
-    csv.field_size_limit(LONGEST)
     header: list[str] | None = None
     number = 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
+    for row in _rows((line for _, line in lines(reading)), comma):
+        if isinstance(row, csv.Error):
             number += 1
-            reading.skip(number, f"{error}")
+            reading.skip(number, f"{row}")
             continue
         if not row:
             continue
@@ -172,6 +167,32 @@ def delimited(reading: Reading) -> Iterator[tuple[int, Record]]:
             yield number, {name: row[position] for name, position in positions.items()}
 
 
+def _rows(source: Iterator[str], comma: str) -> Iterator[list[str] | csv.Error]:
+    """The fields of each row; of a broken one the error, and the lines that its open quote took are read again."""
+    again, taken, width = collections.deque[str](), list[str](), 0
+
+    def feed() -> Iterator[str]:
+        while (line := again.popleft() if again else next(source, None)) is not None:
+            taken.append(line)
+            yield line
+
+    csv.field_size_limit(LONGEST)
+    while True:
+        rows = csv.reader(feed(), delimiter=comma, strict=True)
+        try:
+            for row in rows:
+                if len(taken) > 1 and len(row) != (width or len(row)):
+                    raise csv.Error(f"{len(row)} fields for {width} columns")
+                width = width or len(row)
+                taken.clear()
+                yield row
+            return
+        except csv.Error as error:
+            again.extendleft(reversed(taken[1:]))
+            taken.clear()
+            yield error
+
+
 def json_lines(reading: Reading) -> Iterator[tuple[int, Record]]:
     for number, line in lines(reading):
         if line.strip():
@@ -187,8 +208,8 @@ def json_list(reading: Reading) -> Iterator[tuple[int, Record]]:
         raise UserError(f"{reading.path}: not a list of objects; give JSON lines, or a list")
     for number, record in enumerate(found, start=1):
         try:
-            text = isinstance(record, str)
-            yield number, {"prompt": record} if text else _fields(record, reading.columns)
+            alone = isinstance(record, str) and len(reading.columns) == 1
+            yield number, {"prompt": record} if alone else _fields(record, reading.columns)
         except ValueError as error:
             reading.skip(number, str(error))
 
@@ -202,6 +223,8 @@ def _fields(record: Any, columns: dict[str, str]) -> Record:
 
 
 def text_lines(reading: Reading) -> Iterator[tuple[int, Record]]:
+    if len(reading.columns) > 1:
+        raise UserError(f"{reading.path}: a text file has no columns; leave --image-column out")
     for number, line in lines(reading, universal=True):
         if line.strip():
             yield number, {"prompt": line.rstrip("\n")}

@@ -38,8 +38,12 @@ MODELS = {one.rpartition("/")[2]: "Stable Diffusion 2" for one in PAIRS}
 
 def tables(folder: Path) -> list[Path]:
     """The tables in a folder and below it."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in ENDS and not path.name.startswith("."))
-    return sorted(found) if folder.is_dir() else [folder]
+    return sorted(path for path in images.visible(folder) if path.suffix.lower() in ENDS)
+
+
+def places(folder: Path) -> list[Path]:
+    """The tables in a folder and below it, and all folders there: these change when an image comes or goes."""
+    return [*tables(folder), folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
 
 
 def read(reading: Reading) -> Iterator[pl.DataFrame]:
@@ -58,7 +62,7 @@ def read(reading: Reading) -> Iterator[pl.DataFrame]:
     for table in every:
         header = formats.header(table)
         held = list(archives.index(table)) if table.suffix == ".parquet" else []
-        columns = _columns(header, but="image_name" if held else "")
+        columns = _columns(header, reading.columns, but="image_name" if held else "")
         find = _finder(table, root, held, "image_name" in columns.values(), by_name)
         if "prompt" not in columns.values() or find is None:
             refused.append(f"{table.relative_to(root)} ({', '.join(header)[:200]})")
@@ -83,10 +87,11 @@ def read(reading: Reading) -> Iterator[pl.DataFrame]:
         log.warning("%s: left out, for no prompts or images are named in it: %s", root, "; ".join(refused))
 
 
-def _columns(header: list[str], but: str) -> dict[str, str]:
-    """The columns that are read of a table, and what they are called here; all but one."""
+def _columns(header: list[str], asked: dict[str, str], but: str) -> dict[str, str]:
+    """The columns that are read of a table, asked for or with usual names, and what they are called here; not `but`."""
     small = {name.lower(): name for name in reversed(header)}
-    first = ((ours, next((small[name] for name in known if name in small), "")) for ours, known in COLUMNS.items())
+    names = COLUMNS | {ours: (name.lower(),) for name, ours in asked.items() if name != "prompt"}
+    first = ((ours, next((small[name] for name in known if name in small), "")) for ours, known in names.items())
     return {name: ours for ours, name in first if name and ours != but}
 
 

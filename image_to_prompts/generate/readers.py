@@ -131,6 +131,16 @@ def diffusiondb_parts(reading: Reading) -> Iterator[pl.DataFrame]:
     yield from formats.blocks(rows(), ("prompt", "source_id", "image_name", "seed"))
 
 
+def table(reading: Reading) -> Iterator[pl.DataFrame]:
+    """Any table, without rows whose images have names that no stage takes."""
+    for block in formats.table(reading):
+        names = block["image_name"].to_list() if "image_name" in block.columns else []
+        good = pl.Series([metadata.is_name(name or "") for name in names], dtype=pl.Boolean)
+        for row in (~good).arg_true():
+            reading.skip(int(block["source_id"][row]), f"{names[row]!r} cannot be an image_name")
+        yield block.filter(good) if len(good) else block
+
+
 def _parts(path: Path) -> list[Path]:
     return sorted([*path.rglob("part-*.zip"), *path.rglob("part-*.json")]) if path.is_dir() else [path]
 
@@ -175,11 +185,11 @@ SOURCES = {
     "laion-coco": Source(laion_coco, USUAL),
     "captions-json": Source(captions_json, USUAL),
     "pairs": Source(
-        *(pairs.read, (*REPAIRED, "blank"), True, pairs.tables),
+        *(pairs.read, (*REPAIRED, "blank"), True, pairs.places),
         count=lambda path: sum(filter(None, map(count_lines, pairs.tables(path)))),
         more=("model", "sampler"),
     ),
-    "table": Source(formats.table, USUAL),
+    "table": Source(table, USUAL),
 }
 
 

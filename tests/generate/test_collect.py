@@ -206,13 +206,23 @@ def test_utf16_is_read_and_broken_rows_are_skipped(tmp_path, collected):
         b'prompt,x\na red fox asleep,1\n\xff\xfe owl,2\na,b,c\n"a never ending,3\nan owl,4\n'
     )
     frame, broken = read("table", tmp_path / "b.csv")
-    assert frame["prompt"].to_list() == ["a red fox asleep"] and broken == 3
+    assert frame["prompt"].to_list() == ["a red fox asleep", "an owl"] and broken == 3
     (tmp_path / "d.csv").write_text('id,prompt\n1,a fox\n\n2,"an owl\n3,a bee\n4,a cat\n')
     frame, broken = read("table", tmp_path / "d.csv")
-    assert frame["prompt"].to_list() == ["a fox"] and broken == 1
+    assert frame["prompt"].to_list() == ["a fox", "a bee", "a cat"] and broken == 1
+    (tmp_path / "e.tsv").write_text('prompt\tx\na fox\t1\n"starry night\t2\nan owl\t3\na "bee"\t4\na 5" cat\t5\n')
+    frame, broken = read("table", tmp_path / "e.tsv")
+    assert frame["prompt"].to_list() == ["a fox", "an owl", 'a "bee"', 'a 5" cat'] and broken == 1
+    assert frame["source_id"].to_list() == ["1", "3", "4", "5"]
     (tmp_path / "c.jsonl").write_text('{"prompt": "a red fox"}\n{"prompt": 3}\n{"pro\n' + "[" * 9000 + "\n")
     frame, broken = read("table", tmp_path / "c.jsonl")
     assert frame["prompt"].to_list() == ["a red fox"] and broken == 3
+
+
+def test_images_of_a_table_need_names_that_stages_take(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,file\na fox,https://x.org/a.png\nan owl,../b.png\na bee,c.png\n")
+    reading = readers.Reading(tmp_path / "a.csv", {"prompt": "prompt", "file": "image_name"})
+    assert pl.concat(readers.SOURCES["table"].read(reading))["prompt"].to_list() == ["a bee"] and reading.broken == 2
 
 
 def test_repeats_and_limits(tmp_path, collected, monkeypatch):
@@ -318,6 +328,16 @@ def test_what_cannot_be_used_is_refused(tmp_path, refused):
     refused(
         [*words, "table", "--input", tmp_path / "a.csv", "--prompt-column", "text", "--rules", "nap"], "no such rule"
     )
+    (tmp_path / "a.txt").write_text("a fox\n")
+    refused([*words, "table", "--input", tmp_path / "a.txt", "--image-column", "file"], "a text file has no columns")
+    refused(
+        [*words, "table", "--input", tmp_path / "a.csv", "--prompt-column", "x", "--image-column", "x"], "give another"
+    )
+    refused([*words, "laion-coco", "--input", tmp_path / "a.parquet", "--prompt-column", "x"], "has columns of its own")
+    (tmp_path / "pictures").mkdir()
+    for source in ("images", "pairs"):
+        refused([*words, source, "--input", tmp_path / "pictures", tmp_path], "takes one folder")
+        refused([*words, source, "--input", tmp_path], "lies in the folder that is read; choose another --out")
     refused([*words, "table", "--input", "hf://datasets/x"], "must be hf://datasets/<owner>/<name>/<path>")
 
 
@@ -441,7 +461,9 @@ def test_own_rules_through_the_command_line(tmp_path, command, refused):
     assert command(*words, tmp_path / "o.csv", "--rules", f"{own}:not_a_number")[0] == 0
     assert metadata.read(tmp_path / "o.csv")["prompt"].tolist() == ["a red fox"]
     refused([*words, tmp_path / "o.csv", "--rules", f"{own}:lazily"], "a rule returns a Series, not Expr")
-    refused([*words, tmp_path / "a.txt"], "is read here; choose another --out")
+    (tmp_path / "own.csv").write_text("prompt\na red fox asleep\n")
+    read_here = ["generate", "--run", tmp_path / "r", "--source", "table", "--input", tmp_path / "own.csv"]
+    refused([*read_here, "--out", tmp_path / "own.csv"], "is read here; choose another --out")
     refused(["generate", "--run", tmp_path / "r", "--limit", 3], "grammar writes new prompts")
 
 

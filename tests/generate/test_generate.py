@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from image_to_prompts import generate
 from image_to_prompts.data import metadata
@@ -66,6 +67,24 @@ def test_grammar_prompts_depend_on_seed_and_index_alone(tmp_path):
 def test_bad_settings_are_refused(tmp_path, bad):
     with pytest.raises(UserError, match="at least 1"):
         generate.run(generate.Config(out=tmp_path / "x.csv", **bad))
+
+
+def test_sets_whose_names_differ_in_the_suffix_do_not_replace_each_other(tmp_path):
+    for name in ("scenes.v1", "scenes"):
+        with pytest.raises(UserError, match=r"must end in \.csv"):
+            generate.run(generate.Config(count=3, out=tmp_path / name))
+
+
+@pytest.mark.parametrize("given", ["weights", "weights_dir"])
+def test_other_weights_write_other_prompts(given, tiny_gpt2, tmp_path):
+    folder = tmp_path / "models" / "magicprompt"
+    shutil.copytree(tiny_gpt2, folder)
+    where = {given: folder if given == "weights" else folder.parent}
+    how = {"source": "magicprompt", "count": 3, "out": tmp_path / "x.csv", **where}
+    first = generate.run(generate.Config(**how))["prompt"].tolist()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert generate.run(generate.Config(**how))["prompt"].tolist() != first
 
 
 def test_clean_up_follows_the_reference():

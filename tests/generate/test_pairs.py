@@ -117,3 +117,23 @@ def test_a_table_of_ones_own_images_keeps_their_names(rows, tmp_path):
     assert metadata.read(tmp_path / "m.csv")["image_name"].tolist() == names
     frame = dataset.load_metadata(tmp_path / "my.csv", (), {"image_name": "filename", "prompt": "caption"})
     assert frame["image_name"].tolist() == names and frame["prompt"].tolist() == [prompt for _, prompt in rows]
+
+
+def test_a_picture_that_comes_later_is_collected_too(rows, tmp_path):
+    pair_sets.relative(tmp_path / "set", rows)
+    (moved, *_) = sorted((tmp_path / "set").rglob("*.png"))
+    moved.rename(tmp_path / moved.name)
+    assert len(collect(tmp_path / "set")[0]) == len(rows) - 1
+    (tmp_path / moved.name).rename(moved)
+    assert len(collect(tmp_path / "set")[0]) == len(rows)
+
+
+def test_the_column_of_the_prompts_may_be_chosen(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "made.png")
+    (tmp_path / "set").mkdir()
+    shutil.move(tmp_path / "made.png", tmp_path / "set" / "a.png")
+    (tmp_path / "set" / "t.csv").write_text("file_name,prompt,recaption\na.png,short one here,a long one of red foxes\n")
+    assert collect(tmp_path / "set")[0]["prompt"].tolist() == ["short one here"]
+    assert collect(tmp_path / "set", prompt_column="Recaption")[0]["prompt"].tolist() == ["a long one of red foxes"]
+    with pytest.raises(UserError, match="no table of prompts"):
+        collect(tmp_path / "set", prompt_column="none")
