@@ -287,7 +287,7 @@ def bench_epoch(options: argparse.Namespace) -> dict[str, Any]:
             model, _ = models.build(backbones.describe(config.backbone, 224), accelerator)
             trained, source = faster(model), rows_images
             if way == "cached features":
-                _, source = frozen_features.features(model, rows_images, every, accelerator.device, folder, True)
+                _, _, source = frozen_features.features(model, rows_images, every, [], accelerator.device, folder, True)
                 trained = frozen_features.over_cache(model)
             elif way == "from memory":
                 source = InMemory(rows_images)

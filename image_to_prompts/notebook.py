@@ -96,6 +96,7 @@ def run(config: StageConfig, processes: int | None = None) -> None:
         UserError: As the stage.
     """
     import torch
+    from accelerate.utils.memory import clear_device_cache
 
     stage = _name(config)
     processes = processes or max(1, torch.cuda.device_count())
@@ -104,6 +105,7 @@ def run(config: StageConfig, processes: int | None = None) -> None:
         return
     if hours := getattr(config, "max_hours", 0):  # of this session, in which the processes start late
         config = replace(config, max_hours=max(1e-6, hours - (time.monotonic() - progress.BEGUN) / 3600))  # type: ignore[call-arg]
+    clear_device_cache(garbage_collection=True)  # a dry run leaves gigabytes on the first GPU, where a process starts
     words = [stage, *arguments(stage, config)]
     log.info("%d processes: image-to-prompts %s", processes, " ".join(words))
     argv = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH, "--num_processes", str(processes)]
@@ -121,8 +123,10 @@ def run(config: StageConfig, processes: int | None = None) -> None:
 
 def arguments(stage: str, config: StageConfig) -> Iterator[str]:
     """The words of the command line that give the settings `config`."""
-    default = default_config(stage, Run(config.run), config.profile)
+    recipe = {"recipe": given} if (given := getattr(config, "recipe", "")) else {}  # on which defaults depend
+    default = default_config(stage, Run(config.run), config.profile, **recipe)
     yield from ("--run", str(config.run), "--profile", config.profile)
+    yield from ("--recipe", given) if recipe else ()
     for name in (one.name for one in fields(config) if one.name not in ("run", "profile")):
         value: Any = getattr(config, name)
         if value == getattr(default, name):

@@ -220,7 +220,7 @@ def _train(config: Config) -> pd.DataFrame:
         else:
             log.warning(STOPPED, config.max_hours)
     keeper.trainer.accelerator.wait_for_everyone()  # the stamp has removed the work folder, in which doubt is looked up
-    if finished and keeper.statistics.size and np.isnan(keeper.statistics).all():
+    if finished and not keeper.statistics.size and freezing.stages(keeper.trainer.model.backbone):
         _add_doubt(config, loaded, stamp)  # with the trained stages, once they are what they will be
     return frame
 
@@ -238,11 +238,14 @@ def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
     model, _ = models.build(spec, accelerator, config.seed, init=config.out)  # the frozen part that will be asked
     wanted = np.concatenate([dataset.thinned(rows.train, frozen_features.KNN_ROWS), rows.valid])
     _, statistics, _ = frozen_features.features(
-        *(model, ImageRows(rows.paths, config.image_size), wanted, accelerator.device, stamp.work_folder()),
-        *(False, mixed, config.loader_workers),
+        *(model, ImageRows(rows.paths, config.image_size), wanted, freezing.stages(model.backbone)),
+        *(accelerator.device, stamp.work_folder()),
+        cache=False,
+        mixed=mixed,
+        workers=config.loader_workers,
     )
     if accelerator.is_main_process:
-        save_doubt(config.out, rows, statistics)
+        save_doubt(config.out, rows, wanted, statistics)
         stamp.write(_written(config.out))
     accelerator.wait_for_everyone()
 
@@ -278,11 +281,13 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else dataset.thinned(rows.train, frozen_features.KNN_ROWS)
     wanted = np.concatenate([sample, rows.valid])
+    stages = freezing.stages(model.backbone)
+    if any(p.requires_grad for stage in stages for p in stage.parameters()):
+        stages = []  # what they say of images will change
     features, statistics, cached = frozen_features.features(
-        model, images, wanted, accelerator.device, work, config.cache_features, mixed, config.loader_workers
+        *(model, images, wanted, stages, accelerator.device, work, config.cache_features, mixed),
+        workers=config.loader_workers,
     )
-    if any(p.requires_grad for stage in freezing.stages(model.backbone) for p in stage.parameters()):
-        statistics = np.full_like(statistics, np.nan)  # by which images are told apart will change
     told = {rows.paths[row] for row in wanted[np.isnan(features[wanted, 0])]}
     if accelerator.is_main_process:
         tell_broken(told, "left out")
@@ -307,7 +312,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
         "revision": checkpoints.revision(),
     }
     both = [images, varied]
-    return Keeper(config.out, trainer, cached or images, features, statistics, base, description, both, told)
+    return Keeper(config.out, trainer, cached or images, features, wanted, statistics, base, description, both, told)
 
 
 def _text_head(

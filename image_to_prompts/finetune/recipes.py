@@ -58,7 +58,7 @@ _CLIP = Recipe(
     ema=EMA,
     warm_up=500,
     batch_size=CLIP_BATCH,
-    micro_batch=16,
+    micro_batch=16,  # of this and the others as many as 15 GB hold, by what an H200 needed (benchmarks/gpu_h200.json)
     augment=True,
 )
 RECIPES = {
@@ -81,6 +81,7 @@ RECIPES = {
         backbone="open_clip:ViT-L-14-336-quickgelu",
         image_size=336,
         layer_decay=0.6,
+        micro_batch=8,
     ),
     "vit-h": replace(
         _CLIP,
@@ -107,6 +108,7 @@ RECIPES = {
         backbone="open_clip:EVA02-L-14-336",
         image_size=336,
         layer_decay=0.6,
+        micro_batch=4,
     ),
     "embedded": Recipe(
         "the stand-in on emoji scenes, measured in docs/log.md",

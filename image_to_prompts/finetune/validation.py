@@ -44,19 +44,21 @@ def validate(
     freezing.set_training(model, False)
     rank, processes = rank_and_processes()
     mine = rows.valid[rank::processes]
-    predicted = metrics.extract(model, images, 32, device, only=mine, mixed=mixed)[mine]
+    predicted = metrics.extract(model, images, 32, device, only=mine, mixed=mixed)
     return np.stack(gather(list(np.broadcast_to(predicted, (len(mine), text_encoder.DIMENSION))), len(rows.valid)))
 
 
-def save_doubt(folder: Path, rows: dataset.Rows, statistics: np.ndarray) -> None:
+def save_doubt(folder: Path, rows: dataset.Rows, looked: np.ndarray, statistics: np.ndarray) -> None:
     """Writes into a checkpoint what tells familiar images from strange ones, see `doubt`.
 
     Args:
         folder: The checkpoint.
         rows: What it was trained on and validated with.
-        statistics: float32 (rows, d), of the frozen stages; NaN where they are not known.
+        looked: Row numbers of the images that were looked at.
+        statistics: float32 (len(looked), d), of the frozen stages; NaN where an image is broken.
     """
-    train, valid = (statistics[side][np.isfinite(statistics[side]).all(1)] for side in (rows.train, rows.valid))
+    good = np.isfinite(statistics).all(1)
+    train, valid = (statistics[good & np.isin(looked, side)] for side in (rows.train, rows.valid))
     if not (train.size and valid.size):
         return
     own = doubt.Doubt.fit(train, valid)
@@ -82,7 +84,8 @@ class Keeper:
         trainer: The trainer.
         source: What validates, by row number.
         features: float32 (n, width) of all rows, by the frozen backbone.
-        statistics: float32 (n, d), of its frozen stages, see `doubt`.
+        looked: Row numbers of the images that the frozen backbone has looked at.
+        statistics: float32 (len(looked), d), of its frozen stages, see `doubt`; d is 0 where these train.
         base: The baselines.
         description: config.json, without metrics.
         images: Datasets, which know of images that could not be read.
@@ -93,6 +96,7 @@ class Keeper:
     trainer: loop.Trainer
     source: ImageRows | frozen_features.CachedRows
     features: np.ndarray
+    looked: np.ndarray
     statistics: np.ndarray
     base: frozen_features.Baselines
     description: dict[str, Any]
@@ -138,7 +142,7 @@ class Keeper:
         with self.trainer.averaged():
             self.save(self.out / LAST, self.history[-1])
         frozen_features.save(self.out / "baselines.safetensors", base)
-        save_doubt(self.out, rows, self.statistics)
+        save_doubt(self.out, rows, self.looked, self.statistics)
         metadata.write_table(history, frame)
         pictures.learning_curve(frame, base.scores, history.with_suffix(".png"))
         kinds = clusters.of(rows.targets, self.out.parent / clusters.FILE)

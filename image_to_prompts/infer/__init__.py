@@ -196,7 +196,8 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
         result.prompts = pd.concat([pd.DataFrame({"image": names}), nearest], axis=1).assign(familiar=familiar)
         metadata.write_table(nearest_path, result.prompts)
     if truth:
-        _score(result, found, mean, text_encoder.encode(truth), folders if rung is rungs[0] else [])
+        used_folders = [folder for folder in folders if str(folder) in rung.load]
+        _score(result, found, mean, text_encoder.encode(truth), used_folders)
     kept = {
         name: getattr(result, name) for name in ("score", "constant", "alone", "how", "strange", "unreached", "colours")
     }

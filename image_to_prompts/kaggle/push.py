@@ -144,9 +144,14 @@ class Push(Command):
             if rendering and not any(IMAGES in one for one in fields["dataset_sources"]):
                 raise UserError(f"{owner}/{IMAGES}-1 is not on Kaggle, so no session has published images; see its log")
             if not rendering:
-                following = first if last != first else first + OTHER
+                other = first if last != first else first + OTHER
+                # One that failed has left nothing: it runs again, with what the one before it left.
+                done = state == "complete"
+                following, earlier = (other, last) if done else (last, other)
                 fields |= {"id": following, "title": following.partition("/")[2].replace("-", " ")}
-                fields["kernel_sources"].append(last)
+                fields["kernel_sources"] += [earlier] if done or earlier in pushed(self.kernels) else []
+                if not done:
+                    log.warning("%s: %s; it runs again", last, state)
         return kernel.changed(folder, self.set, **fields)
 
     def _wait(self, api: Any, kernel: Kernel) -> None:

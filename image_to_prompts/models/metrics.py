@@ -220,12 +220,11 @@ def extract(
         batch_size: Images at once.
         device: Where to compute.
         workers: Threads that decode images; 0: one a core.
-        only: Row numbers to compute; all if left out.
+        only: Row numbers to compute, each once; all if left out.
         mixed: In the hardware's half precision, where it has one.
 
     Returns:
-        float32 (len(images), d); NaN in the rows of broken images and of those not asked for. d is 1 if no image
-        could be read.
+        float32 (n, d) of the rows asked for, in their order; NaN where one is broken. d is 1 if none can be read.
     """
     import torch
 
@@ -241,7 +240,8 @@ def extract(
             if len(positions):
                 values.append(forward(batch.to(device)).float().cpu().numpy())
                 where.append(positions.numpy())
-    result = np.full((len(images), values[0].shape[1] if values else 1), np.nan, np.float32)
+    result = np.full((len(wanted), values[0].shape[1] if values else 1), np.nan, np.float32)
     if values:
-        result[np.concatenate(where)] = np.concatenate(values)
+        order = np.argsort(wanted)
+        result[order[np.searchsorted(wanted[order], np.concatenate(where))]] = np.concatenate(values)
     return result

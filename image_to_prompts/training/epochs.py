@@ -13,6 +13,18 @@ def learning_rate_factor(done: float, cycles: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * ((done * cycles) % 1.0)))
 
 
+def average_decay(most: float, step: int) -> float:
+    """Share of the past in a moving average of weights; in a short training, too, its start is soon forgotten.
+
+    As TensorFlow's `ExponentialMovingAverage` with `num_updates`.
+
+    Args:
+        most: The share after many steps.
+        step: Steps before this one.
+    """
+    return min(most, (1 + step) / (10 + step))
+
+
 def batches(rows: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[np.ndarray]:
     """The rows of an epoch, ordered by (seed, epoch) alone, in batches whose sizes differ by one at most."""
     order = np.random.default_rng((seed, epoch)).permutation(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,6 +84,7 @@ def features(
     model: nn.Module,
     images: ImageRows,
     only: np.ndarray,
+    stages: Sequence[nn.Module],
     device: torch.device,
     work: Path,
     cache: bool,
@@ -96,6 +97,7 @@ def features(
         model: From `checkpoints.build`, its last quarter unfrozen.
         images: The images.
         only: Row numbers to run.
+        stages: Whose statistics are wanted, see `doubt`.
         device: Where to compute.
         work: Folder for the results. Processes share the work.
         cache: Whether to keep what enters the trained part too.
@@ -103,8 +105,8 @@ def features(
         workers: Threads that decode images; 0: one a core.
 
     Returns:
-        float32 (len(images), width), NaN in rows that are broken or not asked for; the statistics of the frozen stages
-        (see `doubt`), float32 (len(images), d); and the cached activations of the readable rows, if asked for.
+        float32 (len(images), width), NaN in rows that are broken or not asked for; the statistics of the stages,
+        float32 (len(only), d); and the cached activations of the readable rows, if asked for.
 
     Raises:
         UserError: If the cache does not fit on the disk, if the backbone's frozen part cannot be cached, if no image
@@ -119,7 +121,6 @@ def features(
         _announce(model, len(only), images.size, device, mixed, folder)
 
     tail, first = freezing.trained_tail(model.backbone) if cache else (None, None)
-    stages = freezing.stages(model.backbone)
 
     def forward(batch: torch.Tensor) -> torch.Tensor:
         with doubt.looking(stages) as statistics:
@@ -129,7 +130,7 @@ def features(
         for rows in blocks:
             block = only[rows.start : rows.stop]
             with entering(first) as taken:
-                part = metrics.extract(forward, images, BATCH, device, workers, block, mixed)[block]
+                part = metrics.extract(forward, images, BATCH, device, workers, block, mixed)
             stored = {"features": torch.from_numpy(part)}
             if cache:
                 kind = _stored_type(mixed, device)
@@ -141,9 +142,10 @@ def features(
     files = resume.blocks(folder, len(only), BLOCK, make)
     parts = [load_file(file)["features"].numpy() for file in files]
     widest = max(part.shape[1] for part in parts)  # one column where no image of a block can be read
-    both = np.full((len(images), max(widest, model.width)), np.nan, np.float32)
-    both[only] = np.concatenate([np.broadcast_to(part, (len(part), both.shape[1])) for part in parts])
-    found, statistics = both[:, : model.width], both[:, model.width :]
+    both = np.concatenate([np.broadcast_to(part, (len(part), max(widest, model.width))) for part in parts])
+    found = np.full((len(images), model.width), np.nan, np.float32)
+    found[only] = both[:, : model.width]
+    statistics = both[:, model.width :] if stages else np.empty((len(only), 0), np.float32)
     readable = only[np.isfinite(found[only, 0])]
     if not len(readable):
         raise UserError("no image can be read; check --images")

@@ -24,7 +24,7 @@ from ..run.devices import rank_and_processes, within_memory
 from ..run.errors import UserError
 from ..run.progress import Deadline, progress_to
 from . import state as state_file
-from .epochs import batches, learning_rate_factor, one_of_each
+from .epochs import average_decay, batches, learning_rate_factor, one_of_each
 from .schedule import Schedule
 
 if TYPE_CHECKING:
@@ -248,8 +248,8 @@ class Trainer:
 
         standing, schedule = self.standing, self.schedule
         factor = learning_rate_factor((standing.epoch - 1 + done) / schedule.epochs, schedule.cycles)
+        before = (standing.epoch - 1) * self.steps + standing.step
         if schedule.warm_up:
-            before = (standing.epoch - 1) * self.steps + standing.step
             factor *= min(1.0, (before + 1) / schedule.warm_up)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.learning_rate * factor * group.get("share", 1.0)
@@ -266,7 +266,9 @@ class Trainer:
             self._stop(standing.step + 1, rows, "the gradients are not finite, however small the loss is made")
         self.optimizer.zero_grad(set_to_none=True)
         if self.averages:
-            get_ema_multi_avg_fn(schedule.ema)(self.averages, [p.detach() for p in self.parameters], 1)
+            get_ema_multi_avg_fn(average_decay(schedule.ema, before))(
+                self.averages, [p.detach() for p in self.parameters], 1
+            )
         return Begun(standing.step + 1, rows, over, told, there)
 
     def read(self, begun: Begun) -> tuple[float, int, bool]:

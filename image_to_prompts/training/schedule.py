@@ -25,7 +25,8 @@ class Steps:
     lowest_rate: Amount = 0.0
     """No group's peak learning rate is lower."""
     ema: float = 0.0
-    """Share of the past in the moving average of the weights, which is what validates and is kept; 0: no average."""
+    """Share of the past in the moving average of the weights, which is what validates and is kept; less in the first
+    steps, (1 + n) / (10 + n) after n. 0: no average."""
     one_seed: bool = False
     """Of several images of a prompt each epoch takes one, drawn anew."""
     train_from: int = -1
@@ -39,7 +40,8 @@ class Limits:
     """Memory and time."""
 
     micro_batch: NotNegative = 0
-    """Images at once and process; 0: as many as the batch has, halved whenever memory runs out."""
+    """Images at once and process; 0: as many as the batch has. One process halves it when memory runs out, several stop
+    and say so."""
     grad_checkpointing: bool = False
     """Compute activations twice to keep fewer of them."""
     compile: bool = False

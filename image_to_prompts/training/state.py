@@ -58,7 +58,11 @@ def forget(state: Path) -> None:
 
 def adopt(state: Path) -> None:
     """Copies what an attached Kaggle kernel left of the same training, its best checkpoint too, beside `state`."""
-    found = [] if state.is_file() else kaggle_inputs(state.name)
+    if state.is_file():
+        return
+    found = kaggle_inputs(state.name)
+    if not found and (others := kaggle_inputs("unfinished-*.pt")):
+        log.warning("%s: left by a training with other settings or images; this one begins anew", others[0])
     for earlier in found[:1]:
         files = [file for file in earlier.parent.iterdir() if file.is_file() and not file.name.startswith(".")]
         for file in sorted(files, key=lambda file: file == earlier):  # the state last: it says that the rest is there

@@ -17,6 +17,7 @@ recipe = None  # None: the reference's (or the stand-in's); vit-b, vit-l-336, vi
 backbone = None  # None: the recipe's; open_clip:<model> or timm:<model>
 image_size = None
 epochs = None
+micro_batch = None  # images at once on each GPU; None: the recipe's; lower it where memory does not suffice
 max_hours = None  # stop before the session is this old; None: 11 on Kaggle, which allows 12
 processes = None  # None: one a GPU
 
@@ -65,6 +66,7 @@ print(recipes.table())
 from image_to_prompts import finetune, profiles
 
 overrides = {"recipe": recipe, "backbone": backbone, "image_size": image_size, "epochs": epochs, "max_hours": max_hours}
+overrides["micro_batch"] = micro_batch
 overrides = {name: value for name, value in overrides.items() if value}
 config = profiles.default_config("finetune", run, profile, **notebook.training_rows(run, profile), **overrides)
 print(finetune.plan(config))

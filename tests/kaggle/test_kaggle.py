@@ -207,6 +207,11 @@ def test_sessions_of_training_alternate(kaggle):
     kaggle.stub.replies["GetKernelSessionStatus"] = {"status": "RUNNING"}
     code, _, err = kaggle("push", "finetune", "--continue")
     assert code == 2 and f"{other} is running" in err
+    kaggle.stub.replies["GetKernelSessionStatus"] = {"status": "ERROR"}
+    code, _, err = kaggle("push", "finetune", "--continue")
+    assert code == 0 and f"{other}: error; it runs again" in err
+    again = kaggle.stub.asked("SaveKernel")[-1]
+    assert (again["slug"], again["kernelDataSources"]) == (other, [render, first])
 
 
 def test_parameters_of_a_notebook_are_set_where_it_is_pushed(kaggle):
