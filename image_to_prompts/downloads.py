@@ -238,15 +238,27 @@ def take_over(path: Path, model: str = "") -> None:
     _room_for(sum(file.stat().st_size for file in files if file.stat().st_dev != disk))
     _check_sums(folder)
     with alone(folder):
-        written = [_link(file, folder / _called(file.relative_to(base), named(name))) for file in files]
+        called = [_called(file.relative_to(base), named(name), found.is_file()) for file in files]
+        written = [_link(file, folder / place) for file, place in zip(files, called, strict=True)]
         _write_sums(folder, written)
     log.info("%s: taken over to %s", name, folder)
 
 
-def _called(file: Path, one: Weights) -> Path:
-    """What a file is called in the folder of weights: as on the hub, whatever its name was, where the file is all."""
-    if one.form.marker or file.name in (CONFIG, *one.single_files) or layouts.tensors([file.name], one.form.stems):
+def _called(file: Path, one: Weights, alone: bool) -> Path:
+    """What a file is called in the folder of weights: as on the hub, whatever its name was, where the file is all.
+
+    Raises:
+        UserError: If it is not all of a model that is a folder.
+    """
+    if file.name in (CONFIG, *one.single_files) or layouts.tensors([file.name], one.form.stems):
         return file
+    if one.form.marker:
+        fitting = (name for name in map(Path, one.single_files) if name.suffix == file.suffix)
+        found = next((name for name in fitting if file.name.startswith(name.stem)), None)
+        if alone and found is None:
+            known = f", or a file called {' or '.join(one.single_files)}" if one.single_files else ""
+            raise UserError(f"{file}: one file is not all of this model; give its folder{known}")
+        return found or file if alone else file
     ends = ("safetensors", "bin")
     return Path(f"{one.form.stems[file.suffix != '.safetensors']}.{ends[file.suffix != '.safetensors']}")
 

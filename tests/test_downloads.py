@@ -248,6 +248,15 @@ def test_what_one_has_is_taken_over(tmp_path, command):
     assert code == 2 and "open_clip_pytorch_model.bin: damaged" in err
 
 
+def test_a_file_of_another_name_is_found_again_or_not_taken_over(tmp_path, command, refused):
+    home = tmp_path / "weights"
+    folder = folder_of(tmp_path, "768-v-ema-fp16.safetensors", "my-model.safetensors")
+    words = ["--model", "stable-diffusion-2", "--weights-dir", home]
+    assert command("weights", "get", folder / "768-v-ema-fp16.safetensors", *words)[0] == 0
+    assert located.locate("stable-diffusion-2") == home / "stable-diffusion-2" / "768-v-ema.safetensors"
+    refused(["weights", "get", folder / "my-model.safetensors", *words], "not all of this model", "768-v-ema")
+
+
 def test_the_table_has_every_model(command):
     code, out, _ = command("weights")
     lines = out.splitlines()

@@ -92,7 +92,7 @@ def clip_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     import open_clip
 
-    pixels = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    pixels: dict[str, Any] = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     if Path(model).is_dir():
         stored = folders.read_json(Path(model) / "open_clip_config.json")
         if "model_cfg" in stored:
@@ -104,7 +104,7 @@ def clip_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     known = open_clip.get_model_config(model)
     if known is None:
         raise _unknown(model, open_clip.list_models())
-    return known, pixels
+    return known, pixels | weights.of_open_clip(model)  # LAION-2B's ViT-L-14, say, has seen pixels from -1 to 1
 
 
 def _of_transformers(name: str, image_size: int) -> Spec:
@@ -115,9 +115,12 @@ def _of_transformers(name: str, image_size: int) -> Spec:
         pixels = AutoImageProcessor.from_pretrained(folder, **layouts.FROM_FOLDER)
         config = AutoConfig.from_pretrained(folder, **layouts.FROM_FOLDER)
         size = pixels.size.get("shortest_edge") or pixels.size["height"]
-    # ConvNeXt's processor sees the middle of images below 384 px, and all of larger ones.
+    # ConvNeXt's processor sees the middle of images below 384 px, and all of larger ones; others say which part.
     crop = getattr(pixels, "crop_pct", None) or 1.0
-    size, crop = image_size or size, crop if size < 384 else 1.0
+    crop = crop if size < 384 else 1.0
+    if getattr(pixels, "do_center_crop", False) and pixels.crop_size:
+        size, crop = pixels.crop_size["height"], pixels.crop_size["height"] / size
+    size = image_size or size
     return Spec(name, size, tuple(pixels.image_mean), tuple(pixels.image_std), config.to_dict(), crop)
 
 
@@ -135,7 +138,8 @@ def build(spec: Spec) -> nn.Module:
     from open_clip import CLIP
 
     text = {"context_length": 1, "vocab_size": 2, "width": 8, "heads": 1, "layers": 1}  # which nobody asks for
-    tower = CLIP(spec.tower["embed_dim"], spec.tower["vision_cfg"], text, spec.tower["quick_gelu"]).visual
+    vision = {**spec.tower["vision_cfg"], "output_tokens": False}  # CoCa's text decoder wants them
+    tower = CLIP(spec.tower["embed_dim"], vision, text, spec.tower["quick_gelu"]).visual
     return _sized(tower, spec.image_size)
 
 
@@ -181,8 +185,12 @@ def load_pretrained(backbone: nn.Module, spec: Spec, path: Path | None = None) -
 
         with layouts.reading(file, "an image model of transformers"):
             kind = layouts.variant(file)
-            state = AutoModel.from_pretrained(file, variant=kind, **layouts.FROM_FOLDER).state_dict()
-        fill(backbone.model, state, file)
+            model, found = AutoModel.from_pretrained(
+                file, variant=kind, output_loading_info=True, **layouts.FROM_FOLDER
+            )
+        if missing := sorted(found["missing_keys"]):  # which transformers has filled with random numbers
+            raise UserError(f"{file}: no {', '.join(missing)}, which features come from; give weights of a plain model")
+        fill(backbone.model, model.state_dict(), file)
         return
     state = read_state(file)
     if library == "open_clip":
@@ -207,7 +215,8 @@ def resampled(state: dict[str, torch.Tensor], backbone: nn.Module) -> dict[str, 
         if old is None or new is None or old.shape == new.shape or old.shape[-1] != new.shape[-1]:
             continue
         grid = trunk.grid_size if hasattr(trunk, "grid_size") else trunk.patch_embed.grid_size
-        apart = getattr(trunk, "num_prefix_tokens", 1)  # a class token has no place
+        # A class token has a row of its own there, unless the rows are those of places alone.
+        apart = 0 if getattr(trunk, "no_embed_class", False) else getattr(trunk, "num_prefix_tokens", 1)
         found = resample_abs_pos_embed(old.reshape(1, -1, old.shape[-1]), grid, num_prefix_tokens=apart)
         state = {**state, key: found.reshape(new.shape)}
     return state

@@ -64,7 +64,7 @@ def build(spec: backbones.Spec, empty: bool = False) -> nn.Module:
         pixels = torch.zeros(1, 3, spec.image_size, spec.image_size)
         try:
             width = backbones.build(spec).eval()(pixels).shape[-1]
-        except (AssertionError, RuntimeError, ZeroDivisionError) as error:
+        except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
             said = f"{spec.name} cannot take inputs of {spec.image_size} px: {error}; give another size"
             raise UserError(" ".join(said.split())) from error
 

@@ -110,17 +110,16 @@ def named(name: str) -> Weights:
 
         return Weights(layout="timm", hub=tuple(filter(None, [timm.get_pretrained_cfg(model).hf_hub_id])))
     if library == "open_clip":
-        return Weights(layout="open_clip", hub=_pages(model)[:1])
+        return Weights(layout="open_clip", hub=_page(model))
     if library == "transformers":
         return Weights(hub=(model,) if model.count("/") == 1 else ())
     raise UserError(f"unknown model {name!r}; `image-to-prompts weights` lists them")
 
 
-def _pages(model: str) -> tuple[str, ...]:
-    """Repositories of weights that were trained with an open_clip model's own activation; of LAION-2B's first.
+def of_open_clip(model: str) -> dict[str, Any]:
+    """What open_clip says of the weights that are taken for a model: `hf_hub`, their page, and `mean` and `std`.
 
-    Raises:
-        UserError: If all of them need the other one, which the model has under another name.
+    They were trained with the model's own activation; LAION-2B's come first. Empty where there are none.
     """
     import open_clip
 
@@ -128,11 +127,22 @@ def _pages(model: str) -> tuple[str, ...]:
     tags = sorted(open_clip.list_pretrained_tags_by_model(model), key=lambda tag: "laion2b" not in tag)
     known = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     # OpenAI's ViT-L-14 is listed as ViT-L-14, too, but with GELU instead of QuickGELU it is no longer what it was.
-    fitting = [one for one in known if quick or not one.get("quick_gelu")]
-    if known and not fitting and f"{model}-quickgelu" in open_clip.list_models():
+    return next((one for one in known if one.get("hf_hub") and (quick or not one.get("quick_gelu"))), {})
+
+
+def _page(model: str) -> tuple[str, ...]:
+    """The hub's repository of an open_clip model; none if there is none.
+
+    Raises:
+        UserError: If all weights need the other activation, which the model has under another name.
+    """
+    import open_clip
+
+    page = of_open_clip(model).get("hf_hub")
+    if page is None and f"{model}-quickgelu" in open_clip.list_models():
         said = f"open_clip:{model}: its weights were trained with QuickGELU"
         raise UserError(f"{said}; write open_clip:{model}-quickgelu")
-    return tuple(one["hf_hub"].rstrip("/") for one in fitting if one.get("hf_hub"))
+    return ("/".join(page.split("/")[:2]),) if page else ()
 
 
 Place = Callable[[str, "Weights"], "Path | str"]

@@ -23,14 +23,17 @@ def load(path: Path, dtype: torch.dtype, any_model: bool = False) -> StableDiffu
     Args:
         path: `.safetensors`, or `.ckpt`, which is read without unpickling code.
         dtype: Of the weights in memory.
-        any_model: Whether the name need not be that of 2.0's.
+        any_model: Whether 2.1 will do, too, whose settings are those of 2.0.
 
     Raises:
         UserError: If the name does not say that it is the 768-px model: the 512-px one has the very same tensors.
     """
-    if not any_model and ("768" not in path.name or "2-1" in path.name):  # 2.1's is v2-1_768-ema-pruned
-        said = "its tensors do not tell the 768-px model 2.0 from the 512-px one and 2.1"
-        raise UserError(f"{path}: {said}; if it is the first, name it 768-v-ema; otherwise take it with --any-model")
+    said = "its tensors do not tell the 768-px model 2.0 from the 512-px one and 2.1"
+    if "768" not in path.name:
+        remedy = "if it is the first, name it 768-v-ema; of another model give a folder of diffusers"
+        raise UserError(f"{path}: {said}; {remedy}")
+    if not any_model and "2-1" in path.name:  # 2.1's is v2-1_768-ema-pruned
+        raise UserError(f"{path}: {said}; take 2.1 with --any-model")
     return StableDiffusionPipeline.from_single_file(
         str(path),
         config=str(SETTINGS),

@@ -191,11 +191,13 @@ class StableDiffusionBackend:
         """Renders at most `self.limit` rows at once, fewer from then on if memory does not suffice."""
 
         def work(at_once: int) -> list[tuple[Image.Image, str]]:
+            self.limit = at_once if self.compiled else self.limit  # to which a call is padded
             chunks = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
             return [picture for chunk in chunks for picture in self.call(chunk, steps)]
 
         remedy = f"an image of {RENDER_SIZE} px is too large for this device"
-        pictures, self.limit = devices.within_memory(work, self.limit, len(rows), remedy=remedy)
+        count = self.limit if self.compiled else len(rows)
+        pictures, self.limit = devices.within_memory(work, self.limit, count, remedy=remedy)
         return pictures
 
     def call(self, rows: list[Row], steps: int) -> list[tuple[Image.Image, str]]:

@@ -132,7 +132,9 @@ def test_the_column_of_the_prompts_may_be_chosen(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "made.png")
     (tmp_path / "set").mkdir()
     shutil.move(tmp_path / "made.png", tmp_path / "set" / "a.png")
-    (tmp_path / "set" / "t.csv").write_text("file_name,prompt,recaption\na.png,short one here,a long one of red foxes\n")
+    (tmp_path / "set" / "t.csv").write_text(
+        "file_name,prompt,recaption\na.png,short one here,a long one of red foxes\n"
+    )
     assert collect(tmp_path / "set")[0]["prompt"].tolist() == ["short one here"]
     assert collect(tmp_path / "set", prompt_column="Recaption")[0]["prompt"].tolist() == ["a long one of red foxes"]
     with pytest.raises(UserError, match="no table of prompts"):

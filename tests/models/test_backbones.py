@@ -2,8 +2,11 @@
 
 import json
 
+import open_clip
 import pytest
+import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
@@ -188,6 +191,58 @@ def test_weights_in_a_folder_of_their_name_are_found(mounted, name, folder):
 )
 def test_the_hubs_weights_were_trained_with_the_models_activation(name, repository):
     assert weights.named(f"open_clip:{name}").hub == (repository,)
+
+
+def test_a_tower_sees_pixels_as_its_weights_were_trained_with():
+    half = ((0.5,) * 3, (0.5,) * 3)
+    for name in ("ViT-L-14", "ViT-B-16-SigLIP"):
+        spec = backbones.describe(f"open_clip:{name}")
+        assert (spec.mean, spec.std) == half, name
+    for name in ("ViT-L-14-quickgelu", "ViT-B-16", "ViT-H-14", "convnext_xxlarge"):
+        assert backbones.describe(f"open_clip:{name}").mean == open_clip.OPENAI_DATASET_MEAN, name
+
+
+def test_a_model_of_the_hubs_user_without_a_repository_name_is_one_line():
+    assert weights.named("open_clip:ViTamin-S").hub == ("jienengchen/ViTamin-S",)
+
+
+def test_coca_gives_features_too():
+    spec = backbones.describe("open_clip:coca_ViT-B-32")
+    assert checkpoints.build(spec, empty=True).width == 512
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_little_patch16_reg1_gap_256"])
+def test_registers_without_positions(name):
+    """timm's own interpolation is the oracle."""
+    side = 112
+    spec = backbones.describe(f"timm:{name}", side)
+    state = timm.create_model(name, num_classes=0).state_dict()
+    backbone = backbones.build(spec)
+    found = backbones.resampled(dict(state), backbone)
+    wanted = timm.models.vision_transformer.checkpoint_filter_fn(dict(state), backbone)
+    torch.testing.assert_close(found["pos_embed"], wanted["pos_embed"])
+
+
+def test_a_classifier_without_the_layer_that_features_come_from_is_refused(tmp_path):
+    """Its pooler would be of random numbers, others in each process."""
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**settings, image_size=32, patch_size=16)
+    for number, kind in enumerate((transformers.ViTForImageClassification, transformers.ViTModel)):
+        folder = tmp_path / str(number)
+        kind(config).save_pretrained(folder)
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    checkpoints.pretrained(backbones.describe(f"transformers:{tmp_path / '1'}"))
+    with pytest.raises(UserError, match=r"pooler\.dense\.weight"):
+        checkpoints.pretrained(backbones.describe(f"transformers:{tmp_path / '0'}"))
+
+
+def test_a_processor_that_crops_says_size_and_crop(tmp_path):
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.Dinov2Model(transformers.Dinov2Config(**settings, image_size=28)).save_pretrained(tmp_path)
+    how = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True}
+    transformers.BitImageProcessor(**how).save_pretrained(tmp_path)
+    spec = backbones.describe(f"transformers:{tmp_path}")
+    assert (spec.image_size, spec.crop) == (28, 28 / 32)
 
 
 def test_a_name_whose_weights_need_the_other_activation_gets_the_right_one():

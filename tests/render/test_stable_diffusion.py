@@ -168,6 +168,22 @@ def test_unet_and_vae_are_compiled_when_asked_to(tiny_sd2, small_run, tmp_path, 
     assert len(compiled) == 4
 
 
+def test_a_compiled_batch_is_halved_too(tiny_sd2, monkeypatch):
+    monkeypatch.setattr(fast_layers, "compiled", lambda part: None)
+    backend, tried = started(tiny_sd2, batch_size=6, compiled=True), []
+    real = backend.pipeline
+
+    def limited(prompt, **how):
+        tried.append(len(prompt))
+        if len(prompt) > 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(prompt, **how)
+
+    limited.unet, limited.device = real.unet, real.device
+    backend.pipeline = limited
+    assert len(backend.render(rows_of(["a", "b"], range(2)))) == 2 and tried == [6, 3]
+
+
 def test_one_bad_row_is_flagged(tiny_sd2, monkeypatch, tmp_path, caplog):
     call = StableDiffusionBackend.call
 
@@ -291,7 +307,8 @@ def test_single_files_that_cannot_be_used_are_refused(tmp_path, refused, small_r
     save(file)
     words = ["render", "--run", tmp_path / "run", "--backend", "sd2", "--metadata", small_run.metadata, "--weights"]
     shutil.copy(file, tmp_path / "512-base-ema.safetensors")
-    refused([*words, tmp_path / "512-base-ema.safetensors"], "768-v-ema", "do not tell")
+    for more in ([], ["--any-model"]):
+        refused([*words, tmp_path / "512-base-ema.safetensors", *more], "768-v-ema", "folder of diffusers")
     shutil.copy(file, tmp_path / "v2-1_768-ema-pruned.safetensors")
     refused([*words, tmp_path / "v2-1_768-ema-pruned.safetensors"], "2.1", "--any-model")
     file.write_bytes(file.read_bytes()[:-50])
