@@ -7,6 +7,7 @@ from pathlib import Path
 import pair_sets
 import pandas as pd
 import pytest
+import torch
 from kernel_session import Session
 
 from image_to_prompts import cli, embed, finetune, infer, notebook, profiles, render
@@ -35,6 +36,28 @@ def kernel(name):
 def test_the_words_of_settings_are_these_settings(stage, changed, profile, tmp_path):
     config = profiles.default_config(stage, folders.Run(tmp_path / "run"), profile, **changed)
     assert cli.parse([stage, *notebook.arguments(stage, config)]) == config
+
+
+def test_a_dry_runs_memory_is_free_before_processes_start(monkeypatch, tmp_path):
+    done = []
+
+    class Started:
+        stdout, returncode = (), 0
+
+        def __init__(self, *_, **__):
+            done.append("started")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("freed"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("subprocess.Popen", Started)
+    notebook.run(profiles.default_config("finetune", folders.Run(tmp_path), "embedded"), processes=2)
+    assert done == ["freed", "started"]
 
 
 @pytest.mark.slow

@@ -130,6 +130,9 @@ def test_the_next_kernel_goes_on_from_what_the_last_one_left(small_run, tiny_ope
     finetune.run(replace(settings, out=tmp_path / "second"))
     assert "continuing at epoch 1, step 3" in caplog.text
     assert difference(weights_of(tmp_path / "second"), weights_of(tmp_path / "whole")) == 0
+    assert "begins anew" not in caplog.text
+    state_file.adopt(tmp_path / "third" / "unfinished-0123456789ab.pt")
+    assert "begins anew" in caplog.text
 
 
 def test_deadline_counts_the_longest_piece(monkeypatch):
