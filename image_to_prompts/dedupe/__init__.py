@@ -191,7 +191,7 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     if not len(result.kept_rows):
         raise UserError(f"{config.prompts[0]}: every row resembles one of --against; give new rows")
     kept = with_groups(result.kept, result.groups(), config.folds)
-    metadata.check_names(kept, config.out)
+    _check_names(frame.iloc[result.kept_rows])
     metadata.write_table(removed_path(config.out), result.removed)
     metadata.write_table(config.out, kept)
     pictures.save(result, picture_path(config.out))
@@ -199,6 +199,14 @@ def _run(config: Config, frame: pd.DataFrame, fixed: int) -> pd.DataFrame:
     counts = ", ".join(f"{count} {name}" for name, count in result.counts.items())
     log.info("%s; largest group %.1f %%", counts, 100 * kept["group"].value_counts(normalize=True).max())
     return kept
+
+
+def _check_names(kept: pd.DataFrame) -> None:
+    """Raises UserError if two rows that stay, of whichever files, have one image_name."""
+    for _, row in kept[kept["image_name"].duplicated()].head(1).iterrows():
+        first = kept[kept["image_name"] == row["image_name"]].iloc[0]
+        name, other = row["image_name"], f"{first['_file']}, row {first['_row']}"
+        raise UserError(f"{row['_file']}: row {row['_row']}: image_name {name!r} stands in {other}, too; rename one")
 
 
 def _on_cluster(config: Config, folder: Path) -> Search:

@@ -143,8 +143,12 @@ def _check(config: Config) -> None:
         raise UserError(f"--batch-size {config.batch_size}: {processes} processes need at least two images each")
 
 
-def plan(config: Config) -> dry_run.Plan:
+def plan(config: Config, processes: int = 0) -> dry_run.Plan:
     """What training would need and take; images need not be there, the metadata must.
+
+    Args:
+        config: The settings.
+        processes: How many would train; 0: as many as there are now.
 
     Raises:
         UserError: On an unknown backbone or bad metadata.
@@ -155,7 +159,7 @@ def plan(config: Config) -> dry_run.Plan:
     frames = [dataset.read(table, _called(config)) for table in tables]
     # A table without folds gets eight from `dataset.split`.
     rows = sum(int((f["fold"] != config.fold).sum()) if "fold" in f else len(f) * 7 // 8 for f in frames)
-    return dry_run.make(backbones.describe(config.backbone, config.image_size), rows, config)
+    return dry_run.make(backbones.describe(config.backbone, config.image_size), rows, config, processes)
 
 
 def _called(config: Config) -> dict[str, str]:

@@ -84,15 +84,17 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
+def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule, processes: int = 0) -> Plan:
     """Builds the model with random weights, counts, and measures a step at the batch size if it fits.
 
     Args:
         spec: Its backbone.
         rows: Rows that would train.
         schedule: How it would train.
+        processes: How many would train; 0: as many as there are now.
     """
-    _, processes = rank_and_processes()
+    _, there = rank_and_processes()
+    processes = processes or there
     micro = schedule.micro_batch or -(-schedule.batch_size // processes)
     accelerator = models.accelerator_for(schedule.precision == "auto")
     free, again = free_memory(accelerator.device), schedule.grad_checkpointing
@@ -116,7 +118,7 @@ def make(spec: backbones.Spec, rows: int, schedule: loop.Schedule) -> Plan:
     memory = needed(model, round(few + (micro - PROBE) * (more - few) / PROBE), average=schedule.ema > 0)
     steps = schedule.epochs * math.ceil(rows / schedule.batch_size)
     plan = Plan(_counts(model, trained_names), memory, micro, free, steps, None)
-    if not all(gather([plan.fits], processes)):  # or one process would wait for another in the step below
+    if not all(gather([plan.fits], there)):  # or one process would wait for another in the step below
         return plan
     times = []
     for _ in range(2):

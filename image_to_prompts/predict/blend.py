@@ -26,11 +26,10 @@ def fitted(folders: list[Path], pairs: Sequence[Path] = (), second: str = "") ->
         folders: Checkpoints, folders of embeddings, and banks.
         pairs, second: See `predictors.Searching`.
     """
-    same = [1 / len(folders)] * len(folders)
     trained = [folder for folder in folders if not (is_embeddings(folder) or is_bank(folder))]
     if not trained or not all(by_source.is_there(folder) for folder in trained):
         log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
-        return same
+        return [1 / len(folders)] * len(folders)
     found = {}
     for folder in trained:
         frame, predicted, targets = by_source.read(folder)
@@ -48,8 +47,9 @@ def fitted(folders: list[Path], pairs: Sequence[Path] = (), second: str = "") ->
             found[folder] = said
         else:
             log.warning("%s: left out of the blend: no vectors of images that were validated; or --blend", folder)
+    same = [(folder in found) / len(found) for folder in folders]
     if len(found) == 1:
-        return [float(folder in found) for folder in folders]
+        return same
     names = _common(found)
     if len(names) < LEAST_TO_FIT:
         log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))

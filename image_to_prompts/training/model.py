@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 def accelerator_for(mixed: bool) -> Accelerator:
     """The device or devices, with mixed precision where the hardware has it and `mixed` is set."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     # A notebook may train twice in one process, in different precisions; without this the second is refused.
     getattr(AcceleratorState, "_reset_state", lambda: None)()
     precision = mixed_precision(process_state().device) if mixed else "no"
-    return Accelerator(cpu=only_cpus(), mixed_precision=precision)
+    shared = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # of several processes: no second gradients
+    return Accelerator(cpu=only_cpus(), mixed_precision=precision, kwargs_handlers=[shared])
 
 
 def build(

@@ -69,7 +69,7 @@ overrides = {"recipe": recipe, "backbone": backbone, "image_size": image_size, "
 overrides["micro_batch"] = micro_batch
 overrides = {name: value for name, value in overrides.items() if value}
 config = profiles.default_config("finetune", run, profile, **notebook.training_rows(run, profile), **overrides)
-print(finetune.plan(config))
+print(finetune.plan(config, processes or torch.cuda.device_count()))
 
 # %% [markdown]
 # ## Train

@@ -390,6 +390,16 @@ def test_files_groups_and_reasons(tmp_path):
     assert dedupe.picture_path(out).stat().st_size > 1000
 
 
+def test_rows_of_two_files_with_one_name_are_named(tmp_path):
+    paths = [tmp_path / "a.csv", tmp_path / "b.csv"]
+    for path, prompts in zip(
+        paths, (["a red fox", "a blue whale"], ["an oil lamp", "two owls on a roof"]), strict=True
+    ):
+        metadata.write_table(path, pd.DataFrame({"image_name": ["0.png", "1.png"], "prompt": prompts}))
+    with pytest.raises(UserError, match=r"b\.csv: row 1: image_name '0\.png' stands in .*a\.csv, row 1, too"):
+        dedupe.run(dedupe.Config(prompts=tuple(paths), out=tmp_path / "o.csv"))
+
+
 def test_against_other_metadata(tmp_path, command):
     known = ["two owls on a roof", "two owls on a roof at night", "a red fox"]
     known = write(tmp_path / "known.csv", *known, model=["x"] * 3, fold=["1"] * 3)

@@ -54,6 +54,8 @@ def test_steps_and_seconds(small_run):
     rows = (metadata.read(small_run.images / "manifest.csv")["fold"] != 0).sum()
     assert found.steps == 3 * -(-rows // 8) and found.seconds > 0
     assert "hours" in str(found) and "GB free" in str(found)
+    config = profiles.default_config("finetune", small_run, "embedded", image_size=64, batch_size=8, epochs=3)
+    assert (finetune.plan(config, 2).micro, finetune.plan(config, 2).steps) == (4, found.steps)
 
 
 def test_too_large_a_batch_is_told_and_not_tried(small_run, caplog, monkeypatch):

@@ -237,12 +237,16 @@ def test_a_bank_nobody_can_weigh_stays_out_of_the_blend(bank, small_run, small_c
     assert code == 0 and "bank of prompts" in err.splitlines()[-1], err
 
 
-def test_two_checkpoints_are_scored_where_a_bank_stays_out(bank, small_run, small_checkpoint, tmp_path, command):
+def test_two_checkpoints_are_scored_where_a_bank_stays_out(
+    bank, small_run, small_checkpoint, tmp_path, command, monkeypatch
+):
     second_checkpoint = shutil.copytree(small_checkpoint, tmp_path / "second")
     words = ["infer", "--images", small_run.images, "--checkpoint", small_checkpoint, second_checkpoint, "--bank", bank]
     words += ["--key", small_run.metadata, "--run", tmp_path, "--out", tmp_path / "s.csv", "--views", "whole"]
     code, _, err = command(*words, "--blend", 0.6, 0.4, 0)
     assert code == 0 and f"{second_checkpoint} alone: " in err and f"{bank} alone" not in err, err
+    monkeypatch.setattr(blend, "LEAST_TO_FIT", 10_000)
+    assert blend.fitted([small_checkpoint, second_checkpoint, bank]) == [0.5, 0.5, 0]
 
 
 def test_a_bank_is_weighed_on_what_all_validated(
