@@ -252,13 +252,14 @@ def _called(file: Path, one: Weights, alone: bool) -> Path:
     """
     if file.name in (CONFIG, *one.single_files) or layouts.tensors([file.name], one.form.stems):
         return file
+    if one.form.marker and not alone:
+        return file
     if one.form.marker:
-        fitting = (name for name in map(Path, one.single_files) if name.suffix == file.suffix)
-        found = next((name for name in fitting if file.name.startswith(name.stem)), None)
-        if alone and found is None:
-            known = f", or a file called {' or '.join(one.single_files)}" if one.single_files else ""
-            raise UserError(f"{file}: one file is not all of this model; give its folder{known}")
-        return found or file if alone else file
+        for name in map(Path, one.single_files):
+            if name.suffix == file.suffix and file.name.startswith(name.stem):
+                return name
+        known = f", or a file called {' or '.join(one.single_files)}" if one.single_files else ""
+        raise UserError(f"{file}: one file is not all of this model; give its folder{known}")
     ends = ("safetensors", "bin")
     return Path(f"{one.form.stems[file.suffix != '.safetensors']}.{ends[file.suffix != '.safetensors']}")
 

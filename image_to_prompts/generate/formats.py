@@ -181,9 +181,9 @@ def _rows(source: Iterator[str], comma: str) -> Iterator[list[str] | csv.Error]:
         rows = csv.reader(feed(), delimiter=comma, strict=True)
         try:
             for row in rows:
-                if len(taken) > 1 and len(row) != (width or len(row)):
-                    raise csv.Error(f"{len(row)} fields for {width} columns")
                 width = width or len(row)
+                if len(taken) > 1 and len(row) != width:
+                    raise csv.Error(f"{len(row)} fields for {width} columns")
                 taken.clear()
                 yield row
             return

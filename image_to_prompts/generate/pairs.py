@@ -42,8 +42,8 @@ def tables(folder: Path) -> list[Path]:
 
 
 def places(folder: Path) -> list[Path]:
-    """The tables in a folder and below it, and all folders there: these change when an image comes or goes."""
-    return [*tables(folder), folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
+    """The tables in a folder and below it, and the folders of all files: these change when an image comes or goes."""
+    return [*tables(folder), *sorted({folder, *(path.parent for path in images.visible(folder))})]
 
 
 def read(reading: Reading) -> Iterator[pl.DataFrame]:
