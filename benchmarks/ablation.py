@@ -94,9 +94,9 @@ def train(run: Run, seed: int, overrides: dict[str, Any], features: Path, out: P
     which = overrides.pop("rendered", "own")
     original = frozen_features.features
 
-    def shared(model, images, only, device, work, cache, mixed, workers):
+    def shared(model, images, only, stages, device, work, cache, *rest, **named):
         name = f"{which}-{images.size}-{cache}-{overrides.get('train_from')}-{'init' not in overrides}"
-        return original(model, images, only, device, make_folder(features / name), cache, mixed, workers)
+        return original(model, images, only, stages, device, make_folder(features / name), cache, *rest, **named)
 
     frozen_features.features = shared
     try:
