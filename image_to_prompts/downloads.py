@@ -309,12 +309,13 @@ def check() -> str:
     """Reads every file of the weights that are here and compares it with its SHA-256.
 
     Returns:
-        A line for each model.
+        A line for each model, also for those in the folder of weights that are in no list.
 
     Raises:
         UserError: If a file is damaged or missing.
     """
     lines, bad = [], []
+    known: dict[str, dict[Path, str]] = {}
     for name in WEIGHTS:
         try:
             found = weights.at_hand(name)
@@ -324,26 +325,37 @@ def check() -> str:
         if found is None:
             lines.append(f"{name}: not here")
             continue
-        files = layouts.files(found)
-        expected = _expected(name, found, files)
-        for file, digest in expected.items():
-            if not file.is_file():
-                bad.append(f"{file}: missing")
-            elif sha256(file) != digest if digest else file.suffix == ".safetensors" and damage(file):
-                bad.append(f"{file}: damaged")
-        known = sum(bool(digest) for digest in expected.values())
-        size = sum(file.stat().st_size for file in files)
-        lines.append(f"{name}: {size / 1e9:.2f} GB, {known} of {len(expected)} files have a known SHA-256: {found}")
+        known[f"{name}, {found}"] = _expected(name, found, layouts.files(found))
+    looked = {file for files in known.values() for file in files}
+    for folder in (path.parent for path in sorted(weights.home().glob(f"*/{SUMS}"))):  # models that no list has
+        if not looked & (files := _sums(folder)).keys():
+            known[str(folder)] = files
+    for what, files in known.items():
+        bad += filter(None, (_wrong(file, digest) for file, digest in files.items()))
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        summed = sum(map(bool, files.values()))
+        lines.append(f"{what}: {size / 1e9:.2f} GB, {summed} of {len(files)} files have a known SHA-256")
     if bad:
         raise UserError(f"{'; '.join(bad)}; delete what is damaged, then `image-to-prompts weights get` it again")
     return "\n".join(lines)
+
+
+def _wrong(file: Path, digest: str) -> str:
+    """That a file is missing or damaged; "" if it is neither."""
+    if not file.is_file():
+        return f"{file}: missing"
+    bad = sha256(file) != digest if digest else file.suffix == ".safetensors" and damage(file)
+    return f"{file}: damaged" if bad else ""
 
 
 def _expected(name: str, found: Path, files: list[Path]) -> dict[Path, str]:
     """SHA-256 of each file, "" where nobody has said it: from SHA256SUMS, the hub's cache, or weights.toml."""
     folder = found if found.is_dir() else found.parent
     known = {file: named(name).sha256.get(file.name) or hub.named_digest(file) for file in files}
-    if (folder / SUMS).is_file():
-        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text(encoding="utf-8").splitlines())
-        known |= {folder / path: digest for digest, path in lines}
-    return known
+    return known | (_sums(folder) if (folder / SUMS).is_file() else {})
+
+
+def _sums(folder: Path) -> dict[Path, str]:
+    """The files of a folder's SHA256SUMS; `sha256sum -b` writes " *" in place of two blanks."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    return {folder / line[66:]: line[:64] for line in lines if line}

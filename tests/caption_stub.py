@@ -19,6 +19,7 @@ class Stub(BaseHTTPRequestHandler):
     asked: list = []  # noqa: RUF012
     broken = False
     says = SAYS
+    models: list | None = [{"id": "llava"}, {"id": "moondream"}]  # noqa: RUF012
 
     def answer(self, value, code=200):
         self.send_response(code)
@@ -26,7 +27,7 @@ class Stub(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(value).encode())
 
     def do_GET(self):
-        self.answer({"data": [{"id": "llava"}, {"id": "moondream"}]} if self.path == "/v1/models" else {}, 200)
+        self.answer({"data": type(self).models} if self.path == "/v1/models" else {}, 200)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -47,6 +48,7 @@ class Stub(BaseHTTPRequestHandler):
 def serve():
     """Its address, as long as it runs."""
     Stub.asked, Stub.broken, Stub.says = [], False, SAYS
+    Stub.models = [{"id": "llava"}, {"id": "moondream"}]
     made = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{made.server_port}/v1"

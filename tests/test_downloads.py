@@ -211,6 +211,8 @@ def test_kaggle_has_what_the_hub_no_longer_has(tiny_sd2, tmp_path, monkeypatch):
     said = downloads.get(["render"], yes=True)
     assert asked == ["stabilityai/stable-diffusion-v2/pytorch/1"]
     assert said == f"stable-diffusion-2: {tmp_path / 'stable-diffusion-2'}"
+    with pytest.raises(UserError, match="unknown backbone 'resnet5'; nearest: resnet50"):
+        downloads.get(["timm:resnet5"], yes=True)
     with pytest.raises(UserError, match=r"magicprompt cannot be downloaded: huggingface.co/Gustavosta"):
         downloads.get(["magicprompt"], yes=True)
 
@@ -240,8 +242,20 @@ def test_what_one_has_is_taken_over(tmp_path, command):
     assert command("weights", "get", tower, "--model", "open_clip:ViT-B-32-quickgelu", "--weights-dir", home)[0] == 0
     name = "open_clip-ViT-B-32-quickgelu"
     assert located.locate("open_clip:ViT-B-32-quickgelu") == home / name / "open_clip_pytorch_model.bin"
+    own = folder_of(tmp_path / "d", "own.pt") / "own.pt"
+    assert command("weights", "get", own, "--model", "open_clip:ViT-L-14", "--weights-dir", home)[0] == 0
     code, out, _ = command("weights", "check", "--weights-dir", home)
-    assert code == 0 and "1 of 1 files have a known SHA-256" in out
+    assert code == 0 and "1 of 1 files have a known SHA-256" in out and str(home / "open_clip-ViT-L-14") in out
+    unlisted = home / "open_clip-ViT-L-14" / "open_clip_pytorch_model.bin"
+    digest = hashlib.sha256(b"own.pt").hexdigest()
+    unlisted.with_name("SHA256SUMS").write_text(f"{digest} *{unlisted.name}\n")  # by sha256sum -b
+    assert command("weights", "check", "--weights-dir", home)[0] == 0
+    unlisted.unlink()
+    unlisted.write_bytes(b"other")
+    code, _, err = command("weights", "check", "--weights-dir", home)
+    assert code == 2 and f"{unlisted}: damaged" in err
+    unlisted.unlink()
+    unlisted.with_name("SHA256SUMS").unlink()
     located.locate("open_clip:ViT-H-14").unlink()
     (home / "open_clip-ViT-H-14" / "open_clip_pytorch_model.bin").write_bytes(b"other")
     code, _, err = command("weights", "check", "--weights-dir", home)

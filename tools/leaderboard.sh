@@ -35,6 +35,8 @@ if [ "$SIZE" = tiny ]; then
   on_all render --metadata "$KEY" --out "$IMAGES"
 fi
 
+: "${PAIRS:?folders of pairs}" "${IMAGES:?folder of the images to predict}"
+
 # 1. Pairs: each set's prompts, without those that are near to one of an earlier set.
 images=() metadata=()
 for pairs in $PAIRS; do

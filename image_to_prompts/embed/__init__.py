@@ -31,6 +31,7 @@ from ..run.devices import process_state
 from ..run.engine import EngineConfig, over_blocks
 from ..run.errors import UserError
 from ..run.files import read_tensors
+from ..run.folders import Run, is_bank, is_embeddings
 from ..run.progress import Deadline
 from ..run.resume import Stamp, alone
 from ..training import dataset
@@ -46,9 +47,9 @@ class Main:
     images: tuple[Path, ...] = ()
     """Folders of images or tar shards; with --metadata one a CSV, or one for all."""
     metadata: tuple[Path, ...] = ()
-    """Metadata CSVs; left out: each folder's manifest.csv."""
+    """Metadata CSVs; left out: each folder's manifest.csv, else a .txt beside each image."""
     out: Path = Path("embeddings")
-    """Folder to write."""
+    """Folder to write; with --texts left out: banks/prompts of the run."""
     encoders: Annotated[tuple[str, ...], AtLeast(1)] = (
         *("timm:tf_efficientnet_lite0", "timm:tf_efficientnet_lite2", "classes"),
     )
@@ -110,11 +111,21 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     if config.texts:
         from . import bank
 
+        if config.out == Run(config.run).embeddings:  # nobody has named another place
+            config = replace(config, out=Run(config.run).bank)
+        _not_beside(is_embeddings(config.out), config.out, "embeddings of images")
         with alone(config.out):
             return bank.run(config)
+    _not_beside(is_bank(config.out), config.out, "a bank of prompts")
     tables = dataset.tables(config.metadata, config.images)
     with alone(config.out):
         return _run(config, tables)
+
+
+def _not_beside(there: bool, out: Path, what: str) -> None:
+    """Raises UserError if `out` holds what the other kind of run has written; it would be taken for our own."""
+    if there:
+        raise UserError(f"{out}: holds {what}; give another --out")
 
 
 def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]:
@@ -123,6 +134,8 @@ def _run(config: Config, tables: tuple[Path, ...]) -> dict[str, tuple[int, int]]
     of_banks = [one.name for one in fields(Bank)]
     settings = config.settings("out", "images", "metadata", "loader_workers", "batch_size", "max_hours", *of_banks)
     settings["files"] = [rows["image_name"].tolist(), images.contents(files)]
+    if any(table.is_dir() for table in tables):  # a text beside each image
+        settings["prompts"] = rows["prompt"].tolist()
     models = {name.replace("caption:", "transformers:", 1): name.partition(":")[2] for name in config.encoders}
     places = [backbones.locate(name) for name, model in models.items() if model and Path(model).is_dir()]
     given = weights.interrogator(config.caption, config.ranker)

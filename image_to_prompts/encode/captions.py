@@ -7,6 +7,7 @@ Images go to the address that is given and nowhere else. Several captions of an 
 """
 
 import base64
+import http.client
 import io
 import json
 import logging
@@ -97,12 +98,13 @@ class Endpoint:
             "image_size": 0,
             "settings": {"samples": samples},
         }
-        known = [str(one.get("id")) for one in self._answer("models").get("data", [])]
+        known = [str(one.get("id")) for one in self._answer("models").get("data") or []]
         if self.model and known and self.model not in known:
             raise UserError(f"{self.address}: has no model {self.model!r}; it has {', '.join(known)}")
         self.model = self.model or next(iter(known), "")
         if not self.model:
             raise UserError(f"{self.address}: names no model; write {self.address}#<model>")
+        self.about["encoder"] = f"caption:{self.address}#{self.model}"  # the list may change
         log.info("captions by %s at %s", self.model, self.address)
 
     def see(self, squares: list[torch.Tensor]) -> list[str]:
@@ -141,7 +143,7 @@ class Endpoint:
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 return dict(json.loads(answer.read()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, http.client.HTTPException) as error:
             said = error.read().decode(errors="replace")[:100] if isinstance(error, urllib.error.HTTPError) else ""
             raise UserError(
                 f"{self.address}/{what}: {error} {said}".strip() + "; is the server still there?"

@@ -61,7 +61,8 @@ class Main:
     second_tower: str = ""
     """open_clip:<model> that judges the prompts which a bank's own tower found."""
     fallback: bool = False
-    """If no checkpoint is given, found or works: kNN over attached embeddings, else the mean prompt embedding."""
+    """If no checkpoint is given, found or works: kNN over embeddings, else CLIP Interrogator if it
+    is here, else the mean prompt embedding."""
     max_hours: Amount = 0.0
     """Give the images that are left the mean prediction before the process is this old; 0: never."""
 
@@ -157,7 +158,7 @@ def _run(config: Config, files: list[Path], stems: list[str]) -> Prediction:
     searching = predictors.Searching(tuple(stored), config.second_tower)
     folders = list(dict.fromkeys(config.checkpoint)) or newest(Run(config.run), config.fallback or bool(banks))
     folders += banks
-    weights = predictors.blend_weights(folders, config.blend, searching) if folders else []
+    weights = _weights(config, folders, searching)
     colours = rows.colours(files) if config.own_colours else None
     rungs = _rungs(config, folders, weights, predictors.Looks(config.second_size, colours), searching)
     make_folder(config.out.parent)
@@ -223,6 +224,17 @@ def read(config: Config) -> Prediction:
     if not all(map(is_bank, config.bank)):
         prompts = metadata.read_table(nearest, ()).astype({"cosine": float})
     return Prediction(files, submission.read(config.out, submission.check_stems(files)), **found, prompts=prompts)
+
+
+def _weights(config: Config, folders: list[Path], searching: predictors.Searching) -> list[float]:
+    """Weights of the blend; with --fallback also where one of the folders cannot be used."""
+    try:
+        return predictors.blend_weights(folders, config.blend, searching) if folders else []
+    except UserError as error:
+        if config.blend or not config.fallback:
+            raise
+        log.warning("%s; all count the same", error)
+        return [1 / len(folders)] * len(folders)
 
 
 def _rungs(

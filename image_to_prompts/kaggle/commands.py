@@ -9,7 +9,7 @@ from tyro.conf import Positional, subcommand
 from ..pipeline import COMPETITION
 from ..run.errors import UserError
 from . import folders, remote
-from .push import Command, Push, chosen, pushed
+from .push import OTHER, Command, Push, chosen, pushed
 
 
 @dataclass
@@ -23,12 +23,14 @@ class Status(Command):
         """Asks; returns a line a kernel."""
         api = remote.connect(self.timeout)
         lines = []
-        for kernel in chosen(self.kernels, self.stage, not self.stage):
-            if not self.stage and not remote.is_there(api, kernel.id, "kernel", self.timeout):
-                lines.append(f"{kernel.id}: not on Kaggle")
+        asked = [kernel.id for kernel in chosen(self.kernels, self.stage, not self.stage)]
+        asked += [one for one in pushed(self.kernels) if one.removesuffix(OTHER) in asked and one not in asked]
+        for name in asked:
+            if not self.stage and not remote.is_there(api, name, "kernel", self.timeout):
+                lines.append(f"{name}: not on Kaggle")
                 continue
-            state, message = remote.status(api, kernel.id, self.timeout)
-            lines.append(f"{kernel.id}: {state}{message and f', {message}'}")
+            state, message = remote.status(api, name, self.timeout)
+            lines.append(f"{name}: {state}{message and f', {message}'}")
         return "\n".join(lines)
 
 

@@ -192,7 +192,7 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
 
     described = next((path for path in (data / COLUMNS, Path("data_meta") / COLUMNS) if path.is_file()), data / COLUMNS)
     known = read_table(described, ("column", "type", "description")).set_index("column")
-    csvs = sorted(path for path in data.glob("*.csv") if path.name != COLUMNS)
+    csvs = sorted(path for path in data.glob("*.csv") if path.name != COLUMNS and path.read_bytes().count(b"\n") > 1)
     if not csvs:
         raise UserError(f"{data}: no CSVs of prompts; give a run's folder, for example --data runs/default/data_meta")
     files: dict[str, Any] = {}

@@ -15,6 +15,8 @@ from ..pipeline import STAGES, Stage
 from ..run.errors import UserError
 from ..run.files import write_json
 
+WORDS = {"true": "True", "false": "False", "none": "None"}  # as many write them, and Python does not
+
 PLACEHOLDER = "your-kaggle-name"
 FILE = "kernel-metadata.json"
 REFERENCE = re.compile(r"[A-Za-z0-9][\w-]*/[a-z0-9][a-z0-9-]*")
@@ -92,7 +94,7 @@ class Kernel:
             if name not in known or not value:
                 raise UserError(f"--set {one}: give NAME=VALUE with a parameter of the notebook: {', '.join(known)}")
             try:
-                found[name] = ast.literal_eval(value)
+                found[name] = ast.literal_eval(WORDS.get(value.lower(), value))
             except (ValueError, SyntaxError):
                 found[name] = value
         return found

@@ -129,13 +129,15 @@ class Push(Command):
         }
         owner = kernel.id.partition("/")[0]
         first = f"{owner}/{stage_called('finetune').slug}"
-        last = next((one for one in reversed(pushed(self.kernels)) if one in (first, first + OTHER)), first)
+        last = self._last_session(api, first, first in fields["kernel_sources"])
         fields["kernel_sources"] = [last if one == first else one for one in fields["kernel_sources"]]
         asks, rendering = kernel.stage and kernel.stage.kernel, kernel.stage is stage_called("render")
         if asks and asks.images and (self.go_on or not rendering):
             published = (f"{owner}/{IMAGES}-{number}" for number in itertools.count(1))
             there = itertools.takewhile(lambda one: remote.is_there(api, one, "dataset", self.timeout), published)
             fields["dataset_sources"] += there
+        if rendering and not self.go_on and remote.is_there(api, f"{owner}/{IMAGES}-1", "dataset", self.timeout):
+            log.warning("%s/%s-1 gets a new version, with the images of this session alone", owner, IMAGES)
         if self.go_on:
             ended = kernel.id if rendering else last
             state, _ = remote.status(api, ended, self.timeout)
@@ -153,6 +155,22 @@ class Push(Command):
                 if not done:
                     log.warning("%s: %s; it runs again", last, state)
         return kernel.changed(folder, self.set, **fields)
+
+    def _last_session(self, api: Any, first: str, is_read: bool) -> str:
+        """The kernel that trained last; where its output is read, the one that left some."""
+        sessions = [one for one in reversed(pushed(self.kernels)) if one in (first, first + OTHER)]
+        needed = not sessions and (is_read or (self.stage == "finetune" and self.go_on))
+        if needed and remote.is_there(api, first + OTHER, "kernel", self.timeout):
+            said = f"{first + OTHER} was pushed from another clone; copy its {self.kernels / PUSHED}"
+            if self.go_on:
+                raise UserError(said)
+            log.warning("%s, or %s counts as the last session", said, first)
+        if is_read and len(sessions) > 1:
+            state, _ = remote.status(api, sessions[0], self.timeout)
+            if state not in ("queued", "running", "complete"):
+                log.warning("%s: %s; %s is attached in its place", sessions[0], state, sessions[1])
+                return sessions[1]
+        return (sessions or [first])[0]
 
     def _wait(self, api: Any, kernel: Kernel) -> None:
         state, failures = "queued", 0

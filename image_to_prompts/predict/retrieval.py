@@ -22,12 +22,13 @@ import pandas as pd
 
 from ..encode import banks, embeddings, encoders, text_head, text_tower
 from ..encode.encoders import Encoder
-from ..models import metrics
+from ..models import backbones, metrics
 from ..run.errors import UserError
 from ..run.folders import BANK
 from ..run.resume import fingerprint
 from ..search.near_pairs import NEAR
 from ..search.nearest import nearest
+from .knn import asked_of
 
 log = logging.getLogger(__name__)
 MOST_PAIRS = 1000  # on which the settings are fitted
@@ -236,6 +237,11 @@ def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
         about = {name: embeddings.about(folder, name) for name in embeddings.arrays(folder)}
         of = {one.get("encoder") or one.get("backbone", {}).get("name"): name for name, one in about.items()}
         if tower in of and (not second or second in of):
+            if (size := about[of[tower]].get("backbone", {}).get("image_size")) and size != _own_size(tower):
+                log.warning(
+                    "%s: not used for the bank: embed its images with --image-size %d", folder, _own_size(tower)
+                )
+                continue
             captions = [n for n, one in about.items() if str(one.get("encoder")).startswith(CAPTIONS)]
             table = embeddings.load(folder, [of[tower], *([of[second]] if second else []), *captions])
             there = np.all([np.isfinite(array[:, 0]) for array in table.arrays.values()], axis=0)
@@ -244,6 +250,10 @@ def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
             names, targets = table.frame["image_name"][there], table.targets[there]
             return Known(names, arrays[of[tower]], others, said, about, targets)
     return None
+
+
+def _own_size(tower: str) -> int:
+    return backbones.describe(tower, 0).image_size
 
 
 @lru_cache(maxsize=1)
@@ -279,7 +289,9 @@ def validation(folder: Path, asked: pd.DataFrame, pairs: Sequence[Path], second:
     if made.known is None:
         return pd.DataFrame(index=[])
     known = made.known
-    mine = known.names.isin(asked.index).to_numpy()
+    mine = asked_of(known.names, known.targets, asked)
+    if not mine.any():
+        return pd.DataFrame(index=[])
     arrays = [known.features, *([] if known.others is None else [known.others])]
     arrays += [known.said[name] for name in made.captioners]
     return pd.DataFrame(made([array[mine] for array in arrays], known.targets[mine]), known.names[mine])

@@ -53,7 +53,7 @@ def read(folder: Path) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
         UserError: If the checkpoint has none, or they are damaged.
     """
     if not is_there(folder):
-        raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give --blend")
+        raise UserError(f"{folder}: no validation.safetensors; train it with finetune, or give infer --blend")
     check_whole(folder, "validation.csv", "validation.safetensors")
     stored = read_tensors(folder / "validation.safetensors", "train it again", ["predicted", "targets"])
     return metadata.read_table(folder / "validation.csv", ("image_name",)), stored["predicted"], stored["targets"]
@@ -122,10 +122,11 @@ def domain_gap(folder: Path, image_folders: tuple[Path, ...], targets: list[Path
     """
     frame, _, _ = read(folder)
     found = [images.join(frame["image_name"], images.find(one), one) for one in image_folders]
-    own = [next(filter(None, some), Path()) for some in zip(*found, strict=True)] or [Path()]
-    if Path() in own:
-        name = frame["image_name"][own.index(Path())]
-        raise UserError(f"{folder}: no image of {name} in {', '.join(map(str, image_folders))}; give its image folders")
+    places = pd.Series([next(filter(None, some), None) for some in zip(*found, strict=True)], dtype=object).dropna()
+    # Left out: rows of a name that two sets share, for those have other names than their files.
+    frame, own = frame.loc[places.index].reset_index(drop=True), places.tolist()
+    if not own:
+        raise UserError(f"{folder}: no image of it in {', '.join(map(str, image_folders))}; give its image folders")
     spec = checkpoints.load(folder).spec
     features = [pretrained_features(spec, files) for files in (own, targets)]
     readable = [np.isfinite(part[:, 0]) for part in features]

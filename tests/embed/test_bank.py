@@ -160,3 +160,18 @@ def test_two_processes_make_the_same_bank(words, tmp_path, command):
 def test_the_shape_of_a_bank_is_what_run_returns(words, csvs, tiny_encoders, tmp_path):
     tower = f"open_clip:{tiny_encoders['clip']}"
     assert embed.run(embed.Config(texts=tuple(csvs), encoders=(tower,), out=tmp_path / "b")) == {tower: (44, 24)}
+
+
+def test_a_bank_and_embeddings_of_images_never_share_a_folder(words, small_run, tmp_path, command, refused):
+    """Both are what `embed` has written, so one would be taken for an old output of the other."""
+    run = ["--run", tmp_path / "run"]
+    code, _, err = command(*words[:-2], *run)
+    assert code == 0 and (tmp_path / "run" / "banks" / "prompts" / "bank.json").is_file(), err
+    images = ["embed", "--images", small_run.images, *run, "--encoders", "classes"]
+    refused([*images, "--out", tmp_path / "run" / "banks" / "prompts"], "holds a bank of prompts", "--out")
+    code, _, err = command(*images)
+    assert code == 0, err
+    before = (tmp_path / "run" / "embeddings" / "classes.npy").read_bytes()
+    assert command(*words[:-2], *run)[0] == 0
+    refused([*words[:-1], tmp_path / "run" / "embeddings", *run, "--run", tmp_path], "holds embeddings of images")
+    assert (tmp_path / "run" / "embeddings" / "classes.npy").read_bytes() == before

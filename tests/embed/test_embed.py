@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from image_to_prompts import embed
-from image_to_prompts.data import metadata
+from image_to_prompts.data import images, metadata
 from image_to_prompts.encode import embeddings, encoders
 from image_to_prompts.models import text_encoder
 from image_to_prompts.run.errors import UserError
@@ -171,3 +171,17 @@ def test_a_session_that_ends_writes_the_first_images_and_the_next_goes_on(small_
     assert embed.run(tiny(small_run, tmp_path / "some")) == whole
     for path in (tmp_path / "whole").glob("*.npy"):
         assert (tmp_path / "some" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_text_beside_an_image_that_changes_is_embedded_anew(small_run, tmp_path):
+    (tmp_path / "own").mkdir()
+    for number, file in enumerate(images.find(small_run.images)[:4]):
+        shutil.copy(file, tmp_path / "own" / f"{number}.png")
+        (tmp_path / "own" / f"{number}.txt").write_text(f"prompt {number}")
+    config = tiny(small_run, tmp_path / "e", images=(tmp_path / "own",), encoders=("classes",))
+    embed.run(config)
+    (tmp_path / "own" / "2.txt").write_text("a red fox")
+    embed.run(config)
+    found = embeddings.load(tmp_path / "e")
+    assert found.frame["prompt"].tolist() == ["prompt 0", "prompt 1", "a red fox", "prompt 3"]
+    np.testing.assert_allclose(found.targets[2], text_encoder.encode(["a red fox"])[0], atol=1e-5)

@@ -74,6 +74,7 @@ def test_a_server_captions_images(caption_server, small_run, tmp_path, command):
         assert one == f"brightness {one.split()[1]} seed 0" and two.endswith("seed 1")
         assert abs(int(one.split()[1]) - int(middle)) < 80
     assert len(vectors) == len(names) and about["settings"] == {"samples": 2}
+    assert encoders.build(f"caption:{caption_server}", 0).about["encoder"].endswith("#llava"), "whatever is there later"
     asked = Stub.asked[0]
     assert asked["model"] == "moondream" and {one["temperature"] for one in Stub.asked} == {0.0, 1.0}
 
@@ -83,6 +84,10 @@ def test_what_is_wrong_with_a_server_is_said_at_once(caption_server, small_run, 
     refused([*words, f"caption:{caption_server}#gpt"], "has no model 'gpt'", "llava, moondream")
     refused([*words, "caption:http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1/models", "is the server still there?")
     refused([*words, f"caption:{caption_server}/other"], "names no model", "#<model>")
+    refused([*words, "caption:http://127.0.0.1:port/v1"], "http://127.0.0.1:port/v1/models", "port")
+    Stub.models = None  # an Ollama without any
+    refused([*words, f"caption:{caption_server}"], "names no model")
+    Stub.models = [{"id": "llava"}]
     Stub.says = ""
     refused([*words, f"caption:{caption_server}"], "answered without a text")
     Stub.broken = True

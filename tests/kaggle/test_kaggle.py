@@ -212,10 +212,24 @@ def test_sessions_of_training_alternate(kaggle):
     assert code == 0 and f"{other}: error; it runs again" in err
     again = kaggle.stub.asked("SaveKernel")[-1]
     assert (again["slug"], again["kernelDataSources"]) == (other, [render, first])
+    code, _, err = kaggle("push", "infer")
+    assert code == 0 and f"{other}: error; {first} is attached in its place" in err, err
+    assert kaggle.stub.asked("SaveKernel")[-1]["kernelDataSources"][0] == first
+    assert f"{first}: error\n{other}: error\n" in kaggle("status", "finetune")[1]
+
+
+def test_a_session_of_another_clone_is_not_replaced(kaggle):
+    other = f"{ME}/04-finetune-convnext-b"
+    code, _, err = kaggle("push", "finetune", "--continue")
+    assert code == 2 and f"{other} was pushed from another clone" in err and not kaggle.stub.asked("SaveKernel")
+    code, _, err = kaggle("push", "infer")
+    assert code == 0 and f"{other} was pushed from another clone" in err
+    kaggle.stub.absent = {other.partition("/")[2]}
+    assert kaggle("push", "finetune", "--continue")[0] == 0
 
 
 def test_parameters_of_a_notebook_are_set_where_it_is_pushed(kaggle):
-    code, _, err = kaggle("push", "finetune", "--set", "recipe=vit-l-336", "epochs=4", "image_size=None")
+    code, _, err = kaggle("push", "finetune", "--set", "recipe=vit-l-336", "epochs=4", "image_size=none")
     assert code == 0, err
     cells = json.loads(kaggle.stub.asked("SaveKernel")[-1]["text"])["cells"]
     place = next(i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", []))
@@ -232,7 +246,8 @@ def test_sessions_of_rendering_get_what_was_published(kaggle):
     assert code == 2 and "no session has published images" in err
     kaggle.stub.datasets |= {f"{ME}/{IMAGES}-1", f"{ME}/{IMAGES}-2"}
     for words in (["render"], ["render", "--continue"], ["finetune"]):
-        assert kaggle("push", *words)[0] == 0
+        code, _, err = kaggle("push", *words)
+        assert code == 0 and (f"{IMAGES}-1 gets a new version" in err) == (words == ["render"]), err
     wheels, both = f"{ME}/image-to-prompts-wheels", [f"{ME}/{IMAGES}-1", f"{ME}/{IMAGES}-2"]
     sent = [one["datasetDataSources"] for one in kaggle.stub.asked("SaveKernel")]
     assert sent == [[wheels], [wheels, *both], [wheels, *both]]
@@ -267,6 +282,7 @@ def data(tmp_path):
     metadata = folder / "data_meta"
     metadata.mkdir()
     (metadata / "prompts.csv").write_text("image_name,prompt,seed\na.png,a cat,1\nb.png,a dog,2\n")
+    (metadata / "prompts.removed.csv").write_text("image_name,prompt,seed\n")  # dedupe has removed nothing
     names = pd.DataFrame({"image_name": ["a.png", "b.png"], "prompt": ["a cat", "a dog"], "source": "s"})
     names = names.assign(group=names["image_name"], fold=0)
     about = {"backbone": {"name": "timm:x"}}

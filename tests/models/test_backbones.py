@@ -20,6 +20,8 @@ def test_unknown_names_list_the_nearest():
             backbones.describe(name, 224)
     with pytest.raises(UserError, match="open_clip:<model>, timm:<model> or transformers:<folder>"):
         backbones.describe("resnet50", 224)
+    with pytest.raises(UserError, match=r"unknown backbone 'resnet50.typo'; nearest: .*resnet50\."):
+        backbones.describe("timm:resnet50.typo")
 
 
 def test_efficientnet_weights_are_imagenets():

