@@ -48,7 +48,8 @@ REPLACED = {
 }
 ABOUT = """Recovers the prompt of a Stable Diffusion image. The numbered commands are the stages, in their order.
 
-Every stage has defaults inside the run's folder (--run, runs/default) and runs without flags after its predecessor."""
+Every stage has defaults inside the run's folder (--run, runs/default) and runs without flags after its predecessor.
+Only describe must be told the images."""
 EXIT_BAD_INPUT = 2
 NEAR = 0.7  # likeness of a word to a command, from 0 to 1, from which on it is suggested
 

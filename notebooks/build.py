@@ -154,8 +154,8 @@ def benchmark_files() -> dict[str, str]:
 
     said = """# Benchmark
 
-Run once on a GPU. Download `gpu.json` (`kaggle kernels output OWNER/image-to-prompts-benchmark -p benchmarks`), then
-`make bench-table` puts it into docs/performance.md."""
+Run once on a GPU. Download `gpu.json` (`kaggle kernels output OWNER/image-to-prompts-benchmark -p /tmp/t4`), copy it to
+`benchmarks/gpu_t4.json`, and `make bench-table` puts it into docs/performance.md."""
     cells = [new_markdown_cell(said, id="b-00")]
     for number, name in enumerate(("turns", "finetune", "infer", "random_weights", "gpu"), start=1):
         text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")

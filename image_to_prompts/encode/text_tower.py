@@ -112,7 +112,7 @@ class ClipTexts:
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts, float32 (n, d); longer ones are cut at the model's 77 tokens."""
-        found, self.limit = within_memory(partial(self._embed, texts), self.limit, self.limit, remedy="--actors 1")
+        found, self.limit = within_memory(partial(self._embed, texts), self.limit, self.limit)
         return found
 
     def _embed(self, texts: Sequence[str], count: int) -> np.ndarray:

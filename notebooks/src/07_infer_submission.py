@@ -5,11 +5,11 @@
 # that cannot be read, or is not reached in time, gets the mean prediction, so that the file is always complete.
 #
 # On Kaggle the images are the competition's and the internet is off. The best that is attached predicts: the
-# checkpoints of notebooks 04 and 06, blended with weights that are fitted on the pictures that both kept for
-# validation; else the nearest neighbours in an embeddings dataset; else CLIP Interrogator, where its weights are
-# attached; else, before anybody has trained anything, the mean embedding of the attached prompts. The log says which,
-# and why not a better one. Elsewhere the images are the held-out pictures of notebook 03, whose prompts are known, so
-# that the prediction can be scored.
+# checkpoints of notebooks 04 and 06 and the bank of kernel `bank`, blended with weights that are fitted on the pictures
+# that all kept for validation; else the nearest neighbours in an embeddings dataset; else CLIP Interrogator, where its
+# weights are attached; else, before anybody has trained anything, the mean embedding of the attached prompts. The log
+# says which, and why not a better one. Elsewhere the images are the held-out pictures of notebook 03, whose prompts are
+# known, so that the prediction can be scored.
 #
 # Reads: images, `checkpoints/`. Writes: `submission.csv` (on Kaggle) or `submission/submission.csv`.
 

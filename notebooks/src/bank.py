@@ -16,7 +16,7 @@
 run_folder = None  # None: /kaggle/working on Kaggle, runs/default elsewhere
 profile = None
 tower = "open_clip:ViT-L-14"  # any open_clip model, or a folder of one
-dimensions = 0  # numbers a prompt, by principal components; 0: all. 192 make room for four times as many prompts
+dimensions = 0  # numbers a prompt, by principal components; 0: all. 192 make room for twice as many prompts
 source = "hf://datasets/poloclub/diffusiondb/metadata.parquet"  # where nothing is attached
 processes = None  # None: one a GPU
 
