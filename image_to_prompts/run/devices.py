@@ -128,7 +128,7 @@ def autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def within_memory(
-    work: Callable[[int], T], limit: int, count: int, may_halve: bool = True, remedy: str = "close other programs on it"
+    work: Callable[[int], T], limit: int, count: int, may_halve: bool = True, remedy: str = "close other programs"
 ) -> tuple[T, int]:
     """Works on `count` items, at most `limit` at once; halves that whenever memory does not suffice.
 
