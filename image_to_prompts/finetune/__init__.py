@@ -63,7 +63,9 @@ BEFORE_RECIPES = {  # how all was trained before these could be chosen
 MOST_PAIRS = 1000  # images on which a head from text is chosen
 SOURCES = 5  # the largest, named in a checkpoint
 COLUMNS = ["epoch", "loss", "cosine"]
-SETTINGS = ("epochs", "cycles", "batch_size", "learning_rate", "fold", "leave_out", "seed", "precision")  # on the card
+SETTINGS = (  # on the card
+    *("epochs", "cycles", "batch_size", "learning_rate", "train_from", "fold", "leave_out", "seed", "precision"),
+)
 OUTPUTS = (
     *("model.safetensors", "config.json", "README.md", "baselines.safetensors", "history.csv", "history.png"),
     *("validation.csv", "validation.safetensors", "sources.csv", "best_and_worst.png"),
@@ -225,7 +227,7 @@ def _train(config: Config) -> pd.DataFrame:
         else:
             log.warning(STOPPED, config.max_hours)
     keeper.trainer.accelerator.wait_for_everyone()  # the stamp has removed the work folder, in which doubt is looked up
-    if finished and not keeper.statistics.size and freezing.stages(keeper.trainer.model.backbone):
+    if finished and not keeper.statistics.size and freezing.stages(keeper.trainer.model.backbone, config.train_from):
         _add_doubt(config, loaded, stamp)  # with the trained stages, once they are what they will be
     return frame
 
@@ -243,7 +245,7 @@ def _add_doubt(config: Config, loaded: pd.DataFrame, stamp: Stamp) -> None:
     model, _ = models.build(spec, accelerator, config.seed, init=config.out)  # the frozen part that will be asked
     wanted = np.concatenate([dataset.thinned(rows.train, frozen_features.KNN_ROWS), rows.valid])
     _, statistics, _ = frozen_features.features(
-        *(model, ImageRows(rows.paths, config.image_size), wanted, freezing.stages(model.backbone)),
+        *(model, ImageRows(rows.paths, config.image_size), wanted, freezing.stages(model.backbone, config.train_from)),
         *(accelerator.device, stamp.work_folder()),
         cache=False,
         mixed=mixed,
@@ -286,7 +288,7 @@ def _prepared(config: Config, rows: dataset.Rows, work: Path, state: Path) -> Ke
     images = ImageRows(rows.paths, config.image_size)
     sample = rows.train if config.cache_features else dataset.thinned(rows.train, frozen_features.KNN_ROWS)
     wanted = np.concatenate([sample, rows.valid])
-    stages = freezing.stages(model.backbone)
+    stages = freezing.stages(model.backbone, config.train_from)
     if any(p.requires_grad for stage in stages for p in stage.parameters()):
         stages = []  # what they say of images will change
     features, statistics, cached = frozen_features.features(

@@ -55,12 +55,19 @@ def rates(backbone: nn.Module, decay: float) -> dict[str, float]:
     return {name: decay ** (len(groups) - 1 - place) for place, group in enumerate(groups) for name in group}
 
 
-def stages(backbone: nn.Module) -> list[nn.Module]:
+def stages(backbone: nn.Module, first: int = -1) -> list[nn.Module]:
     """The last modules of the stages that stay frozen whole, by whose outputs images are told apart (see `doubt`).
 
-    Where no stage ends before the trained part, as in vision transformers, modules in its first half.
+    Where no stage ends before the trained part, as in vision transformers, modules in its first half. Where less than
+    half of the groups stays frozen, those before the last quarter, as they are after the training.
+
+    Args:
+        backbone: The backbone.
+        first: See `unfreeze`.
     """
     groups, count = layer_groups(backbone), len(_frozen_groups(backbone))
+    if first >= len(groups) // 2:
+        count = min(first, count)
     modules = dict(backbone.named_modules())
     paths = [_common([name.split(".") for name in group]) for group in groups]
     inside = [path.rpartition(".")[0] for path in paths]

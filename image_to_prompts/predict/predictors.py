@@ -145,7 +145,8 @@ def checkpoint(folder: Path, looks: Looks = ONCE) -> Predictor:
         seen = blend.config["ensemble"]["encoders"].values()
         return Predictor(blend.mean, list(map(encoders.rebuild, seen)), partial(metrics.in_fixed_rows, blend))
     found, own = checkpoints.load(folder), doubt.load(folder)
-    stages = freezing.stages(found.model.backbone) if own else ()
+    first = found.config.get("settings", {}).get("train_from", -1)
+    stages = freezing.stages(found.model.backbone, first) if own else ()
     further = [(checkpoints.again(found, spec), spec) for spec in looks.specs(found.spec)]
     seen = [BackboneEncoder(found.model, found.spec, stages), *(BackboneEncoder(*one) for one in further)]
     predictor = Predictor(found.mean, seen, _vectors)

@@ -12,7 +12,7 @@ from PIL import Image
 from rows import loaded_rows
 
 from image_to_prompts import finetune, profiles
-from image_to_prompts.data import metadata
+from image_to_prompts.data import images, metadata
 from image_to_prompts.data.rows import ImageRows
 from image_to_prompts.finetune.validation import validate
 from image_to_prompts.infer import submission
@@ -236,6 +236,16 @@ def test_a_checkpoint_tells_familiar_images_from_strange_ones(small_run, small_c
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     strange = predictors.predict(predictor, sorted(tmp_path.glob("*.png")), whole).strangeness
     assert strange.min() > np.percentile(known, 95)
+
+
+def test_a_larger_part_that_trains_needs_no_second_look(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "_add_doubt", lambda *_: pytest.fail("it looks at the images again"))
+    finetune.run(config(small_run, tmp_path / "half", epochs=1, train_from=12))
+    strange = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    Image.fromarray(strange).save(tmp_path / "noise.png")
+    files = [tmp_path / "noise.png", *images.find(small_run.images)[:8]]
+    found = predictors.predict(predictors.checkpoint(tmp_path / "half"), files, predictors.Viewing(("whole",)))
+    assert found.strangeness[0] > found.strangeness[1:].max()
 
 
 def test_an_older_checkpoint_gets_its_doubt_without_training(small_run, small_checkpoint, tmp_path, monkeypatch):

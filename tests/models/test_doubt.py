@@ -103,6 +103,19 @@ def test_the_stages_that_are_looked_at_stay_frozen(name):
     assert not [path for path in trained if path.startswith(tuple(f"{stage}." for stage in STAGES[name]))]
 
 
+def test_stages_end_where_a_larger_part_trains():
+    with torch.device("meta"):
+        backbone = backbones.build(backbones.describe("timm:tf_efficientnet_lite0"))
+    names = {module: path for path, module in backbone.named_modules()}
+    stages = STAGES["timm:tf_efficientnet_lite0"]
+    for first, expected in ((10, stages[:4]), (9, stages[:4]), (8, stages[:3]), (7, stages), (0, stages), (16, stages)):
+        found = [names[module] for module in freezing.stages(backbone, first)]
+        assert found == expected, first
+        trained = freezing.unfreeze(backbone, first)
+        if first > 7:
+            assert not [path for path in trained if path.startswith(tuple(f"{stage}." for stage in found))]
+
+
 def test_statistics_of_maps_and_of_tokens():
     module = nn.Identity()
     maps, tokens = torch.randn(2, 3, 4, 5), torch.randn(2, 7, 3)
