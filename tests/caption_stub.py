@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 SAYS = " brightness {brightness}\nseed {seed} "
+MODELS = [{"id": "llava"}, {"id": "moondream"}]
 
 
 class Stub(BaseHTTPRequestHandler):
@@ -19,7 +20,7 @@ class Stub(BaseHTTPRequestHandler):
     asked: list = []  # noqa: RUF012
     broken = False
     says = SAYS
-    models: list | None = [{"id": "llava"}, {"id": "moondream"}]  # noqa: RUF012
+    models: list | None = MODELS
 
     def answer(self, value, code=200):
         self.send_response(code)
@@ -47,8 +48,7 @@ class Stub(BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve():
     """Its address, as long as it runs."""
-    Stub.asked, Stub.broken, Stub.says = [], False, SAYS
-    Stub.models = [{"id": "llava"}, {"id": "moondream"}]
+    Stub.asked, Stub.broken, Stub.says, Stub.models = [], False, SAYS, MODELS
     made = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{made.server_port}/v1"

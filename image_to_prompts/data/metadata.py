@@ -5,6 +5,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -120,6 +121,12 @@ def has_prompts(path: Path) -> bool:
             return "prompt" in next(csv.reader(file), [])
     except (OSError, UnicodeDecodeError, csv.Error):
         return False
+
+
+def header_alone(path: Path) -> bool:
+    """Whether a CSV has a header and no row, as `dedupe` writes where it removes nothing."""
+    with path.open("rb") as file:
+        return len(list(islice(file, 2))) == 1
 
 
 def is_name(text: str) -> bool:

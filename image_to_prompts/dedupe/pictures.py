@@ -81,7 +81,7 @@ def explain(
         prompt: One of the rows, or any other.
         kept: The stage's metadata.
         removed: What it removed.
-        threshold: Least cosine that makes a row a copy.
+        threshold: Least cosine at which a row counts as a copy.
         fast: Whether the rows were embedded in half precision.
         count: Neighbours to name.
     """
@@ -118,5 +118,5 @@ def read(out: Path, removed: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     kept = metadata.read(out)
     names = ("prompt", "kept_prompt", "similarity", "reason", "kept_file", "kept_row")
-    some = removed.is_file() and removed.read_bytes().count(b"\n") > 1
+    some = removed.is_file() and not metadata.header_alone(removed)
     return kept, metadata.read_table(removed, names) if some else pd.DataFrame(columns=names)

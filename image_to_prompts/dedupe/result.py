@@ -167,7 +167,7 @@ def dedupe(
     Args:
         frame: Rows with `prompt`, in order of preference; see `Result` for what else it may have.
         encode: Embeds texts as float32 unit vectors (n, 384).
-        threshold: Least cosine that makes a row a copy.
+        threshold: Least cosine at which a row counts as a copy.
         fixed: So many first rows are compared with, but neither kept nor removed.
         engine: `exact`, `faiss`, or `auto`: whichever fits the number of rows.
         search: What compares in place of these engines.

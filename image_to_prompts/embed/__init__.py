@@ -111,8 +111,9 @@ def run(config: Config) -> dict[str, tuple[int, int]]:
     if config.texts:
         from . import bank
 
-        if config.out == Run(config.run).embeddings:  # nobody has named another place
-            config = replace(config, out=Run(config.run).bank)
+        own = Run(config.run)
+        if config.out == own.embeddings:  # nobody has named another place
+            config = replace(config, out=own.bank)
         _not_beside(is_embeddings(config.out), config.out, "embeddings of images")
         with alone(config.out):
             return bank.run(config)

@@ -93,18 +93,17 @@ class Endpoint:
         self.address, _, self.model = address.partition("#")
         self.samples = samples
         self.fits: tuple[Fit, ...] = (Fit(SIDE),)
-        self.about: dict[str, Any] = {
-            "encoder": f"caption:{address}",
-            "image_size": 0,
-            "settings": {"samples": samples},
-        }
         known = [str(one.get("id")) for one in self._answer("models").get("data") or []]
         if self.model and known and self.model not in known:
             raise UserError(f"{self.address}: has no model {self.model!r}; it has {', '.join(known)}")
         self.model = self.model or next(iter(known), "")
         if not self.model:
             raise UserError(f"{self.address}: names no model; write {self.address}#<model>")
-        self.about["encoder"] = f"caption:{self.address}#{self.model}"  # the list may change
+        self.about: dict[str, Any] = {
+            "encoder": f"caption:{self.address}#{self.model}",  # the server's list may change
+            "image_size": 0,
+            "settings": {"samples": samples},
+        }
         log.info("captions by %s at %s", self.model, self.address)
 
     def see(self, squares: list[torch.Tensor]) -> list[str]:

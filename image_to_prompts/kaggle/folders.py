@@ -188,11 +188,11 @@ def tables(out: Path, data: Path, owner: dict[str, str]) -> Path:
     Raises:
         UserError: If there is no CSV of prompts, or a column is not described.
     """
-    from ..data.metadata import read_table
+    from ..data.metadata import header_alone, read_table
 
     described = next((path for path in (data / COLUMNS, Path("data_meta") / COLUMNS) if path.is_file()), data / COLUMNS)
     known = read_table(described, ("column", "type", "description")).set_index("column")
-    csvs = sorted(path for path in data.glob("*.csv") if path.name != COLUMNS and path.read_bytes().count(b"\n") > 1)
+    csvs = sorted(path for path in data.glob("*.csv") if path.name != COLUMNS and not header_alone(path))
     if not csvs:
         raise UserError(f"{data}: no CSVs of prompts; give a run's folder, for example --data runs/default/data_meta")
     files: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from .kernels import Kernel
 log = logging.getLogger(__name__)
 ASK_EVERY = float(os.environ.get("IMAGE_TO_PROMPTS_ASK_EVERY", 30))  # seconds between two looks at a running kernel
 MOST_FAILURES = 20  # of them in a row
+NOT_FAILED = ("queued", "running", "complete")  # states of a kernel
 PUSHED = ".pushed.json"  # versions of the last push, by kernel, the newest last, in the folder of kernels
 OTHER = "-b"  # ends the second slug of finetune's kernel
 SESSION = 12  # hours that a kernel may run
@@ -167,7 +168,7 @@ class Push(Command):
             log.warning("%s, or %s counts as the last session", said, first)
         if is_read and len(sessions) > 1:
             state, _ = remote.status(api, sessions[0], self.timeout)
-            if state not in ("queued", "running", "complete"):
+            if state not in NOT_FAILED:
                 log.warning("%s: %s; %s is attached in its place", sessions[0], state, sessions[1])
                 return sessions[1]
         return (sessions or [first])[0]
@@ -185,7 +186,7 @@ class Push(Command):
                     raise
                 log.warning("%s; asking again", error)
                 continue
-            if state not in ("queued", "running", "complete"):
+            if state not in NOT_FAILED:
                 raise UserError(f"{kernel.id}: {state}{message and f', {message}'}; those after it were not pushed")
 
 

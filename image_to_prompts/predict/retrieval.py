@@ -237,10 +237,9 @@ def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
         about = {name: embeddings.about(folder, name) for name in embeddings.arrays(folder)}
         of = {one.get("encoder") or one.get("backbone", {}).get("name"): name for name, one in about.items()}
         if tower in of and (not second or second in of):
-            if (size := about[of[tower]].get("backbone", {}).get("image_size")) and size != _own_size(tower):
-                log.warning(
-                    "%s: not used for the bank: embed its images with --image-size %d", folder, _own_size(tower)
-                )
+            size = about[of[tower]].get("backbone", {}).get("image_size")
+            if size and size != (own := backbones.describe(tower).image_size):
+                log.warning("%s: not used for the bank: embed its images with --image-size %d", folder, own)
                 continue
             captions = [n for n, one in about.items() if str(one.get("encoder")).startswith(CAPTIONS)]
             table = embeddings.load(folder, [of[tower], *([of[second]] if second else []), *captions])
@@ -250,10 +249,6 @@ def _known(pairs: Sequence[Path], tower: str, second: str) -> Known | None:
             names, targets = table.frame["image_name"][there], table.targets[there]
             return Known(names, arrays[of[tower]], others, said, about, targets)
     return None
-
-
-def _own_size(tower: str) -> int:
-    return backbones.describe(tower, 0).image_size
 
 
 @lru_cache(maxsize=1)

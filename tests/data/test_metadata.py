@@ -52,6 +52,19 @@ def test_a_name_that_stands_twice_is_refused_unless_it_may(tmp_path):
     metadata.check_names(frame, tmp_path / "x.csv", unique=False)
 
 
+def test_a_header_alone_is_told_from_a_row_without_a_last_line_break(tmp_path):
+    path = tmp_path / "x.csv"
+    for text, alone in (
+        ("prompt\n", True),
+        ("prompt", True),
+        ("prompt\na cat", False),
+        ("prompt\na cat\n", False),
+        ("", False),
+    ):
+        path.write_text(text)
+        assert metadata.header_alone(path) == alone, text
+
+
 def test_missing_file_and_foreign_bytes(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         metadata.read(tmp_path / "none.csv")
