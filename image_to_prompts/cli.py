@@ -239,8 +239,9 @@ def _form(name: str, words: list[str]) -> Any:
         from . import profiles
 
         folder, profile = _place(words)
-        recipe = {"recipe": _value_of("--recipe", words) or ""} if name == "finetune" else {}
-        default = profiles.default_config(name, folders.Run(folder), profile, **recipe)
+        named = {one: _value_of(f"--{one}", words) for one in (("recipe", "backbone") if name == "finetune" else ())}
+        chosen = {one: value for one, value in named.items() if value}
+        default = profiles.default_config(name, folders.Run(folder), profile, **chosen)
         return Annotated[_grouped(name, default), tyro.conf.OmitArgPrefixes, tyro.conf.subcommand(name)]
     if name == "demo":
         return Annotated[form, tyro.conf.subcommand(name, default=form(*_place(words)))]

@@ -123,10 +123,11 @@ def run(config: StageConfig, processes: int | None = None) -> None:
 
 def arguments(stage: str, config: StageConfig) -> Iterator[str]:
     """The words of the command line that give the settings `config`."""
-    recipe = {"recipe": given} if (given := getattr(config, "recipe", "")) else {}  # on which defaults depend
-    default = default_config(stage, Run(config.run), config.profile, **recipe)
+    chosen = {one: given for one in ("recipe", "backbone") if (given := getattr(config, one, ""))}
+    default = default_config(stage, Run(config.run), config.profile, **chosen)  # its defaults depend on them
     yield from ("--run", str(config.run), "--profile", config.profile)
-    yield from ("--recipe", given) if recipe else ()
+    for name, given in chosen.items():
+        yield from (f"--{name}", given)
     for name in (one.name for one in fields(config) if one.name not in ("run", "profile")):
         value: Any = getattr(config, name)
         if value == getattr(default, name):

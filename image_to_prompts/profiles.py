@@ -113,6 +113,7 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
     profile = profile_called(profile)
     values: dict[str, Any] = {"run": run.folder, "profile": profile}
     if stage == "finetune":
-        values |= pipeline.load("finetune.recipes:flags")(overrides.get("recipe", ""), profile)
+        given = (overrides.get("recipe", ""), profile, overrides.get("backbone", ""))
+        values |= pipeline.load("finetune.recipes:flags")(*given)
     values |= PROFILE_DEFAULTS[profile].get(stage, {}) | place_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

@@ -28,6 +28,8 @@ def kernel(name):
         ("render", {"fast": True, "metadata": Path("a b.csv"), "max_gb": 0.5, "adopt": (Path("x"), Path("y"))}),
         ("finetune", {"images": (Path("x"), Path("y")), "cache_features": False, "epochs": 7, "max_hours": 1.5}),
         ("finetune", {"recipe": "convnext-xxl", "image_size": 512, "epochs": 25, "micro_batch": 2}),
+        ("finetune", {"backbone": "timm:resnet50"}),
+        ("finetune", {"recipe": "vit-h", "backbone": "open_clip:ViT-B-16", "train_from": 3}),
         ("embed", {"encoders": ("timm:a", "classes"), "artists": False, "mode": "best"}),
         ("infer", {"checkpoint": (Path("x"),), "fallback": False, "key": Path("k.csv"), "blend": (0.25, 0.75)}),
     ],

@@ -1,4 +1,4 @@
-"""Stage 4, finetune: an image backbone with its last quarter unfrozen learns prompt embeddings.
+"""Stage 4, finetune: an image backbone, its last layers unfrozen, learns prompt embeddings.
 
     image-to-prompts finetune --metadata data_meta/x.csv --images images/x --out checkpoints/x
 
@@ -124,7 +124,7 @@ class Rows:
 
 @dataclass
 class Config(Main, loop.Schedule, Rows, StageConfig):
-    """Fine-tunes an image backbone, last quarter unfrozen, with a linear head to the 384-number prompt embedding."""
+    """Fine-tunes the last layers of an image backbone, with a linear head to the 384-number prompt embedding."""
 
 
 def _check(config: Config) -> None:

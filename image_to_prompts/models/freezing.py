@@ -1,4 +1,4 @@
-"""Which part of a backbone trains: its layers in ordered groups, the last quarter unfrozen."""
+"""Which part of a backbone trains: its layers in ordered groups, the last ones unfrozen."""
 
 from __future__ import annotations
 

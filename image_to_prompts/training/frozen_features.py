@@ -94,7 +94,7 @@ def features(
     """Runs the pretrained backbone over images once; finished blocks of 512 images are kept for a resumed run.
 
     Args:
-        model: From `checkpoints.build`, its last quarter unfrozen.
+        model: From `checkpoints.build`, its last layers unfrozen.
         images: The images.
         only: Row numbers to run.
         stages: Whose statistics are wanted, see `doubt`.

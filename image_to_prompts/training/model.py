@@ -1,4 +1,4 @@
-"""The model that `finetune` trains: on its device, in its precision, the last quarter of its layers unfrozen."""
+"""The model that `finetune` trains: on its device, in its precision, its last layers unfrozen."""
 
 from __future__ import annotations
 

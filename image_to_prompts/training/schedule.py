@@ -14,7 +14,7 @@ class Steps:
     """Passes over the training rows."""
     batch_size: Positive = 32
     """Images an optimizer step, over all processes."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     cycles: Positive = 1
     """Cosine cycles of the learning rate over all epochs (warm restarts)."""
@@ -47,7 +47,7 @@ class Limits:
     compile: bool = False
     """Compile the backbone's layers with torch.compile first, on a GPU; results differ by rounding."""
     cache_features: bool = True
-    """Run the frozen part once and keep its output on disk (20 KB an image for EfficientNet-Lite2 at 224 px)."""
+    """Run the frozen part once and keep its output on disk (35 KB an image for EfficientNet-Lite2 at 224 px)."""
     precision: Literal["auto", "fp32"] = "auto"
     """auto: bf16 or fp16 where the hardware has it."""
     loader_workers: NotNegative = 0

@@ -3,7 +3,7 @@
 #
 # A pretrained image backbone, its **last quarter unfrozen**, and a linear head to the 384 numbers of
 # all-MiniLM-L6-v2. The reference takes OpenCLIP's ConvNeXt-XXLarge at 512 px. The `embedded` profile takes
-# EfficientNet-Lite2 with its ImageNet weights at 224 px, and treats it the same way.
+# EfficientNet-Lite2 with its ImageNet weights at 224 px, and unfreezes ten of its 22 groups of layers.
 #
 # It trains on the images of notebook 03 and, on Kaggle, on the public sets of Stable Diffusion 2 images with prompts
 # that are attached: more than 300,000 pairs that nobody has to render.
@@ -60,7 +60,7 @@ print(recipes.table())
 # ## What it will take
 #
 # Counted on the model, measured on one step; nothing is trained yet. `micro_batch` lowers the memory, `cache_features`
-# stores the output of the frozen three quarters on disk, so that an epoch runs the trained quarter alone.
+# stores the output of the frozen part on disk, so that an epoch runs the trained part alone.
 
 # %%
 from image_to_prompts import finetune, profiles

@@ -22,7 +22,7 @@ def planned(run, **values):
 def test_counts_are_those_of_the_model(small_run, cache):
     found = planned(small_run, cache_features=cache)
     net = checkpoints.build(backbones.describe("timm:tf_efficientnet_lite2", 64))
-    trained = freezing.unfreeze(net.backbone)
+    trained = freezing.unfreeze(net.backbone, 12)
     own = [p for p in net.parameters() if p.requires_grad]
     assert found.counts["tensors"] == (len(own), len(list(net.parameters()))) and len(own) == len(trained) + 2
     numbers = sum(p.numel() for p in own)
@@ -34,7 +34,8 @@ def test_counts_are_those_of_the_model(small_run, cache):
     parts = {name: size for name, size in found.memory.items() if name != "overhead"}
     assert found.needed == pytest.approx(1.05 * sum(parts.values()), abs=1)
     groups = len(freezing.layer_groups(net.backbone))
-    assert found.counts["groups"] == (groups // 4, groups)
+    assert found.counts["groups"] == (groups - 12, groups)
+    assert planned(small_run, train_from=-1).counts["groups"] == (groups // 4, groups)
     history = finetune.run(profiles.default_config("finetune", small_run, "embedded", image_size=64, dry_run=True))
     assert history.empty and not small_run.checkpoints.exists()
 

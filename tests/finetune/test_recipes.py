@@ -35,10 +35,25 @@ def test_the_profiles_have_the_recipes_that_they_had(tmp_path):
     assert (full.backbone, full.image_size, full.epochs, full.cycles) == ("open_clip:convnext_xxlarge", 512, 25, 2)
     assert (full.learning_rate, full.batch_size, full.micro_batch, full.cache_features) == (5e-5, 32, 4, False)
     own = profiles.default_config("finetune", folders.Run(tmp_path), "embedded")
-    assert own == finetune.Config(run=own.run, images=own.images, out=own.out)
-    assert (own.learning_rate, own.epochs, own.warm_up, full.warm_up) == (4e-3, 4, 60, 0)
+    assert own == finetune.Config(run=own.run, images=own.images, out=own.out, train_from=12)
+    assert (own.learning_rate, own.epochs, own.warm_up, full.warm_up) == (2e-3, 4, 60, 0)
+    assert (own.train_from, full.train_from) == (12, -1)
     for config in (full, own):
-        assert (config.ema, config.layer_decay, config.train_from) == (0.0, 1.0, -1)
+        assert (config.ema, config.layer_decay) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["--backbone", "timm:resnet50"], -1),
+        (["--backbone=timm:resnet50", "--train-from", "3"], 3),
+        (["--backbone", "timm:tf_efficientnet_lite2"], 12),
+        (["--recipe", "vit-h", "--backbone", "open_clip:ViT-B-16"], -1),
+        (["--recipe", "vit-b", "--backbone", "open_clip:ViT-L-14"], 0),
+    ],
+)
+def test_the_first_group_of_a_recipe_holds_for_its_own_tower(words, first, tmp_path):
+    assert cli.parse(["finetune", "--run", str(tmp_path), *words]).train_from == first
 
 
 def test_an_unknown_recipe_and_values_out_of_bounds_are_refused(refused, small_run, tmp_path):
