@@ -31,7 +31,7 @@ def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint
         return infer.run(infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / out, **flags)).vectors
 
     one, two = vectors("1.csv", small_checkpoint), vectors("2.csv", second_checkpoint)
-    assert (one * two).sum(1).max() < 0.9999
+    assert (one * two).sum(1).mean() < 0.999
     for weights in ((), (1.0, 3.0)):
         both = vectors("b.csv", small_checkpoint, second_checkpoint, blend=weights)
         w = weights or (0.5, 0.5)
