@@ -5,7 +5,8 @@ python benchmarks/ablation.py [--run runs/default] [--seeds 3] [--only NAME...] 
 Appends to benchmarks/ablation.json and prints a table: mean cosine on the validating fold (best epoch), on held-out
 scenes of groups never seen, and on the same scenes drawn by the second hand (OpenMoji). An option that is already
 measured is not run again; those that are gone since (git log) keep their figures in the file, and those of before the
-peak rate of today say "at 5e-4". Frozen features are computed once per image size and shared.
+peak rate of 4e-3 say "at 5e-4". All else is as `BASE`, with which the file's figures were measured. Frozen features are
+computed once per image size and shared.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _DECAY = {"layer_decay": 0.4, "lowest_rate": 1e-5}
 _PEAK = {"warm_up": 500, "learning_rate": 1e-3}
 _AUGMENTED = {"augment": True, "cache_features": False}
 _WHOLE = {"train_from": 0, "cache_features": False}
+BASE = {"train_from": -1, "learning_rate": 4e-3}  # of `embedded` before it trained a larger part
 VARIANTS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "batch 64": {"batch_size": 64},
@@ -91,11 +93,12 @@ def pictures(run: Run, which: str, folder: Path) -> dict[str, Any]:
 
 def train(run: Run, seed: int, overrides: dict[str, Any], features: Path, out: Path) -> float:
     """Trains into `out`, with frozen features shared in `features`; returns the best validation score."""
+    overrides = BASE | overrides
     which = overrides.pop("rendered", "own")
     original = frozen_features.features
 
     def shared(model, images, only, stages, device, work, cache, *rest, **named):
-        name = f"{which}-{images.size}-{cache}-{overrides.get('train_from')}-{'init' not in overrides}"
+        name = f"{which}-{images.size}-{cache}-{overrides['train_from']}-{'init' not in overrides}"
         return original(model, images, only, stages, device, make_folder(features / name), cache, *rest, **named)
 
     frozen_features.features = shared
@@ -112,7 +115,7 @@ def measure(run: Run, seed: int, overrides: dict[str, Any], features: Path) -> d
     with tempfile.TemporaryDirectory() as name:
         folder, start = Path(name), time.perf_counter()
         if first := overrides.pop("first", None):
-            train(run, seed, dict(first), features, folder / "first")
+            train(run, seed, first, features, folder / "first")
             overrides["init"] = folder / "first"
         found = {"validation": train(run, seed, overrides, features, folder / "c")}
         found["seconds"] = time.perf_counter() - start

@@ -239,8 +239,8 @@ def _form(name: str, words: list[str]) -> Any:
         from . import profiles
 
         folder, profile = _place(words)
-        named = {one: _value_of(f"--{one}", words) for one in (("recipe", "backbone") if name == "finetune" else ())}
-        chosen = {one: value for one, value in named.items() if value}
+        deciding = profiles.DECIDING if name == "finetune" else ()
+        chosen = {one: value for one in deciding if (value := _value_of(f"--{one}", words))}
         default = profiles.default_config(name, folders.Run(folder), profile, **chosen)
         return Annotated[_grouped(name, default), tyro.conf.OmitArgPrefixes, tyro.conf.subcommand(name)]
     if name == "demo":

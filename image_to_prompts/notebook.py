@@ -12,7 +12,7 @@ from typing import Any
 
 from . import pipeline
 from .kaggle import mounts
-from .profiles import StageConfig, default_config
+from .profiles import DECIDING, StageConfig, default_config
 from .run import progress
 from .run.devices import cores
 from .run.errors import UserError
@@ -123,8 +123,8 @@ def run(config: StageConfig, processes: int | None = None) -> None:
 
 def arguments(stage: str, config: StageConfig) -> Iterator[str]:
     """The words of the command line that give the settings `config`."""
-    chosen = {one: given for one in ("recipe", "backbone") if (given := getattr(config, one, ""))}
-    default = default_config(stage, Run(config.run), config.profile, **chosen)  # its defaults depend on them
+    chosen = {one: given for one in DECIDING if (given := getattr(config, one, ""))}
+    default = default_config(stage, Run(config.run), config.profile, **chosen)
     yield from ("--run", str(config.run), "--profile", config.profile)
     for name, given in chosen.items():
         yield from (f"--{name}", given)

@@ -66,6 +66,8 @@ PROFILE_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+DECIDING = ("recipe", "backbone")  # settings of `finetune` on which its other defaults depend
+
 # A kernel may run 12 hours and leave 20 GB, of which 19.5 in practice.
 KERNEL_LIMITS = {"max_hours": 11.0, "max_gb": 19.0}
 SUBMISSION_HOURS = 8.5  # of the 9 that the competition's own runs have
@@ -113,7 +115,7 @@ def default_config(stage: str, run: Run, profile: str, **overrides: Any) -> Any:
     profile = profile_called(profile)
     values: dict[str, Any] = {"run": run.folder, "profile": profile}
     if stage == "finetune":
-        given = (overrides.get("recipe", ""), profile, overrides.get("backbone", ""))
-        values |= pipeline.load("finetune.recipes:flags")(*given)
+        recipe, backbone = (overrides.get(one, "") for one in DECIDING)
+        values |= pipeline.load("finetune.recipes:flags")(recipe, profile, backbone)
     values |= PROFILE_DEFAULTS[profile].get(stage, {}) | place_defaults(stage, run) | overrides
     return replace(config_class(stage)(), **values)

@@ -21,7 +21,7 @@ from image_to_prompts.training import by_source, dataset
 def second_checkpoint(small_run, tmp_path_factory):
     """Trained like `small_checkpoint`, with another seed and head."""
     out = tmp_path_factory.mktemp("second") / "convnext"
-    values = {"out": out, "epochs": 1, "image_size": 64, "seed": 7, "learning_rate": 2e-3}
+    values = {"out": out, "epochs": 1, "image_size": 64, "seed": 7, "learning_rate": 4e-3}
     finetune.run(profiles.default_config("finetune", small_run, "embedded", **values))
     return out
 
@@ -31,7 +31,7 @@ def test_a_blend_is_the_weighted_sum_of_unit_vectors(small_run, small_checkpoint
         return infer.run(infer.Config(images=small_run.images, checkpoint=folders, out=tmp_path / out, **flags)).vectors
 
     one, two = vectors("1.csv", small_checkpoint), vectors("2.csv", second_checkpoint)
-    assert (one * two).sum(1).mean() < 0.999
+    assert (one * two).sum(1).max() < 0.9999
     for weights in ((), (1.0, 3.0)):
         both = vectors("b.csv", small_checkpoint, second_checkpoint, blend=weights)
         w = weights or (0.5, 0.5)
