@@ -16,9 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers with two threads each wou
 
 import caption_stub
 import chaos_report
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from kaggle_stub import ME, Stub, assert_redirected, environment, serving, sign_in
+from PIL import Image
 from tiny_models import save_blip, save_clip, save_convnext, save_diffusion, save_tokenizer
 
 from image_to_prompts import dedupe, generate, profiles, render
@@ -177,6 +179,15 @@ def trained_run(small_run, small_checkpoint, tmp_path_factory) -> folders.Run:
     run.metadata.parent.mkdir()
     shutil.copyfile(small_run.metadata, run.metadata)
     return run
+
+
+@pytest.fixture(scope="session")
+def strange_picture(tmp_path_factory) -> Path:
+    """Fine stripes, three times as far from the scenes as the border, even if eight images drew it."""
+    stripes = np.tile(np.arange(256) // 4 % 2 * 255, (256, 1)).astype(np.uint8)
+    path = tmp_path_factory.mktemp("strange") / "stripes.png"
+    Image.fromarray(stripes).convert("RGB").save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -223,10 +223,9 @@ def test_a_person_uses_the_page(server, pictures, alone, browser):
     assert not away, "the page must work offline"
 
 
-def test_of_a_strange_picture_a_guess_is_said_and_nothing_rendered(server, tmp_path, browser):
-    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+def test_of_a_strange_picture_a_guess_is_said_and_nothing_rendered(server, strange_picture, browser):
     visit = Visit(browser, server.url)
-    visit.drop(tmp_path / "black.png")
+    visit.drop(strange_picture)
     visit.described()
     visit.said("A guess, not a prompt: this model has only seen emoji scenes.", "#source")
     visit.said("weights get render", "#refusal")
@@ -435,9 +434,9 @@ def wrong(pictures, tmp_path_factory):
     return {folder / name: words for name, words in said.items()}
 
 
-def test_hostile_uploads_are_refused_in_words(server, pictures, alone, wrong, tmp_path):
+def test_hostile_uploads_are_refused_in_words(server, pictures, alone, wrong, strange_picture, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "exif.png", exif=b"Exif\0\0II*\0")
-    for first in (pictures[0], tmp_path / "exif.png"):  # a scene and a strange image load what they need
+    for first in (pictures[0], strange_picture):  # a scene and a strange image load what they need
         server.describe(first)
     before = server.memory()
     for file, words in wrong.items():

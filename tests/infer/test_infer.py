@@ -70,17 +70,17 @@ def test_key_and_bank(small_run, small_checkpoint, tmp_path):
     assert infer.run(settings(small_run.images, small_checkpoint, out)).score is None
 
 
-def test_strange_images_are_counted_and_drawn_to_the_mean(folder, small_run, small_checkpoint, tmp_path, caplog):
-    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
-    Image.fromarray(noise).save(folder / "noise.png")
+def test_strange_images_are_counted_and_drawn_to_the_mean(
+    folder, small_run, small_checkpoint, strange_picture, tmp_path, caplog
+):
+    shutil.copy(strange_picture, folder)
     checkpoint = shutil.copytree(small_checkpoint, tmp_path / "checkpoint")
     own = doubt.load(checkpoint)
-    own = replace(own, border=0.9 * own.border)  # drawn by eight images
     replace(own, pull=np.array([1, 0], np.float32)).save(checkpoint)
     plain = infer.run(settings(folder, checkpoint, tmp_path / "a.csv", bank=(small_run.metadata,)))
     replace(own, pull=np.array([1, 1e-3], np.float32)).save(checkpoint)
     drawn = infer.run(settings(folder, checkpoint, tmp_path / "b.csv", bank=(small_run.metadata,)))
-    row, mean = drawn.files.index(folder / "noise.png"), checkpoints.load(checkpoint).mean
+    row, mean = drawn.files.index(folder / strange_picture.name), checkpoints.load(checkpoint).mean
     assert drawn.strange == plain.strange >= 1 and json.loads((tmp_path / "b.json").read_text())["strange"]
     assert "images are unlike those that the checkpoint knows: it has only seen emoji scenes" in caplog.text
     assert plain.vectors[row] @ mean < 0.999 < drawn.vectors[row] @ mean
